@@ -1,0 +1,1 @@
+"""BlackMamba: language models that alternate Mamba state-space layers with routed experts."""

@@ -1,0 +1,262 @@
+"""What decides a model's shape, and the typed reading of every configuration in this package.
+
+`ModelConfig` is the whole description of a network; equal configurations build equal shapes.
+`from_mapping` and `to_mapping` turn any of the package's configuration dataclasses from and into
+plain dictionaries (YAML, JSON): unknown keys and wrong types are errors that name the key, its
+value and what would be right.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, cast
+
+from blackmamba.errors import ConfigError
+
+T = TypeVar("T")
+
+Mixer = Literal["mamba", "attention"]
+FeedForward = Literal["mlp", "moe"]
+_MIXERS = typing.get_args(Mixer)
+_LAYER_GRAMMAR = (
+    'a layer is "mamba", "attention", "mlp", "moe", or a parallel pair such as "mamba+moe"; '
+    '"moe:16" sets that layer\'s own number of experts'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """One entry of the layer pattern, taken apart.
+
+    A layer has a mixer, a feed-forward part, or both side by side (a parallel pair).
+    """
+
+    mixer: Mixer | Literal["none"]
+    feed_forward: FeedForward | Literal["none"]
+    n_experts: int  # 0 unless feed_forward is "moe"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Everything that decides a parameter's shape and what the network computes.
+
+    Sizes (letters as in the package's legend): `d_model` m, `d_inner` d = expand * m, `d_state` n,
+    `d_conv` k, `dt_rank` r = ceil(m / 16), `d_expert` f, `n_experts` e, `vocab_size` v.
+    """
+
+    layers: tuple[str, ...]
+    """The stack from bottom to top, e.g. ("mamba", "moe", "mamba", "moe"); see `layer_specs`."""
+    d_model: int
+    vocab_size: int
+    """Rows of the embedding; token ids are 0 .. vocab_size - 1."""
+    unused_vocab: int = 0
+    """How many of the last ids no token has (padding of the table); they are never sampled."""
+
+    expand: int = 2
+    d_state: int = 16
+    d_conv: int = 4
+
+    n_experts: int = 8
+    d_expert: int = 0
+    """Width of one expert; needed when a layer is "moe"."""
+    d_mlp: int = 0
+    """Width of a dense feed-forward layer; needed when a layer is "mlp"."""
+    activation: Literal["silu", "gelu"] = "silu"
+    """Of experts and dense feed-forward layers; "gelu" is the exact (erf) form."""
+    gated: bool = True
+    """h = act(gate) * up from one product of twice the width; False: h = act(up)."""
+
+    sinkhorn_scale: float = 2.0
+    """Training assignment: Sinkhorn runs on exp(sinkhorn_scale * router logits)."""
+    sinkhorn_start: Literal["paper", "ones"] = "paper"
+    sinkhorn_tolerance: float = 1e-2
+    """Largest relative error of a marginal at which the iteration stops."""
+    sinkhorn_max_iterations: int = 100
+
+    n_heads: int = 0
+    """Query heads; needed when a layer is "attention"."""
+    n_kv_heads: int = 0
+    """Key and value heads; divides n_heads."""
+    d_head: int = 64
+    rope_theta: float = 10_000.0
+
+    linear_bias: bool = False
+    """Biases in in_proj, out_proj, feed-forward and attention products.
+
+    The convolution, dt and the router always have one.
+    """
+    head_bias: bool = False
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    final_norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    residual_dtype: Literal["float32", "compute"] = "float32"
+    """dtype of the residual stream: float32, or that of the layers' products."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "vocab_size", "expand", "d_state", "d_conv", "n_experts", "d_head",
+                     "sinkhorn_max_iterations"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("norm_eps", "rope_theta", "sinkhorn_scale", "sinkhorn_tolerance"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ConfigError(f"{name}={getattr(self, name)}: must be positive and finite")
+        if not self.layers:
+            raise ConfigError("layers is empty: a model needs at least one layer")
+        if not 0 <= self.unused_vocab < self.vocab_size:
+            raise ConfigError(
+                f"unused_vocab={self.unused_vocab}: must be 0 .. {self.vocab_size - 1} "
+                "(vocab_size - 1)"
+            )
+        specs = self.layer_specs
+        if any(s.feed_forward == "moe" for s in specs) and self.d_expert < 1:
+            raise ConfigError(
+                f"d_expert={self.d_expert}: layers of kind moe need d_expert of at least 1"
+            )
+        if any(s.feed_forward == "mlp" for s in specs) and self.d_mlp < 1:
+            raise ConfigError(f"d_mlp={self.d_mlp}: layers of kind mlp need d_mlp of at least 1")
+        if any(s.mixer == "attention" for s in specs):
+            if self.n_heads < 1 or self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+                raise ConfigError(
+                    f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}: "
+                    "attention layers need both, and n_kv_heads must divide n_heads"
+                )
+            if self.d_head % 2:
+                raise ConfigError(f"d_head={self.d_head}: rotary positions need an even head width")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def dt_rank(self) -> int:
+        return math.ceil(self.d_model / 16)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many ids have a token."""
+        return self.vocab_size - self.unused_vocab
+
+    @property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """The pattern taken apart, one entry a layer. Raises ConfigError on an unknown layer."""
+        return tuple(_parse_layer(i, text, self.n_experts) for i, text in enumerate(self.layers))
+
+
+def _parse_layer(index: int, text: str, n_experts: int) -> LayerSpec:
+    match = re.fullmatch(
+        r"(?:(mamba|attention)(?:\+(?=.))?)?(?:(mlp|moe)(?::([1-9][0-9]*))?)?", text
+    )
+    if not text or match is None or (match[1] and match[2] and "+" not in text):
+        raise ConfigError(f"layers[{index}]={text!r}: {_LAYER_GRAMMAR}")
+    mixer, feed_forward, own_experts = match.groups()
+    if own_experts and feed_forward != "moe":
+        raise ConfigError(f"layers[{index}]={text!r}: {_LAYER_GRAMMAR}")
+    return LayerSpec(
+        mixer=cast("Mixer", mixer) if mixer else "none",
+        feed_forward=cast("FeedForward", feed_forward) if feed_forward else "none",
+        n_experts=(int(own_experts) if own_experts else n_experts) if feed_forward == "moe" else 0,
+    )
+
+
+# ---- typed reading of configurations -------------------------------------------------------
+
+
+def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
+    """Build the configuration dataclass `cls` from plain data, checking every key and type.
+
+    Numbers written as text ("3e-4", as YAML reads it) count as numbers where one is wanted.
+
+    Args:
+        cls: a dataclass whose fields are str, int, float, bool, Literal, tuple or such dataclasses.
+        mapping: plain data, as from YAML or JSON.
+        where: path of the mapping inside the whole, for messages ("train").
+    Raises:
+        ConfigError: an unknown key (naming its nearest valid one), a missing key, or a wrong type.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(
+            f"{where or 'the configuration'}={mapping!r}: must be a mapping of keys to values"
+        )
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # pyright: ignore[reportArgumentType]
+    values: dict[str, Any] = {}
+    for key, value in mapping.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            raise ConfigError(f"unknown key {path!r}; {nearest(str(key), fields)}")
+        values[key] = _convert(hints[key], value, path)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where or cls.__name__}: missing {', '.join(missing)}")
+    return cls(**values)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The plain data, fit for JSON or YAML, that `from_mapping` reads back as an equal object."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
+
+
+def nearest(name: str, valid: typing.Iterable[str]) -> str:
+    """'did you mean ...?' where something valid is close to `name`, else what is valid."""
+    names = [str(v) for v in valid]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"valid are: {', '.join(names)}"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    if isinstance(value, tuple):
+        return [_plain(v) for v in cast("tuple[Any, ...]", value)]
+    return value
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, cast(type, hint)) else from_mapping(hint, value, path)  # pyright: ignore
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{path}={value!r}: must be one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}={value!r}: must be a list")
+        items = cast("list[Any]", value)
+        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(items))
+    if origin in (typing.Union, types.UnionType):
+        raise AssertionError(f"{path}: configuration fields have one type")
+    if hint is float:
+        return _number(value, path)
+    if hint is int:
+        number = _number(value, path)
+        if not number.is_integer():
+            raise ConfigError(f"{path}={value!r}: must be a whole number")
+        return int(value) if isinstance(value, int) else int(number)
+    if not isinstance(value, hint):
+        names = {bool: "true or false", str: "text"}
+        raise ConfigError(f"{path}={value!r}: must be {names.get(hint, str(hint))}")
+    return value
+
+
+def _number(value: Any, path: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ConfigError(f"{path}={value!r}: must be a number")
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{path}={value!r}: must be a number") from None
