@@ -1,0 +1,24 @@
+"""The operations that the network is made of: pure functions on tensors.
+
+Each folder holds the public function (`__init__.py`), its definition (`reference.py`) and faster
+versions of it. `backend.py` says which one runs.
+"""
+
+from blackmamba.ops.causal_conv1d import causal_conv1d
+from blackmamba.ops.expert_mlp import expert_mlp
+from blackmamba.ops.linear_cross_entropy import linear_cross_entropy
+from blackmamba.ops.rms_norm import rms_norm
+from blackmamba.ops.selective_scan import selective_scan
+from blackmamba.ops.selective_state_update import selective_state_update
+from blackmamba.ops.sinkhorn import SinkhornResult, sinkhorn
+
+__all__ = [
+    "SinkhornResult",
+    "causal_conv1d",
+    "expert_mlp",
+    "linear_cross_entropy",
+    "rms_norm",
+    "selective_scan",
+    "selective_state_update",
+    "sinkhorn",
+]

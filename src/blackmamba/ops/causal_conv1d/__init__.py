@@ -1,0 +1,78 @@
+"""Depthwise causal convolution along time, with the memory that continues it."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from blackmamba.errors import InputError
+from blackmamba.ops.backend import Backend, Implementations
+from blackmamba.ops.causal_conv1d.reference import causal_conv1d_reference
+from blackmamba.ops.causal_conv1d.torch_shifted import causal_conv1d_shifted
+from blackmamba.ops.checks import check_dims, check_floating, check_shapes
+
+_IMPLEMENTATIONS = Implementations(
+    "causal_conv1d", {"torch": causal_conv1d_shifted, "reference": causal_conv1d_reference}
+)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    activation: Literal["silu", "none"] = "silu",
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """y_t = act(sum_j weight[:, j] x_{t - (k - 1) + j} + bias), each channel by itself.
+
+    Args:
+        x: (b, l, d), any floating-point dtype; l may be 0.
+        weight: (d, k); weight[:, -1] meets the newest input.
+        bias: (d,).
+        initial_state: (b, d, k - 1), the inputs before x, oldest first; None: zeros.
+        lengths: (b,) int64, 0 .. l: rows are right-padded and only so many inputs are real.
+        activation: "silu" or "none".
+        backend: see ops/backend.py.
+    Returns:
+        y: (b, l, d), in x's dtype.
+        final_state: (b, d, k - 1), the last k - 1 real inputs, oldest first, in x's dtype.
+    Raises:
+        InputError: a shape disagrees, x is not floating-point, or an unknown activation.
+        BackendError: `backend` cannot run.
+    Source:
+        Gu and Dao 2023 (arXiv 2312.00752), section 3.4 and figure 3.
+    """
+    name = "causal_conv1d"
+    check_dims(name, "x", x, "bld")
+    check_dims(name, "weight", weight, "dk")
+    check_floating(name, "x", x)
+    b, _, d = x.shape
+    k = weight.shape[1]
+    check_shapes(
+        name,
+        weight=(weight, (d, k)),
+        bias=(bias, (d,)),
+        initial_state=(initial_state, (b, d, k - 1)),
+        lengths=(lengths, (b,)),
+    )
+    if activation not in ("silu", "none"):
+        raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'none'")
+    before = x.new_zeros(b, d, k - 1) if initial_state is None else initial_state.to(x.dtype)
+    y = _IMPLEMENTATIONS.pick(backend)(x, weight, bias, before, activation)
+    return y, _last_inputs(x, before, lengths)
+
+
+def _last_inputs(x: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
+    """(b, d, k - 1): the last real inputs, reaching back into `before` where x is too short."""
+    b, l, d = x.shape
+    memory = before.shape[2]
+    if lengths is None:
+        if l >= memory:
+            return x[:, l - memory :].transpose(1, 2).contiguous()
+        return torch.cat((before[:, :, l:], x.transpose(1, 2)), dim=2)
+    seen = torch.cat((before, x.transpose(1, 2)), dim=2)  # input t of x stands at memory + t
+    places = lengths[:, None] + torch.arange(memory, device=x.device)
+    return seen.gather(2, places[:, None].expand(b, d, memory))

@@ -1,0 +1,83 @@
+"""One feed-forward expert per token."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from blackmamba.errors import InputError
+from blackmamba.ops.backend import Backend, Implementations
+from blackmamba.ops.checks import check_dims, check_floating, check_shapes
+from blackmamba.ops.expert_mlp.activation import activate
+from blackmamba.ops.expert_mlp.reference import expert_mlp_reference
+from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
+
+__all__ = ["activate", "expert_mlp"]
+
+_IMPLEMENTATIONS = Implementations(
+    "expert_mlp", {"torch": expert_mlp_grouped, "reference": expert_mlp_reference}
+)
+
+
+def expert_mlp(
+    x: Tensor,
+    expert_ids: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    *,
+    activation: Literal["silu", "gelu"] = "silu",
+    gated: bool = True,
+    fc1_bias: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """y_t = gate_t * MLP_{expert_ids[t]}(x_t); no token is dropped.
+
+    An expert is fc2 (act(g) * u) with [g | u] = fc1 x, or fc2 act(fc1 x) if not gated.
+
+    Args:
+        x: (t, m), any floating-point dtype; t may be 0.
+        expert_ids: (t,) int64, each within 0 .. e - 1 (checked on CPU).
+        fc1: (e, 2f, m) with rows [gate | up], or (e, f, m) if not gated; cast to x's dtype.
+        fc2: (e, m, f); cast to x's dtype.
+        activation: "silu" or "gelu" (the exact, erf form).
+        gated: whether fc1 gives two halves.
+        fc1_bias: (e, 2f) or (e, f).
+        fc2_bias: (e, m).
+        gate: (t,), scales each token's output.
+        backend: see ops/backend.py.
+    Returns:
+        (t, m) in x's dtype. Experts without a token get zero gradient.
+    Raises:
+        InputError: a shape disagrees, an id is out of range, x is not floating-point, or an unknown
+            activation.
+        BackendError: `backend` cannot run.
+    Source:
+        Fedus et al. 2021 (arXiv 2101.03961), eq. 2, with one expert a token; Shazeer 2020
+        (arXiv 2002.05202), eq. 6, for the gated form.
+    """
+    name = "expert_mlp"
+    check_dims(name, "x", x, "tm")
+    check_dims(name, "fc1", fc1, "efm")
+    check_dims(name, "fc2", fc2, "emf")
+    check_floating(name, "x", x)
+    t, m = x.shape
+    e, rows = fc1.shape[:2]
+    check_shapes(
+        name,
+        expert_ids=(expert_ids, (t,)),
+        fc1=(fc1, (e, rows, m)),
+        fc2=(fc2, (e, m, rows // 2 if gated else rows)),
+        fc1_bias=(fc1_bias, (e, rows)),
+        fc2_bias=(fc2_bias, (e, m)),
+        gate=(gate, (t,)),
+    )
+    if activation not in ("silu", "gelu"):
+        raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'gelu'")
+    if expert_ids.device.type == "cpu" and t and not torch.compiler.is_compiling():
+        low, high = expert_ids.aminmax()
+        if low < 0 or high >= e:
+            raise InputError(f"{name}: expert_ids holds {low} .. {high}, must be 0 .. {e - 1}")
+    run = _IMPLEMENTATIONS.pick(backend)
+    return run(x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate)

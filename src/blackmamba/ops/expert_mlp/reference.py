@@ -1,0 +1,28 @@
+"""What `expert_mlp` means: each token multiplied by the weights of its own expert."""
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops.expert_mlp.activation import activate
+
+
+def expert_mlp_reference(
+    x: Tensor,
+    expert_ids: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    activation: str,
+    gated: bool,
+    fc1_bias: Tensor | None,
+    fc2_bias: Tensor | None,
+    gate: Tensor | None,
+) -> Tensor:
+    """Copies an expert's weights for every token: for small inputs. Float64 in, float64 out."""
+    h = torch.einsum("tm,tfm->tf", x, fc1.to(x.dtype)[expert_ids])
+    if fc1_bias is not None:
+        h = h + fc1_bias.to(x.dtype)[expert_ids]
+    h = activate(h, activation, gated)
+    y = torch.einsum("tf,tmf->tm", h, fc2.to(x.dtype)[expert_ids])
+    if fc2_bias is not None:
+        y = y + fc2_bias.to(x.dtype)[expert_ids]
+    return y if gate is None else (y * gate[:, None]).to(x.dtype)

@@ -1,0 +1,46 @@
+"""Cross-entropy of a linear head, without all of its logits at once."""
+
+from torch import Tensor
+
+from blackmamba.ops.backend import Backend, Implementations
+from blackmamba.ops.checks import check_dims, check_floating, check_shapes
+from blackmamba.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
+from blackmamba.ops.linear_cross_entropy.torch_chunked import linear_cross_entropy_chunked
+
+_IMPLEMENTATIONS = Implementations(
+    "linear_cross_entropy",
+    {"torch": linear_cross_entropy_chunked, "reference": linear_cross_entropy_reference},
+)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Sum over t of -log softmax(weight x_t + bias)[labels_t].
+
+    Args:
+        x: (t, m), any floating-point dtype; t may be 0.
+        weight: (v, m), in x's dtype.
+        labels: (t,) int64, each within 0 .. v - 1, or ignore_index.
+        bias: (v,).
+        ignore_index: tokens with this label add nothing and get no gradient.
+        backend: see ops/backend.py.
+    Returns:
+        A scalar in nats, float32 or wider: the sum, not the mean.
+    Raises:
+        InputError: shapes disagree or x is not floating-point.
+        BackendError: `backend` cannot run.
+    """
+    name = "linear_cross_entropy"
+    check_dims(name, "x", x, "tm")
+    check_dims(name, "weight", weight, "vm")
+    check_floating(name, "x", x)
+    (t, m), v = x.shape, weight.shape[0]
+    check_shapes(name, weight=(weight, (v, m)), labels=(labels, (t,)), bias=(bias, (v,)))
+    return _IMPLEMENTATIONS.pick(backend)(x, weight, labels, bias, ignore_index)

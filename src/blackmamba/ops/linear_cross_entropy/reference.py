@@ -1,0 +1,14 @@
+"""What `linear_cross_entropy` means."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from blackmamba.ops.checks import wide_dtype
+
+
+def linear_cross_entropy_reference(
+    x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
+) -> Tensor:
+    """All logits at once; float64 in, float64 out."""
+    logits = F.linear(x, weight, bias).to(wide_dtype(x))
+    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
