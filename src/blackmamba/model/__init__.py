@@ -1,0 +1,17 @@
+"""The network: plain PyTorch that reads like the paper. Start at language_model.py."""
+
+from blackmamba.model.language_model import BlackMamba, keeps_float32
+from blackmamba.model.layer import Trace
+from blackmamba.model.router import Routing, RoutingStats
+from blackmamba.model.state import AttentionState, MambaState, State
+
+__all__ = [
+    "AttentionState",
+    "BlackMamba",
+    "MambaState",
+    "Routing",
+    "RoutingStats",
+    "State",
+    "Trace",
+    "keeps_float32",
+]

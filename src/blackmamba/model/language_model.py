@@ -1,0 +1,293 @@
+"""Start here: token ids -> embedding -> layers -> norm -> head -> logits.
+
+Letters: b batch, l sequence, m d_model, v vocabulary.
+
+Source: BlackMamba (arXiv 2402.01771), figure 1. The layer pattern of the configuration makes this
+same class the paper's three other networks: dense transformer, MoE transformer and dense Mamba.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blackmamba.config import ModelConfig
+from blackmamba.errors import InputError
+from blackmamba.model.init import initialise
+from blackmamba.model.layer import Layer, Trace
+from blackmamba.model.norm import final_norm
+from blackmamba.model.state import State
+from blackmamba.ops import linear_cross_entropy
+
+_KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
+
+
+def keeps_float32(name: str) -> bool:
+    """Whether the parameter of this name stays float32 in a 16-bit model.
+
+    So do A_log, D and dt_bias (small errors compound over a sequence), the norms and the router.
+    """
+    parts = name.split(".")
+    return parts[-1] in _KEPT_FLOAT32 or any(p == "router" or p.endswith("norm") for p in parts)
+
+
+class BlackMamba(nn.Module):
+    """A language model of the layers that its configuration names.
+
+    Args:
+        config: the network's shape.
+        device: where to build it; "meta" makes shapes without memory.
+        dtype: of the parameters; those named by `keeps_float32` are float32 or wider.
+        compute_dtype: of the products' inputs; None: as `dtype`. float32 parameters with a bfloat16
+            compute_dtype are mixed-precision training.
+
+    The weights are random, drawn from torch's global generator. Training and evaluation mode differ
+    in the router alone: Sinkhorn-balanced choice in training, largest logit in evaluation.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for what in (dtype, compute_dtype or dtype):
+            if not what.is_floating_point:
+                raise InputError(
+                    f"dtype={what}: must be a floating-point dtype such as torch.float32"
+                )
+        self.config = config
+        self.compute_dtype = compute_dtype or dtype
+        where = None if device is None else torch.device(device)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.residual_dtype = (
+            torch.promote_types(self.compute_dtype, torch.float32)
+            if config.residual_dtype == "float32"
+            else self.compute_dtype
+        )
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model, device=where, dtype=dtype)
+        self.layers = nn.ModuleList(
+            Layer(
+                config,
+                spec,
+                index,
+                device=where,
+                dtype=dtype,
+                wide=wide,
+                compute_dtype=self.compute_dtype,
+            )
+            for index, spec in enumerate(config.layer_specs)
+        )
+        self.final_norm = final_norm(config, device=where, dtype=wide)
+        self.head: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(
+                config.d_model, config.vocab_size, bias=False, device=where, dtype=dtype
+            )
+        self.head_bias: nn.Parameter | None = None
+        if config.head_bias:
+            self.head_bias = nn.Parameter(torch.empty(config.vocab_size, device=where, dtype=dtype))
+        if self.embedding.weight.device.type != "meta":
+            initialise(self)
+
+    def forward(self, input_ids: Tensor, *, trace: Trace | None = None) -> Tensor:
+        """Logits of the next token at every position, each row read from its beginning.
+
+        Args:
+            input_ids: (b, l) int64, each within 0 .. vocab_size - 1; neither b nor l may be 0.
+            trace: filled with what went on inside.
+        Returns:
+            (b, l, v) in the compute dtype.
+        Raises:
+            InputError: a wrong shape or dtype, an empty batch, an id out of range.
+        """
+        return self._logits(self._features(input_ids, trace))
+
+    def loss(self, input_ids: Tensor, labels: Tensor, *, trace: Trace | None = None) -> Tensor:
+        """Mean cross-entropy in nats over the labels that are not -100, without all logits at once.
+
+        Args:
+            input_ids: (b, l) int64.
+            labels: (b, l) int64: the token that follows each position, or -100 to leave it out.
+            trace: filled with what went on inside.
+        Returns:
+            A float32 scalar; NaN if every label is -100, as there is nothing to average.
+        Raises:
+            InputError: a wrong shape or dtype, an empty batch, an id or label out of range.
+        """
+        counted = labels != -100
+        if labels.shape != input_ids.shape:
+            raise InputError(
+                f"labels of shape {tuple(labels.shape)}: must be that of input_ids, "
+                f"{tuple(input_ids.shape)}"
+            )
+        self._check_range("labels", labels.where(counted, labels.new_zeros(())))
+        x = self._features(input_ids, trace)
+        total = linear_cross_entropy(
+            x.flatten(0, 1), self._head_weight(), labels.flatten(), bias=self._head_bias()
+        )
+        return total / counted.sum()
+
+    def initial_state(self, batch_size: int) -> State:
+        """The memory of `batch_size` sequences of which nothing was read yet."""
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: must be at least 1")
+        return State(batch_size, tuple(layer.initial_state(batch_size) for layer in self._stack()))
+
+    @overload
+    def prefill(
+        self,
+        input_ids: Tensor,
+        state: State | None = ...,
+        *,
+        lengths: Tensor | None = ...,
+        logits: Literal["all", "last"] = ...,
+        trace: Trace | None = ...,
+    ) -> tuple[Tensor, State]: ...
+    @overload
+    def prefill(
+        self,
+        input_ids: Tensor,
+        state: State | None = ...,
+        *,
+        lengths: Tensor | None = ...,
+        logits: Literal["none"],
+        trace: Trace | None = ...,
+    ) -> tuple[None, State]: ...
+    def prefill(
+        self,
+        input_ids: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        logits: Literal["all", "last", "none"] = "all",
+        trace: Trace | None = None,
+    ) -> tuple[Tensor | None, State]:
+        """Read a piece of each sequence at once and remember it.
+
+        Reading a then b gives what reading a + b gives.
+
+        Args:
+            input_ids: (b, l) int64.
+            state: memory to go on from, left as it is; None: nothing was read yet.
+            lengths: (b,) int64, 0 .. l: rows are right-padded and only so many tokens are real.
+            logits: "all" (b, l, v); "last" (b, v), of each row's last real token; "none".
+            trace: filled with what went on inside.
+        Returns:
+            The logits and the new memory. Logits at pads mean nothing.
+        Raises:
+            InputError: shapes do not fit, an empty batch, an id or length out of range, or
+                "last" with a row of length 0.
+        """
+        self._check_ids(input_ids)
+        b, l = input_ids.shape
+        self._check_state(state, b)
+        if lengths is not None:
+            if lengths.shape != (b,) or lengths.dtype != torch.int64:
+                raise InputError(
+                    f"lengths of shape {tuple(lengths.shape)}, {lengths.dtype}: "
+                    f"must be ({b},), torch.int64"
+                )
+            low, high = int(lengths.min()), int(lengths.max())
+            least = 1 if logits == "last" else 0
+            if low < least or high > l:
+                raise InputError(f"lengths={lengths.tolist()}: each must be {least} .. {l}")
+        x, state = self._run(input_ids, state, lengths, trace)
+        if logits == "none":
+            return None, state
+        if logits == "last":
+            ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths
+            x = x[torch.arange(b, device=x.device), ends - 1]
+        return self._logits(self._normed(x)), state
+
+    def step(self, next_ids: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read one token of each sequence.
+
+        Args:
+            next_ids: (b,) int64.
+            state: memory so far, left as it is.
+        Returns:
+            Logits (b, v) of the token after, and the new memory.
+        Raises:
+            InputError: shapes do not fit or an id is out of range.
+        """
+        if next_ids.dim() != 1:
+            raise InputError(f"next_ids of shape {tuple(next_ids.shape)}: must be (batch,)")
+        self._check_ids(next_ids[:, None])
+        self._check_state(state, len(next_ids))
+        x = self._embed(next_ids)
+        layers = list(state.layers)
+        for i, layer in enumerate(self._stack()):
+            x, layers[i] = layer.step(x, layers[i])
+        return self._logits(self._normed(x)), State(state.batch_size, tuple(layers))
+
+    # ---- parts ------------------------------------------------------------------------------
+
+    def _stack(self) -> list[Layer]:
+        return list(self.layers)  # pyright: ignore[reportReturnType] # ModuleList forgets the type
+
+    def _features(self, input_ids: Tensor, trace: Trace | None) -> Tensor:
+        self._check_ids(input_ids)
+        return self._normed(self._run(input_ids, None, None, trace)[0])
+
+    def _run(
+        self, input_ids: Tensor, state: State | None, lengths: Tensor | None, trace: Trace | None
+    ) -> tuple[Tensor, State]:
+        x = self._embed(input_ids)
+        stack = self._stack()
+        layers = [None] * len(stack) if state is None else list(state.layers)
+        for i, layer in enumerate(stack):
+            x, layers[i] = layer(x, layers[i], lengths, trace)
+        return x, State(len(input_ids), tuple(layers))
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids).to(self.residual_dtype)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.final_norm(x).to(self.compute_dtype)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._head_weight(), self._head_bias())
+
+    def _head_weight(self) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return weight.to(self.compute_dtype)
+
+    def _head_bias(self) -> Tensor | None:
+        return None if self.head_bias is None else self.head_bias.to(self.compute_dtype)
+
+    # ---- checks -----------------------------------------------------------------------------
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+            raise InputError(
+                f"input_ids of shape {tuple(input_ids.shape)}, {input_ids.dtype}: "
+                "must be (batch, length), torch.int64"
+            )
+        if input_ids.numel() == 0:
+            raise InputError(
+                f"input_ids of shape {tuple(input_ids.shape)}: needs at least one row and one token"
+            )
+        self._check_range("input_ids", input_ids)
+
+    def _check_range(self, name: str, ids: Tensor) -> None:
+        if ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # looking would wait for the device, which has a check of its own
+        low, high = ids.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
+            bad = int(low if low < 0 else high)
+            raise InputError(f"{name} holds {bad}: must be 0 .. {self.config.vocab_size - 1}")
+
+    def _check_state(self, state: State | None, batch_size: int) -> None:
+        if state is None:
+            return
+        if len(state.layers) != self.config.n_layers:
+            raise InputError(
+                f"state of {len(state.layers)} layers: this model has {self.config.n_layers}"
+            )
+        if state.batch_size != batch_size:
+            raise InputError(f"state of {state.batch_size} rows: the input has {batch_size}")

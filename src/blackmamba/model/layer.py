@@ -1,0 +1,113 @@
+"""How one layer is wired into the residual stream.
+
+A layer has a mixer (Mamba or attention), a feed-forward part (dense or routed), or both side by
+side:
+
+    one part:       x <- x + part(norm(x))
+    parallel pair:  x <- x + mixer(norm(x)) + feed_forward(feed_forward_norm(x))
+
+Source: BlackMamba (arXiv 2402.01771) and the authors' code, where every layer adds to the raw
+stream; the equation as printed in the paper leaves the mixer's output out of the outer sum.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from blackmamba.config import LayerSpec, ModelConfig
+from blackmamba.model.attention import Attention
+from blackmamba.model.mamba import Mamba
+from blackmamba.model.mlp import MLP
+from blackmamba.model.moe import MoE
+from blackmamba.model.norm import RMSNorm
+from blackmamba.model.router import Routing
+from blackmamba.model.state import LayerState
+
+
+@dataclasses.dataclass
+class Trace:
+    """Filled in by a forward pass that is given one: what went on inside, by layer index from 0."""
+
+    keep_hidden: bool = False
+    hidden: dict[int, Tensor] = dataclasses.field(default_factory=dict[int, Tensor])
+    """The residual stream (b, l, m) after each layer; only if keep_hidden."""
+    routing: dict[int, Routing] = dataclasses.field(default_factory=dict[int, Routing])
+    """Of each layer with experts; tokens in row-major order of (b, l)."""
+
+
+class Layer(nn.Module):
+    """One entry of the layer pattern."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: LayerSpec,
+        index: int,
+        *,
+        device: torch.device | None,
+        dtype: torch.dtype,
+        wide: torch.dtype,
+        compute_dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.index = index
+        self.compute_dtype = compute_dtype
+        self.norm = RMSNorm(config.d_model, config.norm_eps, device=device, dtype=wide)
+        self.mixer: Mamba | Attention | None = None
+        if spec.mixer == "mamba":
+            self.mixer = Mamba(config, device=device, dtype=dtype, wide=wide)
+        elif spec.mixer == "attention":
+            self.mixer = Attention(config, device=device, dtype=dtype)
+
+        self.feed_forward: MLP | MoE | None = None
+        self.feed_forward_norm: RMSNorm | None = None
+        if spec.feed_forward == "mlp":
+            self.feed_forward = MLP(config, device=device, dtype=dtype)
+        elif spec.feed_forward == "moe":
+            self.feed_forward = MoE(config, spec.n_experts, device=device, dtype=dtype, wide=wide)
+        if self.mixer is not None and self.feed_forward is not None:
+            self.feed_forward_norm = RMSNorm(
+                config.d_model, config.norm_eps, device=device, dtype=wide
+            )
+
+    def initial_state(self, batch_size: int) -> LayerState:
+        """Memory of a mixer that has read nothing; None if there is no mixer."""
+        return (
+            None if self.mixer is None else self.mixer.initial_state(batch_size, self.compute_dtype)
+        )
+
+    def forward(
+        self, x: Tensor, state: LayerState, lengths: Tensor | None, trace: Trace | None
+    ) -> tuple[Tensor, LayerState]:
+        """The residual stream x (b, l, m) through this layer, and the mixer's new memory."""
+        update = None
+        if self.mixer is not None:
+            update, state = self.mixer(self._normed(self.norm, x), state, lengths)
+        x, state = self._add(x, update, trace), state
+        if trace is not None and trace.keep_hidden:
+            trace.hidden[self.index] = x
+        return x, state
+
+    def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """One token: x (b, m) through this layer, and the mixer's new memory."""
+        update = None
+        if self.mixer is not None:
+            update, state = self.mixer.step(self._normed(self.norm, x), state)  # pyright: ignore[reportArgumentType] # its own kind of state
+        return self._add(x, update, None), state
+
+    def _add(self, x: Tensor, update: Tensor | None, trace: Trace | None) -> Tensor:
+        if self.feed_forward is not None:
+            y = self._normed(self.feed_forward_norm or self.norm, x)
+            if isinstance(self.feed_forward, MoE):
+                y, routing = self.feed_forward(y)
+                if trace is not None:
+                    trace.routing[self.index] = routing
+            else:
+                y = self.feed_forward(y)
+            update = y if update is None else update + y
+        assert update is not None  # a layer has at least one part
+        return x + update
+
+    def _normed(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        return norm(x).to(self.compute_dtype)

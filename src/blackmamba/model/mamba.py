@@ -1,0 +1,125 @@
+"""The Mamba-1 layer: a state-space model whose dt, B and C depend on the token.
+
+Letters: b batch, l sequence, m d_model, d d_inner, r dt_rank, n d_state, k d_conv.
+
+Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.4, figure 3 and algorithm 2.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blackmamba.config import ModelConfig
+from blackmamba.model.linear import Linear
+from blackmamba.model.state import MambaState
+from blackmamba.ops import causal_conv1d, selective_scan, selective_state_update
+
+
+class Mamba(nn.Module):
+    """in_proj -> causal conv, SiLU -> dt, B, C of the token -> selective scan, gate -> out_proj."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | None,
+        dtype: torch.dtype,
+        wide: torch.dtype,
+    ):
+        super().__init__()
+        m, d, n, k, r = (
+            config.d_model,
+            config.d_inner,
+            config.d_state,
+            config.d_conv,
+            config.dt_rank,
+        )
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_proj = Linear(m, 2 * d, bias=config.linear_bias, **options)  # rows [x | z]
+        self.conv_weight = nn.Parameter(torch.empty(d, k, **options))
+        self.conv_bias = nn.Parameter(torch.empty(d, **options))
+        self.x_proj = Linear(d, r + 2 * n, bias=False, **options)  # rows [dt | B | C]
+        self.dt_proj = Linear(r, d, bias=False, **options)
+        self.dt_bias = nn.Parameter(torch.empty(d, device=device, dtype=wide))
+        self.A_log = nn.Parameter(torch.empty(d, n, device=device, dtype=wide))
+        self.D = nn.Parameter(torch.empty(d, device=device, dtype=wide))
+        self.out_proj = Linear(d, m, bias=config.linear_bias, **options)
+        self._split = (r, n, n)
+        self._conv_shape = (d, k - 1)
+        self._ssm_shape = (d, n)
+
+    def initial_state(self, batch_size: int, dtype: torch.dtype) -> MambaState:
+        """No tokens read yet: zeros. `dtype` is that of the products."""
+        return MambaState(
+            conv=torch.zeros(batch_size, *self._conv_shape, device=self.D.device, dtype=dtype),
+            ssm=torch.zeros(batch_size, *self._ssm_shape, device=self.D.device, dtype=self.D.dtype),
+        )
+
+    def forward(
+        self, u: Tensor, state: MambaState | None, lengths: Tensor | None
+    ) -> tuple[Tensor, MambaState]:
+        """Read a piece of each sequence.
+
+        Args:
+            u: (b, l, m).
+            state: memory of what came before, None for nothing.
+            lengths: (b,) int64, rows are right-padded; a pad neither decays nor feeds the state.
+        Returns:
+            (b, l, m) and the new memory.
+        """
+        x, z = self.in_proj(u).chunk(2, dim=-1)
+        x, conv = causal_conv1d(
+            x,
+            self.conv_weight.to(x.dtype),
+            self.conv_bias.to(x.dtype),
+            initial_state=None if state is None else state.conv,
+            lengths=lengths,
+        )
+        dt, B, C = self.x_proj(x).split(self._split, dim=-1)
+        dt = self.dt_proj(dt)
+        if lengths is not None:  # softplus(-inf) = 0: exp(0 A) = 1 and 0 B x = 0 leave h as it is
+            pad = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
+            dt = dt.masked_fill(pad[:, :, None], -torch.inf)
+        y, ssm = selective_scan(
+            x,
+            dt,
+            self.decay_rates(),
+            B,
+            C,
+            self.D,
+            z,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            initial_state=None if state is None else state.ssm,
+        )
+        return self.out_proj(y), MambaState(conv, ssm)
+
+    def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """Read one token of each sequence: u (b, m) to (b, m), and the new memory."""
+        x, z = self.in_proj(u).chunk(2, dim=-1)
+        x, conv = causal_conv1d(
+            x[:, None],
+            self.conv_weight.to(x.dtype),
+            self.conv_bias.to(x.dtype),
+            initial_state=state.conv,
+        )
+        x = x[:, 0]
+        dt, B, C = self.x_proj(x).split(self._split, dim=-1)
+        y, ssm = selective_state_update(
+            state.ssm,
+            x,
+            self.dt_proj(dt),
+            self.decay_rates(),
+            B,
+            C,
+            self.D,
+            z,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+        )
+        return self.out_proj(y), MambaState(conv, ssm)
+
+    def decay_rates(self) -> Tensor:
+        """A = -exp(A_log), (d, n), negative: the state can only decay."""
+        return -torch.exp(self.A_log)

@@ -1,0 +1,40 @@
+"""Norms. Their parameters and arithmetic are float32 or wider, whatever the model's dtype."""
+
+import torch
+from torch import Tensor, nn
+
+from blackmamba.config import ModelConfig
+from blackmamba.ops import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight.
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4.
+    """
+
+    def __init__(self, width: int, eps: float, *, device: torch.device | None, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., m) to the same shape and dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm that works in the dtype of its parameters and gives back the input's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., m) to the same shape and dtype."""
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+def final_norm(
+    config: ModelConfig, *, device: torch.device | None, dtype: torch.dtype
+) -> RMSNorm | LayerNorm:
+    """The norm before the head. The released models have a LayerNorm with bias here."""
+    if config.final_norm == "rms_norm":
+        return RMSNorm(config.d_model, config.norm_eps, device=device, dtype=dtype)
+    return LayerNorm(config.d_model, config.norm_eps, device=device, dtype=dtype)

@@ -1,0 +1,105 @@
+"""How large a model is, in closed form from its configuration: parameters, memory, arithmetic.
+
+Letters: m d_model, d d_inner, n d_state, r dt_rank, k d_conv, f width, e experts, v vocabulary.
+
+Source: derived from the layers in this folder; the tests compare with built models. FLOPs count a
+multiply-add as 2 and an exponential as 1.
+"""
+
+import dataclasses
+
+from blackmamba.config import LayerSpec, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Parameters of a part: all that are stored, and those that one token uses."""
+
+    total: int
+    active: int
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.total + other.total, self.active + other.active)
+
+
+def parameters(config: ModelConfig) -> Count:
+    """Parameters of the whole model; the embedding counts as active, once if it is tied."""
+    count = Count(0, 0)
+    for spec in config.layer_specs:
+        count += layer_parameters(config, spec)
+    m, v = config.d_model, config.vocab_size
+    rest = v * m * (1 if config.tie_embeddings else 2)
+    rest += m * (2 if config.final_norm == "layer_norm" else 1)
+    rest += v if config.head_bias else 0
+    return count + Count(rest, rest)
+
+
+def layer_parameters(config: ModelConfig, spec: LayerSpec) -> Count:
+    """Parameters of one layer with its norms."""
+    m, bias = config.d_model, config.linear_bias
+    shared = m * ((spec.mixer != "none") + (spec.feed_forward != "none"))  # norms
+    expert = 0
+    if spec.mixer == "mamba":
+        d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
+        shared += 2 * d * m + (k + 1) * d + (r + 2 * n) * d + r * d + d + n * d + d + d * m
+        shared += (2 * d + m) if bias else 0
+    elif spec.mixer == "attention":
+        q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+        shared += 2 * q * m + 2 * kv * m
+        shared += (q + 2 * kv + m) if bias else 0
+    if spec.feed_forward != "none":
+        f = config.d_mlp if spec.feed_forward == "mlp" else config.d_expert
+        rows = 2 * f if config.gated else f
+        expert = rows * m + f * m + ((rows + m) if bias else 0)
+    if spec.feed_forward == "moe":
+        shared += (m + 1) * spec.n_experts  # router
+        return Count(shared + spec.n_experts * expert, shared + expert)
+    return Count(shared + expert, shared + expert)
+
+
+def state_bytes(config: ModelConfig, context: int, product_bytes: int = 4) -> int:
+    """Bytes that one sequence's memory takes after `context` tokens.
+
+    Args:
+        config: the model; Mamba layers take the same at any context.
+        context: tokens read so far.
+        product_bytes: bytes per number of the compute dtype (the SSM state is float32).
+    """
+    total = 0
+    for spec in config.layer_specs:
+        if spec.mixer == "mamba":
+            total += config.d_inner * (config.d_state * 4 + (config.d_conv - 1) * product_bytes)
+        elif spec.mixer == "attention":
+            total += 2 * context * config.n_kv_heads * config.d_head * product_bytes + 8
+    return total
+
+
+def flops_per_token(config: ModelConfig, context: int) -> int:
+    """Forward FLOPs to read one token when `context` tokens are before it.
+
+    Training costs about three times as much: the backward pass has two products for each of these.
+    """
+    total = 2 * config.d_model * config.vocab_size  # head
+    for spec in config.layer_specs:
+        total += _layer_flops(config, spec, context)
+    return total
+
+
+def _layer_flops(config: ModelConfig, spec: LayerSpec, context: int) -> int:
+    m = config.d_model
+    flops = 0
+    if spec.mixer == "mamba":
+        d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
+        flops += 2 * m * 2 * d + 2 * d * (r + 2 * n) + 2 * r * d + 2 * d * m  # products
+        flops += 2 * k * d  # convolution
+        # scan: exp(dt A) 2, decay and drive 2 + 2, C.h 2 for each of d n; dt x, D x, gate for d
+        flops += 8 * d * n + 5 * d
+    elif spec.mixer == "attention":
+        q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+        flops += 2 * m * (2 * q + 2 * kv) + 4 * (context + 1) * q
+    if spec.feed_forward != "none":
+        f = config.d_mlp if spec.feed_forward == "mlp" else config.d_expert
+        flops += 2 * m * f * (3 if config.gated else 2)
+    if spec.feed_forward == "moe":
+        flops += 2 * m * spec.n_experts
+    return flops

@@ -1,0 +1,84 @@
+"""Closed formulas against built models, and the sizes in the released models' names."""
+
+import pytest
+import torch
+
+from blackmamba.config import ModelConfig
+from blackmamba.model import BlackMamba
+from blackmamba.model.size import flops_per_token, parameters, state_bytes
+from blackmamba.presets import presets
+
+ODD = ModelConfig(
+    layers=("mamba+moe:3", "attention", "mlp", "moe", "attention+mlp", "mamba"),
+    d_model=24,
+    vocab_size=50,
+    n_experts=5,
+    d_expert=7,
+    d_mlp=11,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=6,
+    linear_bias=True,
+    head_bias=True,
+    tie_embeddings=False,
+    final_norm="rms_norm",
+    gated=False,
+)
+
+
+@pytest.mark.parametrize("name", [*presets, "odd"])
+def test_total_parameters_are_those_of_the_built_model(name: str):
+    config = ODD if name == "odd" else presets[name]
+    built = BlackMamba(config, device="meta")
+    assert parameters(config).total == sum(p.numel() for p in built.parameters())
+
+
+@pytest.mark.parametrize("name", ["tiny", "odd"])
+def test_active_parameters_leave_out_all_experts_but_one(name: str):
+    config = ODD if name == "odd" else presets[name]
+    built = BlackMamba(config, device="meta")
+    idle = sum(
+        p.numel() - p.numel() // p.shape[0]
+        for key, p in built.named_parameters()
+        if key.rsplit(".", 1)[-1] in ("fc1", "fc2", "fc1_bias", "fc2_bias")
+    )
+    counted = parameters(config)
+    assert counted.total - counted.active == idle
+
+
+def test_released_sizes():
+    # the released files' own counts; the paper calls the models 340M/1.5B and 630M/2.8B
+    small, large = parameters(presets["blackmamba-1.5b"]), parameters(presets["blackmamba-2.8b"])
+    assert (small.total, small.active) == (1_458_462_072, 343_694_712)
+    assert (large.total, large.active) == (2_783_213_584, 628_770_832)
+
+
+@pytest.mark.parametrize("size", ["1.5b", "2.8b", "demo", "tiny"])
+def test_twins_have_about_the_same_active_parameters(size: str):
+    ours = parameters(presets[f"blackmamba-{size}"]).active
+    for kind in ("transformer", "moe-transformer", "mamba"):
+        assert parameters(presets[f"{kind}-{size}"]).active == pytest.approx(ours, rel=0.12)
+
+
+@pytest.mark.parametrize("name", ["tiny", "transformer-tiny", "odd"])
+@pytest.mark.parametrize("context", [1, 9])
+def test_state_bytes_are_those_of_a_state(name: str, context: int):
+    config = ODD if name == "odd" else presets[name]
+    model = BlackMamba(config).eval()
+    _, state = model.prefill(torch.ones(3, context, dtype=torch.int64))
+    assert state.nbytes == 3 * state_bytes(config, context)
+
+
+def test_flops_agree_with_torch_counts_of_the_products(monkeypatch: pytest.MonkeyPatch):
+    """torch counts matrix products only, so take the rest away from the closed formula."""
+    monkeypatch.setenv("BLACKMAMBA_BACKEND", "reference")  # its scan has no products
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = presets["mamba-tiny"]
+    model, n_tokens = BlackMamba(config).eval(), 8
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(torch.ones(1, n_tokens, dtype=torch.int64))
+    by_op = counter.get_flop_counts()["Global"]
+    d, n, k = config.d_inner, config.d_state, config.d_conv
+    elsewhere = config.n_layers * (2 * k * d + 8 * d * n + 5 * d)
+    assert sum(by_op.values()) == n_tokens * (flops_per_token(config, 0) - elsewhere)
