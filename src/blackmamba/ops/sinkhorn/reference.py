@@ -18,28 +18,35 @@ class SinkhornResult(NamedTuple):
     """Largest relative error of a row or column sum."""
 
 
+_FLOOR = -1e4  # of a scaled logit below its row's largest: far below what exp can tell from 0
+
+
 @torch.no_grad()
 def sinkhorn_reference(
     logits: Tensor, scale: float, start: str, tolerance: float, max_iterations: int
 ) -> SinkhornResult:
-    """log P = scale * logits + r + c; r and c in turn make the rows and the columns right."""
+    """log P = scale * logits + r + c; r and c in turn make the rows and the columns right.
+
+    Each row's largest logit is taken out first, which r would undo: so nothing overflows.
+    """
     t, e = logits.shape
-    limit = torch.finfo(torch.float32).max / 16  # keeps every sum below finite
-    log_cost = (logits.to(wide_dtype(logits)) * scale).clamp(-limit, limit)
+    logits = logits.to(wide_dtype(logits))
     if t == 0:
-        return SinkhornResult(log_cost, 0, 0.0)
-    if start == "paper":
-        c = -math.log(e) - log_cost.logsumexp(dim=0)
-        c = c - c.max()  # a shift of all columns, which r takes back
-    else:
-        c = log_cost.new_zeros(e)
-    iterations, error = 0, math.inf
-    plan = log_cost
-    while iterations < max_iterations and not error < tolerance:
+        return SinkhornResult(logits.clone(), 0, 0.0)
+    largest = logits.amax(dim=1, keepdim=True)
+    log_cost = ((logits - largest) * scale).clamp(min=_FLOOR)
+    c = logits.new_zeros(e)
+    if start == "paper":  # column sums of the cost as given, but for one factor, which r undoes
+        weight = ((largest - largest.max()) * scale).clamp(min=_FLOOR)
+        c = -(log_cost + weight).logsumexp(dim=0)
+    plan, iterations, error = logits, 0, math.inf
+    while iterations < max_iterations:
         iterations += 1
         r = -math.log(t) - (log_cost + c).logsumexp(dim=1)
         rows_right = log_cost + r[:, None]
         c = -math.log(e) - rows_right.logsumexp(dim=0)
-        plan = (rows_right + c).exp()  # in this order: at most 1 / e, whatever the logits
+        plan = (rows_right + c).exp()
         error = float((t * plan.sum(dim=1) - 1).abs().max())  # the columns are exact now
+        if not error >= tolerance:  # so that NaN, which comes of NaN logits alone, stops too
+            break
     return SinkhornResult(plan, iterations, error)
