@@ -28,10 +28,9 @@ def atomic_file(path: Path) -> Generator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
+        settle(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -53,8 +52,8 @@ def atomic_folder(path: Path) -> Generator[Path]:
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             if file.is_file():
-                _sync(file)
-        _sync(temporary)
+                sync(file)
+        sync(temporary)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             os.replace(path, old / path.name)
@@ -62,7 +61,7 @@ def atomic_folder(path: Path) -> Generator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -73,16 +72,22 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def settle(temporary: Path) -> None:
+    """Give a finished temporary file the permissions of any other and put it on disk."""
+    temporary.chmod(0o666 & ~_umask())
+    sync(temporary)
 
 
-def _sync(path: Path) -> None:
-    """Ask the system to put a file or a folder's entries on disk."""
+def sync(path: Path) -> None:
+    """Ask the system to put a file's content or a folder's entries on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,48 @@
+"""From one format to the other."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from blackmamba.checkpoint import released
+from blackmamba.checkpoint.load import file_dtype, load, load_tokenizer
+from blackmamba.checkpoint.native import save, write_folder
+from blackmamba.errors import ConfigError
+
+
+def convert(
+    source: str | Path, destination: str | Path, *, to: Literal["native", "released"] = "native"
+) -> None:
+    """Read a model in either format and write it in the one that `to` names; every weight is kept.
+
+    Args:
+        source: a model folder or hub name.
+        destination: the folder to write; a tokenizer.json is taken along.
+        to: "native": config.json, model.safetensors; "released": config.json, pytorch_model.bin.
+    Raises:
+        CheckpointError: the source cannot be read or the destination not written.
+        ConfigError: `to` is unknown, or the released format cannot express the model.
+    """
+    if to not in ("native", "released"):
+        raise ConfigError(f"to={to!r}: must be 'native' or 'released'")
+    model = load(source, dtype=file_dtype(source))
+    tokenizer = load_tokenizer(source)
+    if to == "native":
+        save(model, destination, tokenizer=tokenizer)
+        return
+    config = released.write_config(model.config)
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    for name, place in released.places(model).items():
+        whole = parameters[place.parameter].detach()
+        part = whole if place.expert is None else whole[place.expert].clone()
+        tensors[name] = part.view(place.shape)
+
+    def write_weights(path: Path) -> None:
+        content: dict[str, Any] = {"model": tensors}
+        torch.save(content, path)
+
+    tokenizer_json = None if tokenizer is None else tokenizer.to_json()
+    write_folder(Path(destination), config, ("pytorch_model.bin", write_weights), tokenizer_json)

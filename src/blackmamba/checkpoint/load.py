@@ -1,0 +1,172 @@
+"""Load a model from a folder in either format, told apart by content, or by its name on the hub."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from blackmamba.checkpoint import native, released
+from blackmamba.checkpoint.tensors import TensorFile, check_fit, open_tensors
+from blackmamba.config import ModelConfig
+from blackmamba.errors import CheckpointError, ConfigError
+from blackmamba.model import BlackMamba
+
+if TYPE_CHECKING:
+    from blackmamba.data import Tokenizer
+
+_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json")
+
+
+def load(
+    source: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    expert_activation: Literal["silu", "gelu"] | None = None,
+) -> BlackMamba:
+    """A model out of a folder, ready to generate (in evaluation mode).
+
+    Args:
+        source: a folder of ours or in the released format, a training run's folder, or a hub name
+        such
+            as "Zyphra/BlackMamba-1.5B".
+        device: where to put it.
+        dtype: of its parameters, whatever the file has; those that `blackmamba.model.keeps_float32`
+            names are float32 or wider.
+        expert_activation: None: as the folder says, which for the released format is exact GELU
+            (docs/released-weights.md says why).
+    Raises:
+        CheckpointError: the folder or a file is missing, damaged, or does not fit; all tensors that
+            are missing, unexpected or of a wrong shape are named.
+        ConfigError: the configuration is wrong.
+    """
+    folder = find_folder(source)
+    if expert_activation not in (None, "silu", "gelu"):
+        raise ConfigError(f"expert_activation={expert_activation!r}: must be 'silu' or 'gelu'")
+    plain, is_ours = _read_json(folder)
+    config = _config(folder, plain, is_ours)
+    file = _open_weights(folder, is_ours)
+    if not is_ours:
+        config = released.untied(config, file)
+        released.without_ignored(file, config)
+    if expert_activation is not None:
+        config = dataclasses.replace(config, activation=expert_activation)
+    model = BlackMamba(config, device="meta", dtype=dtype)
+    places = (native if is_ours else released).places(model)
+    check_fit(file, places)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, place in places.items():
+            into = parameters[place.parameter]
+            file.copy(name, into if place.expert is None else into[place.expert])
+    return model.eval()
+
+
+def load_config(source: str | Path) -> ModelConfig:
+    """The configuration of a model folder, without its weights.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: a value is wrong.
+    """
+    folder = find_folder(source)
+    return _config(folder, *_read_json(folder))
+
+
+def load_tokenizer(source: str | Path) -> "Tokenizer | None":
+    """The tokenizer in a model folder; None if it has none.
+
+    Raises:
+        CheckpointError: there is no such folder.
+        DataError: the file is damaged.
+    """
+    from blackmamba.data import Tokenizer
+
+    path = find_folder(source) / "tokenizer.json"
+    return Tokenizer.from_file(path) if path.exists() else None
+
+
+def find_folder(source: str | Path) -> Path:
+    """The folder with config.json: `source`, its model/, its newest checkpoint, or a download.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        steps = sorted((folder / "checkpoints").glob("step-*"))
+        for candidate in (folder, folder / "model", *reversed(steps)):
+            if (candidate / "config.json").is_file():
+                return candidate
+        raise CheckpointError(f"{folder}: no config.json in this folder")
+    looks_like_hub = len(folder.parts) == 2 and not folder.is_absolute() and "." not in folder.parts
+    if folder.exists() or not looks_like_hub or ".." in folder.parts:
+        raise CheckpointError(f"{folder}: no such folder")
+    return _download(str(source))
+
+
+def file_dtype(source: str | Path) -> torch.dtype:
+    """The dtype that a folder's weights are written in."""
+    folder = find_folder(source)
+    _, is_ours = _read_json(folder)
+    dtypes = _open_weights(folder, is_ours).dtypes
+    name = "embedding.weight" if is_ours else "embedding.word_embeddings.weight"
+    return dtypes.get(name, torch.float32)
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"{name}: no such folder, and the hub needs huggingface_hub; "
+            "pip install 'blackmamba[hub]'"
+        ) from None
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(_FILES)))
+    except (OSError, ValueError) as error:  # no network, no such model, no valid name
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{name}: no such folder, and not to be had from the hub ({reason})"
+        ) from None
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{name}: has no config.json on the hub")
+    return folder
+
+
+def _read_json(folder: Path) -> tuple[dict[str, Any], bool]:
+    """config.json, and whether it is ours."""
+    path = folder / "config.json"
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if isinstance(plain, dict):
+        plain = cast("dict[str, Any]", plain)
+        if plain.get("format") == native.FORMAT:
+            return plain, True
+        if "mamba_moe_layers" in plain or "num_layers" in plain:
+            return plain, False
+    raise CheckpointError(
+        f"{path}: neither ours (format: {native.FORMAT}) nor of the released format "
+        "(mamba_moe_layers)"
+    )
+
+
+def _config(folder: Path, plain: dict[str, Any], is_ours: bool) -> ModelConfig:
+    read = native.read_config if is_ours else released.read_config
+    return read(plain, folder / "config.json")
+
+
+def _open_weights(folder: Path, is_ours: bool) -> TensorFile:
+    pickled = folder / "pytorch_model.bin"
+    if not is_ours and pickled.exists():
+        return open_tensors(pickled)
+    path = folder / "model.safetensors"
+    if not path.exists():
+        wanted = path.name if is_ours else f"{pickled.name} or {path.name}"
+        raise CheckpointError(f"{folder}: has a config.json but no {wanted}")
+    return open_tensors(path)

@@ -1,0 +1,118 @@
+"""Our model folders: config.json, model.safetensors and, where there is one, tokenizer.json."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from blackmamba.checkpoint.tensors import Place
+from blackmamba.config import ModelConfig, from_mapping, to_mapping
+from blackmamba.errors import CheckpointError
+from blackmamba.files import settle, sync
+from blackmamba.model import BlackMamba
+
+if TYPE_CHECKING:
+    from blackmamba.data import Tokenizer
+
+FORMAT, VERSION = "blackmamba", 1
+
+
+def save(model: BlackMamba, folder: str | Path, *, tokenizer: "Tokenizer | None" = None) -> None:
+    """Write config.json, model.safetensors and, if given, tokenizer.json into `folder`.
+
+    Other files there stay. All three are written under temporary names first; then an old
+    config.json that says something else is removed, the weights take their name, and the new
+    config.json comes last. A stop at any point leaves the old model, the new one, or no
+    config.json: never a mixture.
+
+    Args:
+        model: on any device; parameters are written in their own dtypes.
+        folder: made if it is missing.
+        tokenizer: the model's.
+    Raises:
+        CheckpointError: it cannot be written (a full disk, no permission); the old files are whole.
+    """
+    plain = {"format": FORMAT, "format_version": VERSION, "model": to_mapping(model.config)}
+    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+
+    def write_weights(path: Path) -> None:
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    write_folder(
+        Path(folder),
+        plain,
+        ("model.safetensors", write_weights),
+        None if tokenizer is None else tokenizer.to_json(),
+    )
+
+
+def write_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: tuple[str, Callable[[Path], None]],
+    tokenizer_json: str | None,
+) -> None:
+    """Write the files of a model folder so that no stop leaves a mixture; see `save`.
+
+    Args:
+        folder: made if it is missing.
+        config: of config.json.
+        weights: the weight file's name, and what writes it to a path.
+        tokenizer_json: of tokenizer.json; None: such a file is left as it is.
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    text = json.dumps(config, indent=2) + "\n"
+    name, write_weights = weights
+    files: dict[str, Callable[[Path], None]] = {name: write_weights}
+    if tokenizer_json is not None:
+        files["tokenizer.json"] = lambda path: _write(path, tokenizer_json)
+    files["config.json"] = lambda path: _write(path, text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            ready: dict[str, Path] = {}
+            for final, write in files.items():
+                handle, temporary = tempfile.mkstemp(prefix=f".{final}.", suffix=".tmp", dir=folder)
+                os.close(handle)
+                ready[final] = Path(temporary)
+                stack.callback(ready[final].unlink, missing_ok=True)
+                write(ready[final])
+                settle(ready[final])
+            old = folder / "config.json"
+            if old.exists() and old.read_text(encoding="utf-8", errors="replace") != text:
+                old.unlink()
+            for final, temporary in ready.items():
+                os.replace(temporary, folder / final)
+            sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the model cannot be written ({error})") from None
+
+
+def read_config(plain: Mapping[str, Any], path: object) -> ModelConfig:
+    """The model that our config.json describes.
+
+    Raises:
+        CheckpointError: it was written by a newer version.
+        ConfigError: a key or value is wrong.
+    """
+    if plain.get("format_version") != VERSION:
+        raise CheckpointError(
+            f"{path}: format_version={plain.get('format_version')!r}: this version reads {VERSION}"
+        )
+    return from_mapping(ModelConfig, plain.get("model", {}), str(path))
+
+
+def places(model: BlackMamba) -> dict[str, Place]:
+    """Name of every tensor that `model` needs, and where it goes: to the parameter of that name."""
+    return {n: Place(n, None, tuple(p.shape)) for n, p in model.named_parameters()}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
