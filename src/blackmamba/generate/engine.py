@@ -1,0 +1,282 @@
+"""Token ids in, token ids out: read the prompts at once, then go on one token a step.
+
+This file knows no text. A row's ids do not depend on the other rows of its batch, except that a
+matrix product may round differently when its number of rows changes.
+
+Letters: b batch, v vocabulary.
+"""
+
+import contextlib
+import operator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from blackmamba.errors import InputError
+from blackmamba.generate.sampling import RowUniforms, SamplingConfig, sample
+from blackmamba.model import BlackMamba, State
+
+# How much of the prompts is read at once: enough to keep a device busy, and a bound on memory.
+_PREFILL_TOKENS = 4096
+_PREFILL_TOKENS_PER_ROW = 64
+
+
+def generate(
+    model: BlackMamba,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop_ids: Iterable[int] = (),
+) -> list[list[int]]:
+    """Continue each prompt. Equal arguments give equal ids.
+
+    Args:
+        model: used in evaluation mode; one in training mode is put back after every step.
+        prompts: the rows, each at least one token id; lengths may differ.
+        max_new_tokens: most new ids a row.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingConfig`.
+        stop_ids: a row ends when one of these would come; it is not part of the result.
+    Returns:
+        The new ids of each prompt.
+    Raises:
+        ConfigError: a sampling argument is out of its range.
+        InputError: prompts, max_new_tokens or stop_ids are wrong, or the model's logits are NaN.
+    """
+    pairs = stream(
+        model, prompts, max_new_tokens, temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed, stop_ids=stop_ids,
+    )  # fmt: skip
+    new_ids: list[list[int]] = [[] for _ in prompts]
+    for row, token_id in pairs:
+        new_ids[row].append(token_id)
+    return new_ids
+
+
+def stream(
+    model: BlackMamba,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop_ids: Iterable[int] = (),
+) -> Iterator[tuple[int, int]]:
+    """`generate`, giving (row, id) as soon as it is known.
+
+    Arguments are checked at the call, the model runs when the first pair is asked for. Rows come
+    in turn: one id of each row that still goes on, then the next of each.
+    """
+    config = SamplingConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
+    return _pairs(Batch(model, prompts, max_new_tokens, config, stop_ids))
+
+
+def _pairs(batch: "Batch") -> Iterator[tuple[int, int]]:
+    while batch.rows:
+        yield from batch.advance()
+
+
+class Batch:
+    """Prompts that are being continued together, one new id a row each time.
+
+    Args:
+        model, prompts, max_new_tokens, stop_ids: as for `generate`.
+        config: how ids are chosen.
+        n_tokens: only ids below it are chosen, if that is fewer than the model has tokens.
+
+    Attributes:
+        rows: the rows still going on, in rising order; numbers are positions in `prompts`.
+    """
+
+    def __init__(
+        self,
+        model: BlackMamba,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        config: SamplingConfig,
+        stop_ids: Iterable[int] = (),
+        n_tokens: int | None = None,
+    ):
+        vocab_size = model.config.vocab_size
+        self._prompts = _checked_prompts(prompts, vocab_size)
+        self._stop_ids = frozenset(_checked_ids("stop_ids", stop_ids, vocab_size))
+        self._n_left = _checked_count("max_new_tokens", max_new_tokens)
+        self._n_tokens = min(n_tokens or vocab_size, model.config.n_tokens)
+        self._model = model
+        self._config = config
+        self._uniforms = RowUniforms(config.seed, len(self._prompts))
+        self.rows: list[int] = list(range(len(self._prompts))) if self._n_left else []
+        # What the last step left, a row of each tensor for every entry of `_held`.
+        self._held: list[int] = self.rows
+        self._state: State | None = None
+        self._last_ids = torch.empty(0, dtype=torch.int64)
+        self._seen: Tensor | None = None
+
+    def advance(self) -> list[tuple[int, int]]:
+        """The next (row, id) of every row; rows that end here leave `rows`."""
+        if not self.rows:
+            return []
+        with _evaluating(self._model):
+            ids = self._sample(self._next_logits())
+        self._last_ids, self._held = ids, self.rows
+        self._n_left -= 1
+        pairs = [
+            (row, token_id)
+            for row, token_id in zip(self.rows, ids.tolist(), strict=True)
+            if token_id not in self._stop_ids
+        ]
+        self.rows = [row for row, _ in pairs] if self._n_left else []
+        return pairs
+
+    def drop(self, row: int) -> None:
+        """End a row, for a reason that its ids alone do not tell."""
+        self.rows = [r for r in self.rows if r != row]
+
+    def _next_logits(self) -> Tensor:
+        """Logits (b, v) after the last token of each row in `rows`."""
+        if self._state is None:
+            logits, self._state = _prefill(self._model, [self._prompts[row] for row in self.rows])
+            return logits
+        self._forget_ended()
+        logits, self._state = self._model.step(self._last_ids, self._state)
+        return logits
+
+    def _forget_ended(self) -> None:
+        if self._held == self.rows or self._state is None:
+            return
+        rows = set(self.rows)
+        kept = [i for i, row in enumerate(self._held) if row in rows]
+        self._state = self._state.select(kept)
+        self._last_ids = self._last_ids[kept]
+        self._seen = None if self._seen is None else self._seen[kept]
+        self._held = self.rows
+
+    def _sample(self, logits: Tensor) -> Tensor:
+        uniforms = None
+        if self._config.temperature > 0:
+            uniforms = self._uniforms.next(self.rows).to(logits.device)
+        if self._config.repetition_penalty != 1:
+            self._seen = self._all_seen(logits)
+        return sample(
+            logits, self._config, n_tokens=self._n_tokens, seen=self._seen, uniforms=uniforms
+        )
+
+    def _all_seen(self, like: Tensor) -> Tensor:
+        """(b, v) bool: the ids of each row's prompt and output so far."""
+        if self._seen is not None:
+            return self._seen.scatter(1, self._last_ids[:, None], True)
+        seen = torch.zeros_like(like, dtype=torch.bool)
+        for i, row in enumerate(self.rows):
+            seen[i, self._prompts[row]] = True
+        return seen
+
+
+def _prefill(model: BlackMamba, prompts: list[list[int]]) -> tuple[Tensor, State]:
+    """Read the prompts, right-padded and piece by piece.
+
+    Rows whose prompt has ended wait outside until the longest is read.
+
+    Returns:
+        Logits (b, v) after each prompt's last token, and the memory of all rows.
+    """
+    device = next(model.parameters()).device
+    rows, start, state = list(range(len(prompts))), 0, None
+    read: list[int] = []
+    read_logits: list[Tensor] = []
+    read_states: list[State] = []
+    while rows:
+        stop = start + max(_PREFILL_TOKENS // len(rows), _PREFILL_TOKENS_PER_ROW)
+        pieces = [torch.tensor(prompts[row][start:stop]) for row in rows]
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        logits, state = model.prefill(
+            pad_sequence(pieces, batch_first=True).to(device),
+            state,
+            lengths=None if (lengths == lengths[0]).all() else lengths.to(device),
+            logits="last",
+        )
+        ends = [i for i, row in enumerate(rows) if len(prompts[row]) <= stop]
+        goes_on = [i for i, row in enumerate(rows) if len(prompts[row]) > stop]
+        read += [rows[i] for i in ends]
+        read_logits.append(logits[ends])
+        read_states.append(state.select(ends))
+        rows, start, state = [rows[i] for i in goes_on], stop, state.select(goes_on)
+    order = torch.tensor(read).argsort()
+    return torch.cat(read_logits)[order.to(device)], State.cat(read_states).select(order)
+
+
+@contextlib.contextmanager
+def _evaluating(model: BlackMamba) -> Generator[None]:
+    """Evaluation mode and no gradients inside; the mode of every module is put back after.
+
+    Around each step, not around the whole generation: between two ids the caller has the model as
+    it was, also when it never asks for the rest.
+    """
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# ---- checks ---------------------------------------------------------------------------------
+
+
+def _checked_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise InputError(f"prompts={prompts!r}: must be a list of lists of token ids")
+    checked = [_checked_ids(f"prompts[{i}]", ids, vocab_size) for i, ids in enumerate(prompts)]
+    if not checked:
+        raise InputError("prompts is empty: must hold at least one prompt")
+    for i, ids in enumerate(checked):
+        if not ids:
+            raise InputError(f"prompts[{i}] is empty: a prompt needs at least one token id")
+    return checked
+
+
+def _checked_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise InputError(f"{name}={ids!r}: must be a list of token ids")
+    checked: list[int] = []
+    for i, token_id in enumerate(ids):
+        number = _whole(token_id)
+        if number is None or not 0 <= number < vocab_size:
+            raise InputError(
+                f"{name} holds {token_id!r} at {i}: must be a token id 0 .. {vocab_size - 1}"
+            )
+        checked.append(number)
+    return checked
+
+
+def _checked_count(name: str, value: int) -> int:
+    number = _whole(value)
+    if number is None or number < 0:
+        raise InputError(f"{name}={value!r}: must be a whole number of at least 0")
+    return number
+
+
+def _whole(value: object) -> int | None:
+    """`value` as an int if it is a whole number of any library; truth values are none."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType] # that is the question
+    except TypeError:
+        return None
