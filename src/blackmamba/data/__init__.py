@@ -1,0 +1,22 @@
+"""Text to tokens to batches.
+
+data = prepare(DataConfig(text=("corpus:bible",)), "prepared")
+input_ids, labels = WindowSampler(data.train.tokens, seq_len=256, batch_size=8, seed=0).batch(0)
+"""
+
+from blackmamba.data.prepare import DataConfig, PreparedData, prepare
+from blackmamba.data.sampler import ValidationStreams, WindowSampler
+from blackmamba.data.text import iter_documents
+from blackmamba.data.tokenizer import Tokenizer
+from blackmamba.data.tokens import TokenFile
+
+__all__ = [
+    "DataConfig",
+    "PreparedData",
+    "TokenFile",
+    "Tokenizer",
+    "ValidationStreams",
+    "WindowSampler",
+    "iter_documents",
+    "prepare",
+]
