@@ -1,1 +1,26 @@
-"""BlackMamba: language models that alternate Mamba state-space layers with routed experts."""
+"""BlackMamba: language models that alternate Mamba state-space layers with routed experts.
+
+    import blackmamba
+    model = blackmamba.load("a-model-folder")
+    ids = blackmamba.generate(model, [[1, 2, 3]], max_new_tokens=32)
+
+Importing this package touches no GPU, reads no environment variable and compiles nothing.
+"""
+
+from blackmamba.checkpoint import load, save
+from blackmamba.config import ModelConfig
+from blackmamba.generate import generate
+from blackmamba.model import BlackMamba, State
+from blackmamba.presets import presets
+from blackmamba.version import __version__
+
+__all__ = [
+    "BlackMamba",
+    "ModelConfig",
+    "State",
+    "__version__",
+    "generate",
+    "load",
+    "presets",
+    "save",
+]
