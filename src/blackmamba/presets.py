@@ -49,7 +49,7 @@ def _build(size: _Size, pattern: tuple[str, ...]) -> ModelConfig:
         d_mlp=size.width if "mlp" in pattern else 0,
         n_heads=size.d_model // size.d_head if has_attention else 0,
         n_kv_heads=size.d_model // size.d_head if has_attention else 0,
-        d_head=size.d_head,
+        d_head=size.d_head if has_attention else 64,
     )
 
 

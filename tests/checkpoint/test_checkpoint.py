@@ -148,11 +148,18 @@ RELEASED = {
 
 def test_layer_codes_and_defaults():
     config = read_config(RELEASED, "config.json")
-    assert config.layers == ("mamba", "moe:16", "mlp", "mamba+moe:12", "mamba+mlp", "moe:2")
+    assert config.layers == ("mamba", "moe", "mlp", "mamba+moe:12", "mamba+mlp", "moe:2")
+    assert config.n_experts == 16
     assert (config.unused_vocab, config.n_tokens) == (27, 50_277)
     assert (config.gated, config.linear_bias, config.activation) == (True, False, "gelu")
     assert write_config(config)["mamba_moe_layers"] == RELEASED["mamba_moe_layers"]
     assert read_config(RELEASED | {"mamba_moe_layers": []}, "x").layers == ("mamba",) * 6
+
+
+@pytest.mark.parametrize("name", ["blackmamba-1.5b", "blackmamba-2.8b"])
+def test_presets_are_the_released_models_but_for_the_activation(name: str):
+    config = dataclasses.replace(presets[name], activation="gelu")
+    assert read_config(write_config(config), "config.json") == config
 
 
 @pytest.mark.parametrize(

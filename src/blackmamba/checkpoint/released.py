@@ -10,7 +10,7 @@ reading of N stops at 9 (it takes the last digit).
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -63,16 +63,19 @@ def read_config(plain: Mapping[str, Any], path: object) -> ModelConfig:
     biased = bool(plain.get("add_bias_linear", False))
     vocab_size = plain["vocab_size"]
     width = plain.get("ffn_hidden_size", 4 * plain["hidden_size"])
+    parts = [_split(i, str(code), path) for i, code in enumerate(codes)]
+    usual = next((n for _, n in parts if n > 1), 8)
     return ModelConfig(
-        layers=tuple(_layer(i, str(code), path) for i, code in enumerate(codes)),
+        layers=tuple(_layer(has_mixer, n, usual) for has_mixer, n in parts),
+        n_experts=usual,
         d_model=plain["hidden_size"],
         vocab_size=vocab_size,
         unused_vocab=_NEOX_ROWS - _NEOX_TOKENS if vocab_size == _NEOX_ROWS else 0,
         expand=plain["expansion_factor"],
         d_state=plain["state_size"],
         d_conv=plain["conv_dimension"],
-        d_expert=width,
-        d_mlp=width,
+        d_expert=width if any(n > 1 for _, n in parts) else 0,
+        d_mlp=width if any(n == 1 for _, n in parts) else 0,
         activation=activation,
         gated=bool(plain.get("swiglu", True)),
         linear_bias=biased,
@@ -195,11 +198,16 @@ _MIXER = {
 }
 
 
-def _layer(index: int, code: str, path: object) -> str:
+def _split(index: int, code: str, path: object) -> tuple[bool, int]:
+    """Whether a layer has a Mamba part, and its experts: 0 none, 1 the dense MLP."""
     match = re.fullmatch(r"(r?)([1-9][0-9]*)?", code)
     if match is None or not code:
         raise CheckpointError(f"{path}: mamba_moe_layers[{index}]={code!r}: {_CODES}")
-    experts: str | None = match[2]
-    feed_forward = None if experts is None else "mlp" if experts == "1" else f"moe:{experts}"
-    mixer: Literal["mamba"] | None = "mamba" if match[1] else None
-    return "+".join(part for part in (mixer, feed_forward) if part)
+    return bool(match[1]), int(match[2] or 0)
+
+
+def _layer(has_mixer: bool, n_experts: int, usual: int) -> str:
+    """Our name of the layer; only an unusual number of experts is spelled out."""
+    names = {0: "", 1: "mlp", usual: "moe"}
+    feed_forward = names.get(n_experts, f"moe:{n_experts}")
+    return "+".join(part for part in ("mamba" if has_mixer else "", feed_forward) if part)
