@@ -1,0 +1,103 @@
+"""What several sub-commands share: naming a model, a device, a dtype and a tokenizer."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from blackmamba.errors import ConfigError
+
+if TYPE_CHECKING:
+    from blackmamba.data import Tokenizer
+    from blackmamba.model import BlackMamba
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_RELEASED_TOKENIZER = "EleutherAI/gpt-neox-20b"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --device, --dtype and --expert-activation."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a model folder (ours or the released format), a run folder, or a hub name",
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="float32", help="default: float32"
+    )
+    parser.add_argument(
+        "--expert-activation",
+        choices=("silu", "gelu"),
+        help="override what the folder says (released folders: gelu)",
+    )
+
+
+def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
+    """--tokenizer."""
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH_OR_NAME",
+        help="a tokenizer.json, a folder with one, or a hub name; default: the model folder's own, "
+        f"or {_RELEASED_TOKENIZER} for a folder without one",
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name}: not usable on this machine ({reason})") from None
+    return device
+
+
+def load_model(args: argparse.Namespace) -> "BlackMamba":
+    """The model that `add_model_arguments` named, in evaluation mode."""
+    from blackmamba.checkpoint import load
+
+    return load(
+        args.model,
+        device=pick_device(args.device),
+        dtype=DTYPES[args.dtype],
+        expert_activation=args.expert_activation,
+    )
+
+
+def load_tokenizer(args: argparse.Namespace) -> "Tokenizer":
+    """The tokenizer that was named, or the model folder's own, or that of the released models."""
+    from blackmamba.checkpoint import load_tokenizer
+    from blackmamba.data import Tokenizer
+
+    if args.tokenizer:
+        return Tokenizer.load(args.tokenizer)
+    own = load_tokenizer(args.model)
+    return own if own is not None else Tokenizer.load(_RELEASED_TOKENIZER)
+
+
+def read_text(path: str) -> str:
+    """A whole UTF-8 text file.
+
+    Raises:
+        ConfigError: it is missing or not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None

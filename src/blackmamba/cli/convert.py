@@ -1,0 +1,38 @@
+"""`blackmamba convert`: between our model folders and the authors' released format."""
+
+import argparse
+
+from blackmamba.config import to_mapping
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the sub-command."""
+    parser = commands.add_parser(
+        "convert",
+        help="between our model folders and the released format",
+        description="Read a model in either format, told apart by content, and write it in one.",
+    )
+    parser.add_argument("source", help="a model folder or a hub name")
+    parser.add_argument("destination", help="the folder to write")
+    parser.add_argument(
+        "--to",
+        choices=("native", "released"),
+        default="native",
+        help="native (default): config.json + model.safetensors; released: the authors' layout",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and say what was written."""
+    from blackmamba.checkpoint import convert, load_config
+    from blackmamba.model.size import parameters
+
+    convert(args.source, args.destination, to=args.to)
+    config = load_config(args.destination)
+    activation = to_mapping(config)["activation"]
+    print(
+        f"wrote {args.destination} ({args.to}): {parameters(config).total:,} parameters, "
+        f"{config.n_layers} layers, expert activation {activation}"
+    )
+    return 0

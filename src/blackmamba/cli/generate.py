@@ -1,0 +1,91 @@
+"""`blackmamba generate`: continue prompts."""
+
+import argparse
+import sys
+import time
+
+from blackmamba.cli.common import (
+    add_model_arguments,
+    add_tokenizer_argument,
+    load_model,
+    load_tokenizer,
+    read_text,
+)
+from blackmamba.errors import ConfigError
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the sub-command."""
+    parser = commands.add_parser(
+        "generate",
+        help="continue prompts",
+        description="Continue prompts. One is printed as it is written, several one after another.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=None,
+    )
+    add_model_arguments(parser)
+    add_tokenizer_argument(parser)
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    prompts.add_argument(
+        "--prompt-file", action="append", default=[], help="a text file to continue"
+    )
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, default=200)
+    sampling.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
+    sampling.add_argument("--top-k", type=int, default=0, help="0: off")
+    sampling.add_argument("--top-p", type=float, default=0.95, help="1: off")
+    sampling.add_argument("--min-p", type=float, default=0.0, help="0: off")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="1: off")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument(
+        "--stop", action="append", default=[], help="text to stop before; repeatable"
+    )
+    parser.add_argument("--no-stats", action="store_true", help="leave out the line with the speed")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, generate, print."""
+    from blackmamba.generate import generate_text
+
+    prompts = [*args.prompt, *(read_text(path) for path in args.prompt_file)]
+    if not prompts:
+        raise ConfigError("no prompt: give --prompt TEXT or --prompt-file FILE")
+    model = load_model(args)
+    tokenizer = load_tokenizer(args)
+    alone = len(prompts) == 1
+
+    def show(_row: int, piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    if alone:
+        print(prompts[0], end="", flush=True)
+    started = time.perf_counter()
+    texts = generate_text(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop=args.stop,
+        on_text=show if alone else None,
+    )
+    seconds = time.perf_counter() - started
+    if alone:
+        print()
+    else:
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(f"{prompt}{text}\n{'-' * 20}")
+    if not args.no_stats:
+        n_new = sum(len(tokenizer.encode(text)) for text in texts)
+        print(
+            f"[about {n_new} tokens in {seconds:.1f} s: {n_new / seconds:.0f} tokens/s]",
+            file=sys.stderr,
+        )
+    return 0

@@ -1,0 +1,169 @@
+"""`blackmamba info`: what a model is made of and what it costs."""
+
+import argparse
+import json
+from collections import Counter
+from typing import Any
+
+import torch
+
+from blackmamba.cli.common import DTYPES
+from blackmamba.config import ModelConfig, to_mapping
+from blackmamba.errors import ConfigError
+from blackmamba.model.size import Count, flops_per_token, layer_parameters, parameters, state_bytes
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the sub-command."""
+    parser = commands.add_parser(
+        "info",
+        help="layers, parameters, memory and arithmetic of a model",
+        description="Print a model's layers, its parameters (all, and those one token uses), its "
+        "memory at each dtype, the bytes it remembers per sequence, and its FLOPs per token. "
+        "Reads no weights.",
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a model folder or hub name")
+    parser.add_argument("--preset", help="a preset's name instead, such as blackmamba-2.8b")
+    parser.add_argument(
+        "--context", type=int, default=2048, help="tokens read before (default 2048)"
+    )
+    parser.add_argument(
+        "--state-after",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="also build the model (random weights), generate so many tokens, measure its memory",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count and print."""
+    if (args.model is None) == (args.preset is None):
+        raise ConfigError("give either a MODEL or --preset NAME")
+    if args.context < 0:
+        raise ConfigError(f"--context {args.context}: must be 0 or more")
+    if min(args.state_after or [1]) < 1:
+        raise ConfigError(f"--state-after {args.state_after}: each must be 1 or more")
+    name = args.model or args.preset
+    facts = collect(_config(args), args.context)
+    if args.state_after:
+        facts["measured_state_bytes"] = measure_state(_config(args), args.state_after)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _show(name, facts)
+    return 0
+
+
+def collect(config: ModelConfig, context: int) -> dict[str, Any]:
+    """All figures as plain data.
+
+    Args:
+        config: the model.
+        context: tokens read before, for attention's memory and arithmetic.
+    """
+    total = parameters(config)
+    kinds: dict[str, Count] = {}
+    for text, spec in zip(config.layers, config.layer_specs, strict=True):
+        kinds[text] = kinds.get(text, Count(0, 0)) + layer_parameters(config, spec)
+    layers = Counter(config.layers)
+    shared = total.total - sum(c.total for c in kinds.values())
+    return {
+        "config": to_mapping(config),
+        "layers": {
+            text: {"count": layers[text], "total": c.total, "active": c.active}
+            for text, c in kinds.items()
+        },
+        "embedding_norm_and_head": shared,
+        "total_parameters": total.total,
+        "active_parameters": total.active,
+        "weight_bytes": {name: total.total * size for name, size in _DTYPE_BYTES.items()},
+        "context": context,
+        "state_bytes_per_sequence": {
+            name: state_bytes(config, context, size) for name, size in _DTYPE_BYTES.items()
+        },
+        "forward_flops_per_token": flops_per_token(config, context),
+    }
+
+
+@torch.inference_mode()
+def measure_state(config: ModelConfig, after: list[int]) -> dict[str, int]:
+    """Bytes of one sequence's memory after generating so many tokens, measured on a built model.
+
+    Args:
+        config: the model; its weights are random, which changes no size.
+        after: numbers of tokens, each at least 1.
+    """
+    from blackmamba.model import BlackMamba
+
+    model = BlackMamba(config, dtype=DTYPES["float32"]).eval()
+    state = model.initial_state(1)
+    next_ids = torch.zeros(1, dtype=torch.int64)
+    sizes: dict[str, int] = {}
+    for n in range(1, max(after) + 1):
+        logits, state = model.step(next_ids, state)
+        next_ids = logits.argmax(dim=-1)
+        if n in after:
+            sizes[str(n)] = state.nbytes
+    return sizes
+
+
+def _config(args: argparse.Namespace) -> ModelConfig:
+    if args.preset is not None:
+        from blackmamba.presets import presets
+
+        return presets[args.preset]
+    from blackmamba.checkpoint import load_config
+
+    return load_config(args.model)
+
+
+def _show(name: str, facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    config = facts["config"]
+    table = Table(title=name, title_justify="left")
+    for column, justify in (("part", "left"), ("layers", "right"), ("parameters", "right")):
+        table.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType] # both are valid
+    table.add_column("active per token", justify="right")
+    for text, row in facts["layers"].items():
+        table.add_row(text, str(row["count"]), f"{row['total']:,}", f"{row['active']:,}")
+    shared = f"{facts['embedding_norm_and_head']:,}"
+    table.add_row("embedding, final norm, head", "", shared, shared)
+    table.add_section()
+    total, active = facts["total_parameters"], facts["active_parameters"]
+    table.add_row("all", str(len(config["layers"])), f"{total:,}", f"{active:,}")
+    console.print(table)
+
+    console.print(
+        f"width {config['d_model']}, vocabulary {config['vocab_size']:,}", highlight=False
+    )
+    sizes = ", ".join(f"{k} {_bytes(v)}" for k, v in facts["weight_bytes"].items())
+    console.print(f"weights: {sizes}", highlight=False)
+    states = ", ".join(f"{k} {_bytes(v)}" for k, v in facts["state_bytes_per_sequence"].items())
+    console.print(
+        f"memory per sequence after {facts['context']:,} tokens: {states}", highlight=False
+    )
+    flops = facts["forward_flops_per_token"]
+    console.print(
+        f"forward FLOPs per token: {flops:,} ({flops / 1e9:.3f} GFLOP); training takes 3 times it",
+        highlight=False,
+    )
+    for n, size in facts.get("measured_state_bytes", {}).items():
+        console.print(
+            f"measured memory per sequence after {int(n):,} generated tokens: {size:,} bytes",
+            highlight=False,
+        )
+
+
+def _bytes(n: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n} B"

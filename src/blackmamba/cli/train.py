@@ -1,0 +1,55 @@
+"""`blackmamba train`: from text to a model, by a recipe."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the sub-command."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model from text",
+        description="Train a model as a recipe says. Everything about the run goes into one "
+        "folder: data, checkpoints, metrics, the final model and a picture of the loss.",
+        epilog="Example: blackmamba train demo --text my.txt --set train.lr=2e-3 --out runs/mine",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="demo, tiny, or a YAML file")
+    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value of the recipe, such as train.lr=3e-4; repeatable",
+    )
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="train on this file or folder instead of the recipe's text; repeatable",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in RUN"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train with a progress bar and print the result."""
+    import json
+
+    from rich.console import Console
+
+    from blackmamba.train import RichProgress, load_recipe
+    from blackmamba.train import run as run_training
+
+    overrides = list(args.set)
+    if args.text:
+        overrides.append(f"data.text={json.dumps(args.text)}")
+    config = load_recipe(args.recipe, overrides)
+    console = Console()
+    with RichProgress(console) as progress:
+        result = run_training(config, args.out, resume=args.resume, progress=progress)
+    console.print(result.report(), highlight=False)
+    return 0
