@@ -164,7 +164,7 @@ def test_mistakes_are_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\xd8")
+    (tmp_path / "binary").write_bytes(b"words \xff\xfe words")
     (tmp_path / "empty").write_bytes(b"")
     known = {"MODEL": folder, "BINARY": tmp_path / "binary", "EMPTY": tmp_path / "empty",
              "RUN": tmp_path / "run"}  # fmt: skip
