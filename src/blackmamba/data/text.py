@@ -34,7 +34,6 @@ _logger = logging.getLogger(__name__)
 class Source:
     """One thing that documents come from. Its paths' sizes and times tell whether it changed."""
 
-    name: str
     paths: tuple[Path, ...]
     documents: Callable[[], Iterator[str]]
     """Starts a new reading from the beginning."""
@@ -102,7 +101,7 @@ def _find(name: str) -> Iterable[Source]:
     if name.startswith(_CORPUS):
         corpus = find_corpus(name.removeprefix(_CORPUS))
         paths = tuple(corpus.files())
-        return [Source(name, paths, partial(_corpus_documents, corpus.documents, paths))]
+        return [Source(paths, partial(_corpus_documents, corpus.documents, paths))]
     path = Path(name)
     with _reading(path):
         if path.is_dir():
@@ -145,7 +144,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _file_source(path: Path) -> Source:
-    return Source(str(path), (path,), partial(_file_documents, path))
+    return Source((path,), partial(_file_documents, path))
 
 
 def _problem(path: Path) -> str | None:
