@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 
 from blackmamba.checkpoint import released
-from blackmamba.checkpoint.load import file_dtype, load, load_tokenizer
-from blackmamba.checkpoint.native import save, write_folder
+from blackmamba.checkpoint.load import (
+    find_folder,
+    load_as_stored,
+    load_tokenizer,
+    max_sequence_length,
+)
+from blackmamba.checkpoint.native import save_with, write_folder
 from blackmamba.errors import ConfigError
 
 
@@ -27,12 +32,13 @@ def convert(
     """
     if to not in ("native", "released"):
         raise ConfigError(f"to={to!r}: must be 'native' or 'released'")
-    model = load(source, dtype=file_dtype(source))
-    tokenizer = load_tokenizer(source)
+    folder = find_folder(source)
+    model, tokenizer = load_as_stored(folder), load_tokenizer(folder)
+    length = max_sequence_length(folder)
     if to == "native":
-        save(model, destination, tokenizer=tokenizer)
+        save_with(model, destination, tokenizer, {"max_sequence_length": length})
         return
-    config = released.write_config(model.config)
+    config = released.write_config(model.config, length)
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
     for name, place in released.places(model).items():
@@ -42,7 +48,11 @@ def convert(
 
     def write_weights(path: Path) -> None:
         content: dict[str, Any] = {"model": tensors}
-        torch.save(content, path)
+        try:
+            with path.open("wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:  # torch's zip writer hides that the disk is full
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     tokenizer_json = None if tokenizer is None else tokenizer.to_json()
     write_folder(Path(destination), config, ("pytorch_model.bin", write_weights), tokenizer_json)

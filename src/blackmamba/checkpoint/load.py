@@ -1,6 +1,7 @@
 """Load a model from a folder in either format, told apart by content, or by its name on the hub."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -8,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from blackmamba.checkpoint import native, released
-from blackmamba.checkpoint.tensors import TensorFile, check_fit, open_tensors
+from blackmamba.checkpoint.tensors import Place, TensorFile, check_fit, open_tensors
 from blackmamba.config import ModelConfig
 from blackmamba.errors import CheckpointError, ConfigError
-from blackmamba.model import BlackMamba
+from blackmamba.model import BlackMamba, keeps_float32
 
 if TYPE_CHECKING:
     from blackmamba.data import Tokenizer
@@ -30,8 +31,7 @@ def load(
 
     Args:
         source: a folder of ours or in the released format, a training run's folder, or a hub name
-        such
-            as "Zyphra/BlackMamba-1.5B".
+            such as "Zyphra/BlackMamba-1.5B".
         device: where to put it.
         dtype: of its parameters, whatever the file has; those that `blackmamba.model.keeps_float32`
             names are float32 or wider.
@@ -42,19 +42,52 @@ def load(
             are missing, unexpected or of a wrong shape are named.
         ConfigError: the configuration is wrong.
     """
-    folder = find_folder(source)
     if expert_activation not in (None, "silu", "gelu"):
         raise ConfigError(f"expert_activation={expert_activation!r}: must be 'silu' or 'gelu'")
+    config, file, is_ours = _open(find_folder(source))
+    if expert_activation is not None:
+        config = dataclasses.replace(config, activation=expert_activation)
+    return _filled(config, file, is_ours, dtype, device)
+
+
+def load_as_stored(folder: Path) -> BlackMamba:
+    """A model in the narrowest dtype that holds every weight of its folder exactly.
+
+    Raises: as `load`.
+    """
+    config, file, is_ours = _open(folder)
+    places = _places(BlackMamba(config, device="meta"), is_ours)
+    check_fit(file, places)
+    stored = {file.dtypes[n] for n, p in places.items() if not keeps_float32(p.parameter)}
+    # parameters that stay float32 say nothing, unless they are wider still
+    stored |= {file.dtypes[name] for name in places} & {torch.float64}
+    return _filled(config, file, is_ours, functools.reduce(torch.promote_types, stored), "cpu")
+
+
+def _open(folder: Path) -> tuple[ModelConfig, TensorFile, bool]:
+    """The configuration, the weights, and whether the folder is ours."""
     plain, is_ours = _read_json(folder)
     config = _config(folder, plain, is_ours)
     file = _open_weights(folder, is_ours)
     if not is_ours:
         config = released.untied(config, file)
         released.without_ignored(file, config)
-    if expert_activation is not None:
-        config = dataclasses.replace(config, activation=expert_activation)
+    return config, file, is_ours
+
+
+def _places(model: BlackMamba, is_ours: bool) -> dict[str, Place]:
+    return (native if is_ours else released).places(model)
+
+
+def _filled(
+    config: ModelConfig,
+    file: TensorFile,
+    is_ours: bool,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> BlackMamba:
     model = BlackMamba(config, device="meta", dtype=dtype)
-    places = (native if is_ours else released).places(model)
+    places = _places(model, is_ours)
     check_fit(file, places)
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
@@ -108,13 +141,10 @@ def find_folder(source: str | Path) -> Path:
     return _download(str(source))
 
 
-def file_dtype(source: str | Path) -> torch.dtype:
-    """The dtype that a folder's weights are written in."""
-    folder = find_folder(source)
-    _, is_ours = _read_json(folder)
-    dtypes = _open_weights(folder, is_ours).dtypes
-    name = "embedding.weight" if is_ours else "embedding.word_embeddings.weight"
-    return dtypes.get(name, torch.float32)
+def max_sequence_length(folder: Path) -> int:
+    """What the released format says, kept for the way back; it limits nothing."""
+    value = _read_json(folder)[0].get("max_sequence_length", 2048)
+    return value if type(value) is int else 2048
 
 
 def _download(name: str) -> Path:

@@ -1,6 +1,7 @@
 """Our model folders: config.json, model.safetensors and, where there is one, tokenizer.json."""
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -26,10 +27,10 @@ FORMAT, VERSION = "blackmamba", 1
 def save(model: BlackMamba, folder: str | Path, *, tokenizer: "Tokenizer | None" = None) -> None:
     """Write config.json, model.safetensors and, if given, tokenizer.json into `folder`.
 
-    Other files there stay. All three are written under temporary names first; then an old
-    config.json that says something else is removed, the weights take their name, and the new
-    config.json comes last. A stop at any point leaves the old model, the new one, or no
-    config.json: never a mixture.
+    Other files there stay. All three are written under temporary names first; then, if the
+    configuration or the tokenizer differs from the one there, the old config.json is removed; the
+    weights take their name, and the new config.json comes last. A stop at any point leaves the old
+    model, the new one, or no config.json: never a mixture.
 
     Args:
         model: on any device; parameters are written in their own dtypes.
@@ -38,7 +39,18 @@ def save(model: BlackMamba, folder: str | Path, *, tokenizer: "Tokenizer | None"
     Raises:
         CheckpointError: it cannot be written (a full disk, no permission); the old files are whole.
     """
-    plain = {"format": FORMAT, "format_version": VERSION, "model": to_mapping(model.config)}
+    save_with(model, folder, tokenizer, {})
+
+
+def save_with(
+    model: BlackMamba,
+    folder: str | Path,
+    tokenizer: "Tokenizer | None",
+    notes: Mapping[str, Any],
+) -> None:
+    """`save`, with further keys beside "model" in config.json that no model depends on."""
+    plain = {"format": FORMAT, "format_version": VERSION, **notes}
+    plain["model"] = to_mapping(model.config)
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
 
     def write_weights(path: Path) -> None:
@@ -68,12 +80,11 @@ def write_folder(
     Raises:
         CheckpointError: it cannot be written.
     """
-    text = json.dumps(config, indent=2) + "\n"
-    name, write_weights = weights
-    files: dict[str, Callable[[Path], None]] = {name: write_weights}
-    if tokenizer_json is not None:
-        files["tokenizer.json"] = lambda path: _write(path, tokenizer_json)
-    files["config.json"] = lambda path: _write(path, text)
+    texts = {} if tokenizer_json is None else {"tokenizer.json": tokenizer_json}
+    texts["config.json"] = json.dumps(config, indent=2) + "\n"
+    files: dict[str, Callable[[Path], None]] = dict([weights])
+    for name, text in texts.items():
+        files[name] = functools.partial(_write, text=text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -85,9 +96,8 @@ def write_folder(
                 stack.callback(ready[final].unlink, missing_ok=True)
                 write(ready[final])
                 settle(ready[final])
-            old = folder / "config.json"
-            if old.exists() and old.read_text(encoding="utf-8", errors="replace") != text:
-                old.unlink()
+            if any(_differs(folder / name, text) for name, text in texts.items()):
+                (folder / "config.json").unlink(missing_ok=True)
             for final, temporary in ready.items():
                 os.replace(temporary, folder / final)
             sync(folder)
@@ -112,6 +122,10 @@ def read_config(plain: Mapping[str, Any], path: object) -> ModelConfig:
 def places(model: BlackMamba) -> dict[str, Place]:
     """Name of every tensor that `model` needs, and where it goes: to the parameter of that name."""
     return {n: Place(n, None, tuple(p.shape)) for n, p in model.named_parameters()}
+
+
+def _differs(path: Path, text: str) -> bool:
+    return not path.exists() or path.read_bytes() != text.encode()
 
 
 def _write(path: Path, text: str) -> None:

@@ -12,8 +12,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from blackmamba.checkpoint.tensors import Place, TensorFile
 from blackmamba.config import ModelConfig, to_mapping
 from blackmamba.errors import CheckpointError, ConfigError
@@ -31,7 +29,7 @@ _REQUIRED = (
 )
 _CODES = 'valid are "r", "1", a number of experts N, "rN" and "r1"'
 _IGNORED = ("embedding.position_embeddings.weight",)  # popped by the authors' loader too
-_HEAD = "output_layer.weight"
+_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def read_config(plain: Mapping[str, Any], path: object) -> ModelConfig:
@@ -41,8 +39,8 @@ def read_config(plain: Mapping[str, Any], path: object) -> ModelConfig:
         plain: the parsed file.
         path: its name, for messages.
     Raises:
-        CheckpointError: keys are missing (all are named), a value is no number, a layer code is
-            unknown, or num_layers disagrees with the list.
+        CheckpointError: keys are missing (all are named), a value is of a wrong kind, a layer code
+            is unknown, or num_layers disagrees with the list.
     """
     missing = [key for key in _REQUIRED if key not in plain]
     if missing:
@@ -51,7 +49,15 @@ def read_config(plain: Mapping[str, Any], path: object) -> ModelConfig:
     wrong = [f"{k}={plain[k]!r}" for k in numbers if type(plain[k]) is not int or plain[k] < 1]
     if wrong:
         raise CheckpointError(f"{path}: {', '.join(wrong)}: must be whole numbers of at least 1")
-    codes = list(plain["mamba_moe_layers"] or ["r"] * plain["num_layers"])
+    flags = [k for k in ("add_bias_linear", "swiglu") if type(plain.get(k, False)) is not bool]
+    if flags:
+        wrong = [f"{k}={plain[k]!r}" for k in flags]
+        raise CheckpointError(f"{path}: {', '.join(wrong)}: must be true or false")
+    if not isinstance(plain["mamba_moe_layers"], list):
+        raise CheckpointError(
+            f"{path}: mamba_moe_layers={plain['mamba_moe_layers']!r}: must be a list of layer codes"
+        )
+    codes: list[object] = plain["mamba_moe_layers"] or ["r"] * plain["num_layers"]
     if len(codes) != plain["num_layers"]:
         raise CheckpointError(
             f"{path}: num_layers={plain['num_layers']}, "
@@ -60,8 +66,11 @@ def read_config(plain: Mapping[str, Any], path: object) -> ModelConfig:
     activation = plain.get("expert_activation", "gelu")
     if activation not in ("gelu", "silu"):
         raise CheckpointError(f"{path}: expert_activation={activation!r}: must be 'gelu' or 'silu'")
-    biased = bool(plain.get("add_bias_linear", False))
+    biased = plain.get("add_bias_linear", False)
     vocab_size = plain["vocab_size"]
+    unused = plain.get("unused_vocab", _unused(vocab_size))
+    if type(unused) is not int:
+        raise CheckpointError(f"{path}: unused_vocab={unused!r}: must be a whole number")
     width = plain.get("ffn_hidden_size", 4 * plain["hidden_size"])
     parts = [_split(i, str(code), path) for i, code in enumerate(codes)]
     usual = next((n for _, n in parts if n > 1), 8)
@@ -70,24 +79,29 @@ def read_config(plain: Mapping[str, Any], path: object) -> ModelConfig:
         n_experts=usual,
         d_model=plain["hidden_size"],
         vocab_size=vocab_size,
-        unused_vocab=_NEOX_ROWS - _NEOX_TOKENS if vocab_size == _NEOX_ROWS else 0,
+        unused_vocab=unused,
         expand=plain["expansion_factor"],
         d_state=plain["state_size"],
         d_conv=plain["conv_dimension"],
         d_expert=width if any(n > 1 for _, n in parts) else 0,
         d_mlp=width if any(n == 1 for _, n in parts) else 0,
         activation=activation,
-        gated=bool(plain.get("swiglu", True)),
+        gated=plain.get("swiglu", True),
         linear_bias=biased,
         head_bias=biased,
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig, max_sequence_length: int = 2048) -> dict[str, Any]:
     """The released config.json of a model.
 
-    "expert_activation" is our addition, as the format has no place for it; the original ignores it.
+    "expert_activation" and, where vocab_size does not imply it, "unused_vocab" are our additions,
+    as the format has no place for them; the original ignores them. What only training looks at
+    (sinkhorn_*) is not written.
 
+    Args:
+        config: the model's.
+        max_sequence_length: of the file that the model once came from; it limits nothing.
     Raises:
         ConfigError: names all that the format cannot express.
     """
@@ -116,7 +130,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     for spec in specs:
         experts = {"none": "", "mlp": "1", "moe": str(spec.n_experts)}[spec.feed_forward]
         codes.append(("r" if spec.mixer == "mamba" else "") + experts)
-    return {
+    written = {
         "num_layers": config.n_layers,
         "hidden_size": config.d_model,
         "state_size": config.d_state,
@@ -128,9 +142,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "bias": config.linear_bias,
         "add_bias_linear": config.linear_bias,
         "swiglu": config.gated,
-        "max_sequence_length": 2048,
+        "max_sequence_length": max_sequence_length,
         "expert_activation": config.activation,
     }
+    if config.unused_vocab != _unused(config.vocab_size):
+        written["unused_vocab"] = config.unused_vocab
+    return written
 
 
 def places(model: BlackMamba) -> dict[str, Place]:
@@ -169,10 +186,14 @@ def untied(config: ModelConfig, file: TensorFile) -> ModelConfig:
 
     The authors' loader always ties it; a copy of the embedding is taken for tied.
     """
-    embedding = "embedding.word_embeddings.weight"
-    if file.shapes.get(_HEAD) != file.shapes.get(embedding) or _HEAD not in file.shapes:
+    if _HEAD not in file.shapes:
         return config
-    if torch.equal(file.get(_HEAD), file.get(embedding)):
+    shape = (config.vocab_size, config.d_model)
+    comparable = (
+        file.shapes[_HEAD] == file.shapes.get(_EMBEDDING) == shape
+        and file.dtypes[_HEAD] == file.dtypes[_EMBEDDING]
+    )
+    if comparable and file.same(_HEAD, _EMBEDDING):
         return config
     return dataclasses.replace(config, tie_embeddings=False)
 
@@ -184,7 +205,7 @@ def without_ignored(file: TensorFile, config: ModelConfig) -> None:
 
 
 _OUTER = {
-    "embedding.weight": "embedding.word_embeddings.weight",
+    "embedding.weight": _EMBEDDING,
     "final_norm.weight": "decoder.final_layernorm.weight",
     "final_norm.bias": "decoder.final_layernorm.bias",
     "head.weight": _HEAD,
@@ -196,6 +217,11 @@ _MIXER = {
     "mixer.conv_bias": "mixer.conv1d.bias",
     "mixer.dt_bias": "mixer.dt_proj.bias",
 }
+
+
+def _unused(vocab_size: int) -> int:
+    """Rows without a token, as far as the number of rows tells: GPT-NeoX's table is padded."""
+    return _NEOX_ROWS - _NEOX_TOKENS if vocab_size == _NEOX_ROWS else 0
 
 
 def _split(index: int, code: str, path: object) -> tuple[bool, int]:

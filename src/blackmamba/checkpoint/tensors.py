@@ -6,24 +6,26 @@ the model itself, even when every mapped page is counted.
 """
 
 import ctypes
-import ctypes.util
 import dataclasses
+import functools
 import mmap
 import pickle
+import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from blackmamba.errors import CheckpointError
 
 _PIECE_BYTES = 1 << 22  # of a file, resident at a time
 _LISTED = 8  # names of tensors in one message
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +59,26 @@ class TensorFile:
 
     def copy(self, name: str, into: Tensor) -> None:
         """Copy a tensor into memory of the same shape, converting dtype and device on the way."""
-        tensor = self.get(name).view(into.shape)
-        if not self._is_mapped or tensor.dim() == 0:
-            into.copy_(tensor)
-            return
+        for rows, piece in self._pieces(self.get(name).view(into.shape)):
+            into[rows].copy_(piece)
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors of one shape and dtype hold equal values."""
+        pairs = zip(self._pieces(self.get(one)), self._pieces(self.get(other)), strict=True)
+        return all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+    def _pieces(self, tensor: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of rows; each one's part of the file is let go when the next is asked for.
+
+        Only a contiguous tensor is known to lie within its storage, and so within the mapped file:
+        an expanded one (stride 0) claims bytes that belong to whatever memory comes after.
+        """
         rows = max(1, _PIECE_BYTES * len(tensor) // max(1, tensor.numel() * tensor.element_size()))
-        for source, target in zip(tensor.split(rows), into.split(rows), strict=True):
-            target.copy_(source)
-            _release(source)
+        for start in range(0, len(tensor), rows):
+            piece = tensor[start : start + rows]
+            yield slice(start, start + rows), piece
+            if self._is_mapped and tensor.is_contiguous():
+                _release(piece)
 
     _is_mapped = True
 
@@ -97,6 +111,9 @@ class _Pickled(TensorFile):
         self._tensors = {
             str(name): value for name, value in found.items() if isinstance(value, Tensor)
         }
+        odd = [name for name, t in self._tensors.items() if not _is_plain(t)]
+        if odd:
+            raise CheckpointError(f"{path}: not dense tensors with data: {_listing(odd)}")
         self.shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self.dtypes = {name: t.dtype for name, t in self._tensors.items()}
 
@@ -109,8 +126,7 @@ def open_tensors(path: Path) -> TensorFile:
 
     Raises:
         CheckpointError: it is missing, empty, truncated, of another kind, or holds objects other
-        than
-            tensors, which are not executed.
+            than tensors, which are not executed.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -123,7 +139,8 @@ def check_fit(file: TensorFile, places: Mapping[str, Place]) -> None:
     """Compare a file's tensors with those that a model needs.
 
     Raises:
-        CheckpointError: names all that are missing, unexpected or of a wrong shape.
+        CheckpointError: names all that are missing, unexpected, of a wrong shape, or hold something
+            other than floating-point numbers.
     """
     problems: list[str] = []
     expected = {name: place.shape for name, place in places.items()}
@@ -134,7 +151,17 @@ def check_fit(file: TensorFile, places: Mapping[str, Place]) -> None:
         for name, shape in sorted(expected.items())
         if name in file.shapes and file.shapes[name] != shape
     ]
-    for what, names in (("missing", missing), ("unexpected", extra), ("wrong shape:", wrong)):
+    odd = [
+        f"{name} {file.dtypes[name]}"
+        for name in sorted(expected)
+        if name in file.shapes and file.dtypes[name] not in _FLOATS
+    ]
+    for what, names in (
+        ("missing", missing),
+        ("unexpected", extra),
+        ("wrong shape:", wrong),
+        ("wrong dtype:", odd),
+    ):
         if names:
             problems.append(f"{what} {_listing(names)}")
     if problems:
@@ -157,12 +184,15 @@ def _unpickle(path: Path, is_zip: bool) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # about pickle protocols; what counts is raised
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if "nsupported" in str(error) or "llowed" in str(error):
+        refused = "nsupported" in str(error) or "llowed" in str(error)
+        if "Unsupported operand" in str(error):  # of a newer pickle, or of no pickle at all
+            refused = _names_objects(path)
+        if refused:
             raise CheckpointError(
                 f"{path}: holds code or objects other than tensors; nothing of it was executed"
             ) from None
         raise CheckpointError(f"{path}: damaged, or not written by torch.save") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, IndexError, OSError) as error:
+    except Exception as error:  # torch's reader raises of every kind on damaged bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: damaged, or not written by torch.save ({reason})") from None
     if not isinstance(found, dict):
@@ -170,14 +200,39 @@ def _unpickle(path: Path, is_zip: bool) -> dict[str, Any]:
     return cast("dict[str, Any]", found)
 
 
+def _names_objects(path: Path) -> bool:
+    """Whether a file is a pickle that refers to classes or functions; nothing is unpickled."""
+    try:
+        with path.open("rb") as handle:
+            codes = {"GLOBAL", "STACK_GLOBAL", "INST"}
+            return any(op.name in codes for op, _, _ in pickletools.genops(handle))
+    except Exception:  # no pickle; its reader, too, raises of every kind
+        return False
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_nested
+    )
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def _release(tensor: Tensor) -> None:
     """Tell the system that a mapped tensor's pages can go; a later look reads them again."""
     advice = getattr(mmap, "MADV_DONTNEED", None)
-    if advice is None or tensor.device.type != "cpu":
+    if advice is None:
         return
     page = mmap.PAGESIZE
     first = -(-tensor.data_ptr() // page) * page
     last = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
     if last > first:
-        libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(advice))
+        size = ctypes.c_size_t(last - first)
+        _libc().madvise(ctypes.c_void_p(first), size, ctypes.c_int(advice))
