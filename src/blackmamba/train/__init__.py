@@ -1,0 +1,27 @@
+"""Training: recipes, the loop, exact resume. Start at trainer.py.
+
+from blackmamba.train import load_recipe, run
+result = run(load_recipe("tiny"), "runs/tiny")
+"""
+
+from blackmamba.train.config import RunConfig, TrainConfig
+from blackmamba.train.evaluation import Validation, validate
+from blackmamba.train.progress import Progress, RichProgress
+from blackmamba.train.recipe import load_recipe, recipe_names, write_recipe
+from blackmamba.train.report import RunResult
+from blackmamba.train.trainer import run, train_step
+
+__all__ = [
+    "Progress",
+    "RichProgress",
+    "RunConfig",
+    "RunResult",
+    "TrainConfig",
+    "Validation",
+    "load_recipe",
+    "recipe_names",
+    "run",
+    "train_step",
+    "validate",
+    "write_recipe",
+]

@@ -1,0 +1,170 @@
+"""Checkpoints of a run: all that it needs to go on as if it had never stopped.
+
+RUN/checkpoints/step-00000123/ is a model folder that `blackmamba.load` reads, and beside it
+
+    optimizer.safetensors   AdamW's moments and counts, as <parameter>/<quantity>
+    trainer.json            counters, the run's configuration, the data's fingerprint, version
+
+The folder appears under its name when it is whole and on disk. Which windows come next follows from
+the step alone, and nothing draws random numbers once the weights are there.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from blackmamba.checkpoint import load, save
+from blackmamba.config import from_mapping, to_mapping
+from blackmamba.data import Tokenizer
+from blackmamba.errors import CheckpointError, ConfigError
+from blackmamba.files import atomic_folder, settle
+from blackmamba.model import BlackMamba
+from blackmamba.train.config import RunConfig
+from blackmamba.train.optimizer import optimizer_tensors, restore_optimizer
+from blackmamba.train.origin import origin
+
+FORMAT = 1
+_OPTIMIZER, _TRAINER = "optimizer.safetensors", "trainer.json"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Counters:
+    """How far a run is. Changed in place as it goes on."""
+
+    step: int = 0
+    """Steps that are done, the skipped ones included."""
+    tokens: int = 0
+    """Read so far."""
+    bad_steps: int = 0
+    """Steps skipped because loss or gradient was not finite."""
+    bad_in_a_row: int = 0
+    seconds: float = 0.0
+    """Spent on training, validation and checkpoints, over all resumes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What trainer.json says, and the folder that it lies in."""
+
+    folder: Path
+    counters: Counters
+    config: RunConfig
+    data: str
+    """Fingerprint of the prepared data."""
+
+
+def save_checkpoint(
+    root: Path,
+    model: BlackMamba,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    *,
+    counters: Counters,
+    config: RunConfig,
+    data: str,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of this step and remove all but the last `keep`.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk); the older ones are whole.
+    """
+    folder = root / f"step-{counters.step:08d}"
+    trainer = {
+        "format": FORMAT,
+        **origin(),
+        "counters": to_mapping(counters),
+        "data": data,
+        "config": to_mapping(config),
+    }
+    try:
+        with atomic_folder(folder) as temporary:
+            save(model, temporary, tokenizer=tokenizer)
+            save_file(optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
+            settle(temporary / _OPTIMIZER)
+            text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
+            (temporary / _TRAINER).write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{folder}: the checkpoint cannot be written ({error}); older ones are as they were"
+        ) from None
+    for old in _folders(root)[:-keep]:
+        _remove(old)
+    return folder
+
+
+def newest_checkpoint(root: Path) -> Checkpoint | None:
+    """The checkpoint to resume from; None if there is none.
+
+    Raises:
+        CheckpointError: its trainer.json is damaged or of another format.
+    """
+    folders = _folders(root)
+    if not folders:
+        return None
+    path = folders[-1] / _TRAINER
+    try:
+        trainer: Any = json.loads(path.read_text(encoding="utf-8"))
+        if trainer["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: format {trainer['format']!r}; this version reads {FORMAT}"
+            )
+        return Checkpoint(
+            folder=folders[-1],
+            counters=from_mapping(Counters, trainer["counters"], "counters"),
+            config=from_mapping(RunConfig, trainer["config"]),
+            data=str(trainer["data"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise _damaged(path, error) from None
+
+
+def restore(checkpoint: Checkpoint, model: BlackMamba, optimizer: torch.optim.Optimizer) -> None:
+    """Give `model` and `optimizer` the values that they had.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit the model.
+    """
+    try:
+        saved = load(checkpoint.folder)
+    except (CheckpointError, ConfigError) as error:
+        raise _damaged(checkpoint.folder, error) from None
+    if saved.config != model.config:
+        raise _damaged(checkpoint.folder, "its config.json is that of another model")
+    model.load_state_dict(saved.state_dict())
+
+    path = checkpoint.folder / _OPTIMIZER
+    try:
+        restore_optimizer(model, optimizer, load_file(path))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(path, error) from None
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what a killed run left half-written or half-removed."""
+    for leftover in root.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    """Of all checkpoints, oldest first."""
+    return sorted(p for p in root.glob("step-*") if p.name[5:].isdecimal())
+
+
+def _remove(folder: Path) -> None:
+    """Whole or not at all, as far as anyone can see."""
+    leaving = folder.with_name(f".{folder.name}.old")
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _damaged(path: Path, reason: object) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: damaged checkpoint ({reason}); remove its folder to resume from the one before"
+    )

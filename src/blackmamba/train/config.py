@@ -1,0 +1,135 @@
+"""How a model is trained, and everything that a run is made of."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from blackmamba.config import ModelConfig
+from blackmamba.data import DataConfig
+from blackmamba.errors import ConfigError
+
+_AT_LEAST = {
+    1: ("steps", "batch_size", "accumulate", "seq_len", "evaluate_batch_size", "evaluate_seq_len",
+        "log_every", "keep_checkpoints", "max_bad_steps"),
+    0: ("warmup_steps", "seed", "evaluate_every", "checkpoint_every", "grad_clip", "weight_decay"),
+}  # fmt: skip
+_FREE_ON_RESUME = frozenset((
+    "steps", "device", "evaluate_every", "evaluate_batch_size", "evaluate_seq_len",
+    "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "tensorboard",
+))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The optimisation, and when to look at it and to save it.
+
+    A step reads batch_size windows of seq_len tokens and updates the weights once.
+    """
+
+    steps: int
+    batch_size: int
+    """Windows of a step, over all its micro-batches."""
+    seq_len: int
+    lr: float
+    """Peak learning rate, reached at the end of the warm-up."""
+
+    accumulate: int = 1
+    """Micro-batches of a step: less memory, and the same gradient but for the experts' balance,
+    which Sinkhorn then finds for each micro-batch alone. Divides batch_size."""
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1
+    """The cosine falls from lr to min_lr_ratio * lr."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip: float = 1.0
+    """Largest norm of all gradients together; 0: no limit."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the products; parameters, optimizer, scan state and loss are float32 either way."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto": the GPU if there is one."""
+    seed: int = 0
+    """Of the first weights and of the order of the windows."""
+
+    evaluate_every: int = 0
+    """Steps from one validation to the next; there is always one at the end. 0: only that."""
+    evaluate_batch_size: int = 16
+    """Parallel streams that the validation text is cut into."""
+    evaluate_seq_len: int = 256
+    """Tokens of each stream that are read at once; the memory is carried on."""
+    checkpoint_every: int = 0
+    """Steps from one checkpoint to the next; there is always one at the end. 0: only that."""
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    """Steps from one record of the experts' load to the next."""
+    max_bad_steps: int = 10
+    """So many steps in a row without a finite loss and gradient end the run."""
+    tensorboard: bool = False
+    """Also write event files for TensorBoard."""
+
+    def __post_init__(self) -> None:
+        for least, names in _AT_LEAST.items():
+            for name in names:
+                value = getattr(self, name)
+                if not least <= value < math.inf:
+                    raise ConfigError(f"train.{name}={value}: must be finite and at least {least}")
+        for name in ("lr", "adam_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"train.{name}={getattr(self, name)}: must be positive and finite"
+                )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"train.{name}={getattr(self, name)}: must be at least 0 and below 1"
+                )
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(f"train.min_lr_ratio={self.min_lr_ratio}: must be 0 .. 1")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"train.accumulate={self.accumulate}: must divide batch_size={self.batch_size}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """All that a run depends on. Equal ones give equal models on the same machine."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.data.tokenizer == "train" and self.data.vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                f"data.vocab_size={self.data.vocab_size}: must be at most "
+                f"model.vocab_size={self.model.vocab_size}"
+            )
+
+
+def check_resumable(old: RunConfig, new: RunConfig) -> None:
+    """See that `new` may go on with a run that began as `old`.
+
+    What is learnt must stay the same: model, data, batches and optimizer. What only watches or
+    saves it may change, and so may `device` and `steps` (the learning rate then goes on along the
+    new cosine, so the end differs from that of a run that had these steps from its beginning).
+
+    Raises:
+        ConfigError: names every key that differs and may not.
+    """
+    differing: list[str] = []
+    for part in ("model", "data", "train"):
+        before, after = getattr(old, part), getattr(new, part)
+        for field in dataclasses.fields(before):
+            if part == "train" and field.name in _FREE_ON_RESUME:
+                continue
+            was, now = getattr(before, field.name), getattr(after, field.name)
+            if was != now:
+                differing.append(f"{part}.{field.name} (was {was!r}, now {now!r})")
+    if differing:
+        raise ConfigError(
+            f"this run began with other settings: {', '.join(differing)}; "
+            "resume with the same, or begin anew in another folder"
+        )

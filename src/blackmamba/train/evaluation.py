@@ -1,0 +1,58 @@
+"""How well a model predicts text that it has not seen."""
+
+import dataclasses
+import math
+
+import torch
+from torch.nn import functional as F
+
+from blackmamba.data import PreparedData, ValidationStreams
+from blackmamba.model import BlackMamba
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """Of the whole validation text."""
+
+    nats: float
+    """Sum of -log p over its tokens, the end of text before each document included."""
+    n_tokens: int
+    n_bytes: int
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.n_tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """What a compressor that uses this model would need for each byte of text."""
+        return self.nats / math.log(2) / self.n_bytes
+
+
+@torch.inference_mode()
+def validate(model: BlackMamba, data: PreparedData, *, batch_size: int, seq_len: int) -> Validation:
+    """Predict every validation token exactly once, with the routing that inference uses.
+
+    Args:
+        model: comes back in the mode, training or evaluation, that it came in.
+        data: its validation split is read.
+        batch_size: parallel streams that the text is cut into; each begins with an empty memory.
+        seq_len: tokens of a stream that are read at once; the memory is carried from piece to
+            piece, so this changes memory and speed, not the result.
+    """
+    streams = ValidationStreams(data.validation.tokens, batch_size, seq_len, data.tokenizer.eot_id)
+    device = model.embedding.weight.device
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    state = None
+    was_training = model.training
+    model.eval()
+    try:
+        for input_ids, labels in streams:
+            logits, state = model.prefill(input_ids.to(device), state)
+            losses = F.cross_entropy(
+                logits.float().flatten(0, 1), labels.to(device).flatten(), reduction="none"
+            )
+            nats += losses.double().sum()
+    finally:
+        model.train(was_training)
+    return Validation(nats.item(), streams.n_predicted, data.validation.n_bytes)

@@ -1,0 +1,93 @@
+"""What is left of a run when it is done: the result, the loss curve, the comparison with xz."""
+
+import dataclasses
+import json
+import logging
+import lzma
+from pathlib import Path
+from typing import Any
+
+from blackmamba.files import atomic_file, write_text
+from blackmamba.train.metrics import METRICS_FILE, finite, read_metrics
+from blackmamba.train.origin import origin
+
+_XZ_MAX_BYTES = 32 * 2**20  # above it xz takes minutes
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended."""
+
+    steps: int
+    bad_steps: int
+    """Of `steps`, those skipped because loss or gradient was not finite."""
+    tokens: int
+    """Read in training."""
+    seconds: float
+    """Spent on training, validation and checkpoints, over all resumes."""
+    nats_per_token: float
+    """On the whole validation text."""
+    bits_per_byte: float
+    xz_bits_per_byte: float | None
+    """What `xz -9e` needs for the same text; None if that is too long to try."""
+    model: Path
+    """Folder of the trained model."""
+
+    def report(self) -> str:
+        """A few lines for people."""
+        minutes, seconds = divmod(round(self.seconds), 60)
+        skipped = f" ({self.bad_steps} skipped: not finite)" if self.bad_steps else ""
+        xz = f" (xz -9e: {self.xz_bits_per_byte:.3f})" if self.xz_bits_per_byte else ""
+        return (
+            f"{self.steps} steps{skipped}, {self.tokens:,} tokens in {minutes} min {seconds} s\n"
+            f"validation: {self.nats_per_token:.3f} nats per token, "
+            f"{self.bits_per_byte:.3f} bits per byte{xz}\n"
+            f"model: {self.model}"
+        )
+
+
+def write_summary(result: RunResult, folder: Path) -> None:
+    """Write summary.json: the result, and which code it came from."""
+    plain: dict[str, Any] = {**dataclasses.asdict(result), "model": result.model.name, **origin()}
+    for name in ("nats_per_token", "bits_per_byte"):
+        plain[name] = finite(plain[name])
+    write_text(folder / "summary.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
+
+
+def xz_bits_per_byte(text: Path) -> float | None:
+    """What `xz -9e` needs for each byte of a file: a bar that a language model should clear.
+
+    Returns:
+        None if the file has more than 32 MB or nothing in it.
+    """
+    if not 0 < text.stat().st_size <= _XZ_MAX_BYTES:
+        return None
+    content = text.read_bytes()
+    return 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / len(content)
+
+
+def draw_loss(folder: Path) -> None:
+    """Draw metrics.jsonl as loss.png: training and validation loss over steps.
+
+    Without matplotlib there is no picture, and a warning in the log.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        _logger.warning("no loss.png: matplotlib is not installed; pip install 'blackmamba[train]'")
+        return
+    rows = read_metrics(folder / METRICS_FILE)
+    trained = [(r["step"], r["loss"]) for r in rows]
+    validated = [(r["step"], r["validation"]["nats_per_token"]) for r in rows if "validation" in r]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for points, style, label in ((trained, "-", "training"), (validated, "o-", "validation")):
+        known = [(step, loss) for step, loss in points if loss is not None]
+        steps, losses = [step for step, _ in known], [loss for _, loss in known]
+        axes.plot(steps, losses, style, linewidth=0.9, markersize=4, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(folder / "loss.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

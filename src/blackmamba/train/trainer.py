@@ -1,0 +1,368 @@
+"""A training run from beginning to end: start reading at `run`.
+
+RUN/
+    recipe.yaml       the whole configuration, itself a recipe
+    data/             tokenizer and tokens
+    metrics.jsonl     a line a step          tensorboard/   the same, if wanted
+    checkpoints/      step-00000123/, ...    model/         the trained model
+    loss.png          summary.json
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blackmamba.checkpoint import save
+from blackmamba.config import ModelConfig
+from blackmamba.data import PreparedData, Tokenizer, WindowSampler, prepare
+from blackmamba.errors import ConfigError, DataError, TrainingError
+from blackmamba.model import BlackMamba, Trace
+from blackmamba.train.checkpoints import (
+    Checkpoint,
+    Counters,
+    newest_checkpoint,
+    remove_leftovers,
+    restore,
+    save_checkpoint,
+)
+from blackmamba.train.config import RunConfig, check_resumable
+from blackmamba.train.evaluation import Validation, validate
+from blackmamba.train.interrupt import StopRequest
+from blackmamba.train.metrics import (
+    METRICS_FILE,
+    MetricsLog,
+    Row,
+    check_tensorboard,
+    expert_load,
+    finite,
+)
+from blackmamba.train.optimizer import build_optimizer
+from blackmamba.train.progress import Progress
+from blackmamba.train.recipe import write_recipe
+from blackmamba.train.report import RunResult, draw_loss, write_summary, xz_bits_per_byte
+from blackmamba.train.schedule import learning_rate
+
+RECIPE, DATA, CHECKPOINTS, MODEL = "recipe.yaml", "data", "checkpoints", "model"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_logger = logging.getLogger(__name__)
+
+
+def run(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Train a model as `config` says, in the folder `out`.
+
+    A run that was stopped, however roughly, and resumed gives on CPU the same losses and weights,
+    bit for bit, as one that was not (with the same torch and number of threads).
+
+    Args:
+        config: usually from `load_recipe`.
+        out: of this run alone; made if it is missing.
+        resume: go on from the newest checkpoint in `out`, or begin where there is none.
+        progress: is told how it goes.
+    Raises:
+        ConfigError: `out` holds a run already and `resume` is False; it was begun with settings
+            that may not change (see `check_resumable`); there is no such device.
+        DataError: the text is missing, too little, or not what the run began with.
+        CheckpointError: a checkpoint is damaged, or a model or checkpoint cannot be written.
+        TrainingError: too many steps in a row were not finite, or `out` cannot be written to.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after saving a checkpoint.
+    """
+    out, settings, progress = Path(out), config.train, progress or Progress()
+    device = _pick_device(settings.device)
+    if settings.tensorboard:
+        check_tensorboard()
+    checkpoint = _enter(out, config, resume)
+    data = _open_data(out, config, checkpoint)
+    model = _build(config, data.tokenizer, device)
+    optimizer = build_optimizer(model, settings)
+    counters = Counters()
+    if checkpoint is not None:
+        restore(checkpoint, model, optimizer)
+        counters = checkpoint.counters
+    with _writing(out):
+        write_recipe(config, out / RECIPE)
+
+    trainer = Trainer(config, out, data, model, optimizer, counters, progress)
+    validation = trainer.train()
+    save(model, out / MODEL, tokenizer=data.tokenizer)
+    result = RunResult(
+        steps=counters.step,
+        bad_steps=counters.bad_steps,
+        tokens=counters.tokens,
+        seconds=counters.seconds,
+        nats_per_token=validation.nats_per_token,
+        bits_per_byte=validation.bits_per_byte,
+        xz_bits_per_byte=xz_bits_per_byte(data.validation_text),
+        model=out / MODEL,
+    )
+    with _writing(out):
+        draw_loss(out)
+        write_summary(result, out)
+    return result
+
+
+class Trainer:
+    """The loop, and what it works on."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path,
+        data: PreparedData,
+        model: BlackMamba,
+        optimizer: torch.optim.Optimizer,
+        counters: Counters,
+        progress: Progress,
+    ):
+        self.config, self.out, self.data = config, out, data
+        self.model, self.optimizer = model, optimizer
+        self.counters, self.progress = counters, progress
+
+    def train(self) -> Validation:
+        """All steps that are left; returns the validation after the last."""
+        settings, counters = self.config.train, self.counters
+        sampler = WindowSampler(
+            self.data.train.tokens, settings.seq_len, settings.batch_size, settings.seed
+        )
+        validation = None
+        began = time.monotonic() - counters.seconds
+        self.progress.on_start(counters.step, settings.steps)
+        with (
+            MetricsLog(self.out, step=counters.step, tensorboard=settings.tensorboard) as metrics,
+            StopRequest() as stop,
+        ):
+            while counters.step < settings.steps:
+                row = self._step(*sampler.batch(counters.step))
+                is_last = counters.step == settings.steps
+                if is_last or _is_due(counters.step, settings.evaluate_every):
+                    validation = self._validate()
+                    row["validation"] = {
+                        "nats_per_token": finite(validation.nats_per_token),
+                        "bits_per_byte": finite(validation.bits_per_byte),
+                    }
+                counters.seconds = time.monotonic() - began
+                row["seconds"] = round(counters.seconds, 3)
+                metrics.write(row)
+                self.progress.on_step(row)
+
+                if counters.bad_in_a_row >= settings.max_bad_steps:
+                    raise TrainingError(
+                        f"step {counters.step}: loss or gradient was not finite for "
+                        f"{counters.bad_in_a_row} steps in a row; "
+                        f"try a train.lr below {settings.lr:g} or a longer train.warmup_steps"
+                    )
+                if is_last or stop.requested or _is_due(counters.step, settings.checkpoint_every):
+                    metrics.sync()
+                    self._save()
+                if stop.requested and not is_last:
+                    raise KeyboardInterrupt(
+                        f"saved and stopped after step {counters.step} of {settings.steps}; "
+                        "--resume goes on from there"
+                    )
+        return validation or self._validate()
+
+    def _step(self, input_ids: Tensor, labels: Tensor) -> Row:
+        """One step, and its line of metrics."""
+        settings, counters = self.config.train, self.counters
+        begin = time.monotonic()
+        lr = learning_rate(settings, counters.step)
+        trace = Trace() if _is_due(counters.step + 1, settings.log_every) else None
+        device = self.model.embedding.weight.device
+        outcome = train_step(
+            self.model,
+            self.optimizer,
+            input_ids.to(device),
+            labels.to(device),
+            lr=lr,
+            accumulate=settings.accumulate,
+            grad_clip=settings.grad_clip,
+            trace=trace,
+        )
+        counters.step += 1
+        counters.tokens += input_ids.numel()
+        counters.bad_steps += not outcome.is_finite
+        counters.bad_in_a_row = 0 if outcome.is_finite else counters.bad_in_a_row + 1
+        row: Row = {
+            "step": counters.step,
+            "loss": finite(outcome.loss),
+            "lr": lr,
+            "grad_norm": finite(outcome.grad_norm),
+            "skipped": not outcome.is_finite,
+            "tokens": counters.tokens,
+            "tokens_per_s": round(input_ids.numel() / (time.monotonic() - begin), 1),
+        }
+        if trace is not None and trace.routing:
+            row["experts"] = expert_load(trace.routing)
+        return row
+
+    def _validate(self) -> Validation:
+        settings = self.config.train
+        validation = validate(
+            self.model,
+            self.data,
+            batch_size=settings.evaluate_batch_size,
+            seq_len=settings.evaluate_seq_len,
+        )
+        self.progress.on_evaluation(self.counters.step, validation)
+        return validation
+
+    def _save(self) -> None:
+        folder = save_checkpoint(
+            self.out / CHECKPOINTS,
+            self.model,
+            self.data.tokenizer,
+            self.optimizer,
+            counters=self.counters,
+            config=self.config,
+            data=self.data.index.fingerprint,
+            keep=self.config.train.keep_checkpoints,
+        )
+        self.progress.on_checkpoint(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutcome:
+    loss: float
+    """Mean nats per token, before the update."""
+    grad_norm: float
+    """Of all gradients together, before clipping."""
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def train_step(
+    model: BlackMamba,
+    optimizer: torch.optim.Optimizer,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    lr: float,
+    accumulate: int = 1,
+    grad_clip: float = 0.0,
+    trace: Trace | None = None,
+) -> StepOutcome:
+    """Update the weights once; leave them and the optimizer alone if something is not finite.
+
+    Args:
+        model: in training mode.
+        optimizer: of its parameters.
+        input_ids, labels: (b, l) int64; no label is -100, so that micro-batches weigh the same.
+        lr: learning rate of this step.
+        accumulate: micro-batches that b is cut into.
+        grad_clip: largest norm of all gradients together; 0: no limit.
+        trace: filled by the last micro-batch.
+    """
+    optimizer.zero_grad()
+    total = torch.zeros((), device=input_ids.device)
+    for ids, targets in zip(input_ids.chunk(accumulate), labels.chunk(accumulate), strict=True):
+        loss = model.loss(ids, targets, trace=trace) / accumulate
+        loss.backward()
+        total += loss.detach()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    outcome = StepOutcome(*torch.stack((total, norm)).tolist())  # waits for the device once
+    if outcome.is_finite:
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return outcome
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"{out}: cannot be written to ({error.strerror or error})") from None
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+# ---- before the first step -----------------------------------------------------------------
+
+
+def _pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device='cuda': no usable GPU here; use 'auto' or 'cpu'")
+    return torch.device(name)
+
+
+def _enter(out: Path, config: RunConfig, resume: bool) -> Checkpoint | None:
+    """See that the run may use the folder `out`; the checkpoint to go on from, if any."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: not a folder; a run needs one of its own")
+    held = [name for name in (RECIPE, METRICS_FILE, CHECKPOINTS, MODEL) if (out / name).exists()]
+    if held and not resume:
+        raise ConfigError(
+            f"{out}: holds a run already ({held[0]}); go on with it by --resume, "
+            "or choose another --out"
+        )
+    remove_leftovers(out / CHECKPOINTS)
+    checkpoint = newest_checkpoint(out / CHECKPOINTS)
+    if checkpoint is None:
+        if resume:
+            _logger.warning("%s: no checkpoint to resume from; beginning with step 1", out)
+        return None
+    check_resumable(checkpoint.config, config)
+    if checkpoint.counters.step > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps}: {checkpoint.folder} has more steps done already"
+        )
+    return checkpoint
+
+
+def _open_data(out: Path, config: RunConfig, checkpoint: Checkpoint | None) -> PreparedData:
+    folder = out / DATA
+    if checkpoint is None:
+        return prepare(config.data, folder)
+    try:
+        data = PreparedData.open(folder)  # the text itself may be gone by now
+    except DataError:
+        data = prepare(config.data, folder)
+    if data.index.fingerprint != checkpoint.data:
+        raise DataError(f"{folder}: not the text that this run began with; begin a new run")
+    return data
+
+
+def _build(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> BlackMamba:
+    """The untrained model: the same on every device, because it is made on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.train.seed)
+        model = BlackMamba(
+            fit_vocabulary(config.model, tokenizer), compute_dtype=_DTYPES[config.train.dtype]
+        )
+    return model.to(device)
+
+
+def fit_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """`config` with as many unused ids as the tokenizer leaves.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the model.
+    """
+    unused = config.vocab_size - tokenizer.n_tokens
+    if unused < 0:
+        raise ConfigError(
+            f"model.vocab_size={config.vocab_size}: the tokenizer has {tokenizer.n_tokens} tokens"
+        )
+    return dataclasses.replace(config, unused_vocab=unused)
