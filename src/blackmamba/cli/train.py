@@ -51,5 +51,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     with RichProgress(console) as progress:
         result = run_training(config, args.out, resume=args.resume, progress=progress)
-    console.print(result.report(), highlight=False)
+    print(result.report())
+    if (args.out / "loss.png").exists():
+        print(f"loss curve: {args.out / 'loss.png'}")
     return 0
