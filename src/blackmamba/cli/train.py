@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from blackmamba.model.size import parameters
     from blackmamba.train import RichProgress, load_recipe
     from blackmamba.train import run as run_training
 
@@ -48,6 +49,11 @@ def run(args: argparse.Namespace) -> int:
     if args.text:
         overrides.append(f"data.text={json.dumps(args.text)}")
     config = load_recipe(args.recipe, overrides)
+    count, settings = parameters(config.model), config.train
+    print(
+        f"{count.total:,} parameters, {count.active:,} active per token; "
+        f"{settings.steps:,} steps of {settings.batch_size * settings.seq_len:,} tokens"
+    )
     console = Console()
     with RichProgress(console) as progress:
         result = run_training(config, args.out, resume=args.resume, progress=progress)
