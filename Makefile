@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # A short spin lets two threads share busy cores: 1.6 times as fast beside one other process.
 demo: export GOMP_SPINCOUNT ?= 1000
 demo: $(INSTALLED)
-	$(BIN)/blackmamba train demo --out $(DEMO_OUT) --resume $(if $(TEXT),--text $(TEXT))
+	$(BIN)/blackmamba train demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)/recipe.yaml),--resume) $(if $(TEXT),--text $(TEXT))
 	$(BIN)/blackmamba generate $(DEMO_OUT) --prompt "$(PROMPT)" --max-new-tokens 150
 
 test: $(INSTALLED)
