@@ -1,5 +1,5 @@
 """How good a model is."""
 
-from blackmamba.evaluate.perplexity import Perplexity, perplexity
+from blackmamba.evaluate.perplexity import perplexity
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["perplexity"]

@@ -1,45 +1,20 @@
 """Perplexity of a text, read once from beginning to end with the memory carried along."""
 
-import dataclasses
-import math
-
 import torch
 from torch.nn import functional as F
 
 from blackmamba.data import Tokenizer
 from blackmamba.errors import DataError
 from blackmamba.model import BlackMamba
+from blackmamba.train import Validation
 
 _PIECE = 512  # tokens read at once; the memory makes the result independent of it
-
-
-@dataclasses.dataclass(frozen=True)
-class Perplexity:
-    nats: float
-    """Sum of -log p over the predicted tokens."""
-    n_tokens: int
-    """Predicted tokens: all of the text, the first from an end-of-text token."""
-    n_bytes: int
-    """UTF-8 bytes of these tokens' text."""
-
-    @property
-    def nats_per_token(self) -> float:
-        return self.nats / self.n_tokens
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nats per token); infinite where that overflows."""
-        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.n_bytes
 
 
 @torch.inference_mode()
 def perplexity(
     model: BlackMamba, tokenizer: Tokenizer, text: str, *, max_tokens: int = 4096
-) -> Perplexity:
+) -> Validation:
     """Measure how well `model` predicts `text`, by its inference routing.
 
     Args:
@@ -65,4 +40,4 @@ def perplexity(
         piece = tokens[start : start + _PIECE + 1]
         logits, state = model.prefill(piece[None, :-1], state)
         nats += F.cross_entropy(logits[0].float(), piece[1:], reduction="sum").item()
-    return Perplexity(nats, len(ids), len(tokenizer.decode(ids).encode("utf-8")))
+    return Validation(nats, len(ids), len(tokenizer.decode(ids).encode("utf-8")))

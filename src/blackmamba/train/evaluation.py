@@ -12,16 +12,22 @@ from blackmamba.model import BlackMamba
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """Of the whole validation text."""
+    """How well a text was predicted."""
 
     nats: float
     """Sum of -log p over its tokens, the end of text before each document included."""
     n_tokens: int
     n_bytes: int
+    """UTF-8 bytes of the text, without the ends of text."""
 
     @property
     def nats_per_token(self) -> float:
         return self.nats / self.n_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token); infinite where that overflows."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
