@@ -7,7 +7,7 @@ from torch import Tensor
 
 from blackmamba.errors import InputError
 from blackmamba.ops import expert_mlp
-from blackmamba.ops.expert_mlp import _IMPLEMENTATIONS
+from blackmamba.ops.expert_mlp import _IMPLEMENTATIONS, torch_grouped
 
 BACKENDS = list(_IMPLEMENTATIONS)
 NAMES = ("x", "fc1", "fc2", "fc1_bias", "fc2_bias", "gate")
@@ -116,6 +116,20 @@ def test_no_tokens_permuted_tokens_and_the_same_bits(backend: str):
     shuffled = expert_mlp(x[order], ids[order], fc1, fc2, backend=backend)  # pyright: ignore
     torch.testing.assert_close(shuffled, y[order])
     assert torch.equal(y, expert_mlp(x, ids, fc1, fc2, backend=backend))  # pyright: ignore
+
+
+def test_torchs_grouped_product_does_the_same():
+    """What CUDA runs; torch has it on the CPU too."""
+    tensors, _ = make(64, 32, 16, 4, dtype=torch.bfloat16)
+    counts = torch.tensor([30, 0, 33, 1])
+    results = []
+    for product in (torch_grouped._one_call(counts), torch_grouped._call_per_group(counts)):
+        x, fc1 = (tensors[k].detach().clone().requires_grad_() for k in ("x", "fc1"))
+        y = product(x, fc1)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, fc1.grad))
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 0.02  # two roundings to 8 bits
 
 
 def test_nan_stays_in_its_token():

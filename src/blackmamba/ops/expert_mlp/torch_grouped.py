@@ -48,10 +48,18 @@ def _product(x: Tensor, counts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     faster, and takes any dtype.
     """
     if x.device.type == "cuda" and x.dtype == torch.bfloat16:
-        ends = counts.cumsum(0).to(torch.int32)
-        grouped = getattr(F, "grouped_mm", None) or torch._grouped_mm
-        return lambda rows, weight: grouped(rows, weight.transpose(1, 2), offs=ends)
-    sizes = counts.tolist()
+        return _one_call(counts)
+    return _call_per_group(counts)
+
+
+def _one_call(counts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    ends = counts.cumsum(0).to(torch.int32)
+    grouped = getattr(F, "grouped_mm", None) or torch._grouped_mm
+    return lambda rows, weight: grouped(rows, weight.transpose(1, 2), offs=ends)
+
+
+def _call_per_group(counts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    sizes = counts.tolist()  # on a GPU this waits for it
     return lambda rows, weight: cast(Tensor, _GroupedLinear.apply(rows, weight, sizes))
 
 
