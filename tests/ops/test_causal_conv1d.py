@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from blackmamba.errors import InputError
 from blackmamba.ops import causal_conv1d
-from blackmamba.ops.causal_conv1d import _IMPLEMENTATIONS
+from blackmamba.ops.backend import available_backends
 
-BACKENDS = list(_IMPLEMENTATIONS)
+BACKENDS = available_backends("causal_conv1d")
 
 
 def make(b: int, l: int, d: int, k: int, dtype: torch.dtype = torch.float64):
@@ -106,6 +106,45 @@ def test_no_bias_empty_batch_strides_and_bits(backend: str):
     assert torch.equal(y, again)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_reaches_the_next_inputs_of_its_channel_only(backend: str):
+    inputs = make(2, 9, 3, 4)
+    inputs["x"][0, 4, 1] = torch.nan
+    y, _ = causal_conv1d(**inputs, backend=backend)  # pyright: ignore
+    assert y.isnan().nonzero().tolist() == [[0, t, 1] for t in range(4, 8)]
+
+
+def test_every_gradient_in_bfloat16_is_as_near_as_plain_pytorch():
+    def gradients(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
+        leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+        y, _ = causal_conv1d(**leaves, backend=backend)  # pyright: ignore
+        return list(torch.autograd.grad(y.square().sum(), list(leaves.values())))
+
+    narrow = make(2, 40, 5, 4, torch.bfloat16)
+    exact = gradients({k: v.double() for k, v in narrow.items()}, "reference")
+    for name, *results in zip(
+        narrow, gradients(narrow, "torch"), gradients(narrow, "reference"), exact, strict=True
+    ):
+        assert_within_budget(f"grad_{name}", *results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unwritten_memory_is_never_read(backend: str, nan_filled_memory: None):
+    leaves = [v.requires_grad_() for v in make(2, 9, 3, 4).values()]
+    y, state = causal_conv1d(*leaves[:3], initial_state=leaves[3], backend=backend)  # pyright: ignore
+    grads = torch.autograd.grad(y.sum() + state.sum(), leaves)
+    assert all(t.isfinite().all() for t in (y, state, *grads))
+
+
+# torch 2.13 instantiates autograd functions itself while it traces them
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_to_one_graph():
+    inputs = make(2, 9, 3, 4, torch.float32)
+    compiled = torch.compile(causal_conv1d, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(compiled(**inputs), causal_conv1d(**inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_bad_input_is_named():
     inputs = make(2, 5, 3, 4)
     with pytest.raises(InputError, match=r"weight has shape \(2, 4\), must be \(3, 4\)"):
@@ -114,3 +153,12 @@ def test_bad_input_is_named():
         causal_conv1d(inputs["x"], inputs["weight"], activation="relu")  # pyright: ignore
     with pytest.raises(InputError, match=r"lengths has shape \(3,\), must be \(2,\)"):
         causal_conv1d(inputs["x"], inputs["weight"], lengths=torch.tensor([1, 2, 3]))
+    for wrong in (-1, 6):
+        with pytest.raises(InputError, match=rf"lengths holds {wrong}, must be 0 .. 5"):
+            causal_conv1d(inputs["x"], inputs["weight"], lengths=torch.tensor([2, wrong]))
+    with pytest.raises(InputError, match=r"lengths is torch.float32, must be torch.int64"):
+        causal_conv1d(inputs["x"], inputs["weight"], lengths=torch.tensor([2.0, 3.0]))
+    with pytest.raises(InputError, match=r"weight has shape \(3, 0\), k must be at least 1"):
+        causal_conv1d(inputs["x"], inputs["weight"][:, :0])
+    with pytest.raises(InputError, match=r"bias is torch.int64"):
+        causal_conv1d(inputs["x"], inputs["weight"], inputs["bias"].long())

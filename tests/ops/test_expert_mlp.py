@@ -1,15 +1,19 @@
 """Routed experts: against the definition, whatever the assignment looks like."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from numerics import assert_within_budget, relative_error
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blackmamba.errors import InputError
 from blackmamba.ops import expert_mlp
-from blackmamba.ops.expert_mlp import _IMPLEMENTATIONS, torch_grouped
+from blackmamba.ops.backend import available_backends
+from blackmamba.ops.expert_mlp import torch_grouped
 
-BACKENDS = list(_IMPLEMENTATIONS)
+BACKENDS = available_backends("expert_mlp")
 NAMES = ("x", "fc1", "fc2", "fc1_bias", "fc2_bias", "gate")
 
 
@@ -121,15 +125,83 @@ def test_no_tokens_permuted_tokens_and_the_same_bits(backend: str):
 def test_torchs_grouped_product_does_the_same():
     """What CUDA runs; torch has it on the CPU too."""
     tensors, _ = make(64, 32, 16, 4, dtype=torch.bfloat16)
-    counts = torch.tensor([30, 0, 33, 1])
+    ends = torch.tensor([30, 30, 63, 64], dtype=torch.int32)
     results = []
-    for product in (torch_grouped._one_call(counts), torch_grouped._call_per_group(counts)):
+    for product in (torch_grouped._one_call, torch_grouped._call_per_group):
         x, fc1 = (tensors[k].detach().clone().requires_grad_() for k in ("x", "fc1"))
-        y = product(x, fc1)
+        y = product(x, fc1, ends)
         y.square().sum().backward()
         results.append((y.detach(), x.grad, fc1.grad))
     for actual, expected in zip(*results, strict=True):
         assert relative_error(actual, expected) < 0.02  # two roundings to 8 bits
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3), (2, 8, 8)], ids=str)
+def test_one_call_is_for_aligned_rows_on_cuda_only(shape: tuple[int, int, int]):
+    e, m, f = shape
+    tensors, _ = make(4, m, f, e, dtype=torch.bfloat16)
+    on_cuda = Mock(dtype=torch.bfloat16, device=torch.device("cuda"), element_size=lambda: 2)
+    weights = tensors["fc1"], tensors["fc2"]
+    expected = torch_grouped._one_call if m == 8 else torch_grouped._call_per_group
+    assert torch_grouped._product(on_cuda, *weights) is expected
+    assert torch_grouped._product(tensors["x"], *weights) is torch_grouped._call_per_group
+
+
+@pytest.mark.parametrize("frozen", ["x", "fc1", "fc2"])
+def test_gradients_beside_a_frozen_input(frozen: str):
+    tensors, ids = make(9, 6, 5, 4)
+    results = []
+    for backend in ("reference", "torch"):
+        leaves = {k: v.clone().requires_grad_(k != frozen) for k, v in tensors.items()}
+        expert_mlp(expert_ids=ids, **leaves, backend=backend).square().sum().backward()  # pyright: ignore
+        results.append({k: v.grad for k, v in leaves.items() if k != frozen})
+        assert leaves[frozen].grad is None
+    for name in results[0]:
+        assert relative_error(results[1][name], results[0][name]) < 1e-12, name
+
+
+def test_registered_as_torch_wants_it():
+    g = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(s, generator=g, requires_grad=True) for s in ((7, 3), (4, 5, 3)))
+    left, ends = torch.randn(7, 5, generator=g), torch.tensor([2, 2, 7, 7], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.blackmamba.grouped_linear.default, (rows, weight, ends))
+    torch.library.opcheck(torch.ops.blackmamba.grouped_outer.default, (left, rows.detach(), ends))
+
+
+# torch 2.13 instantiates autograd functions itself while it traces them
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("t", [1, 9])
+def test_compiles_to_one_graph(t: int):
+    tensors, ids = make(t, 6, 5, 4, dtype=torch.float32)
+    leaves = {k: v.requires_grad_() for k, v in tensors.items()}
+
+    def loss(ids: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        return expert_mlp(expert_ids=ids, **leaves).square().sum()  # pyright: ignore
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(
+        torch.autograd.grad(compiled(ids, leaves), list(leaves.values())),
+        torch.autograd.grad(loss(ids, leaves), list(leaves.values())),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("t", [1, 9])
+def test_fake_tensors_go_through(t: int):
+    with FakeTensorMode():
+        tensors, ids = make(t, 6, 5, 4)
+        assert expert_mlp(expert_ids=ids, **tensors).shape == (t, 6)  # pyright: ignore
+
+
+def test_unwritten_memory_is_never_read(nan_filled_memory: None):
+    tensors, _ = make(9, 6, 5, 4)
+    leaves = {k: v.requires_grad_() for k, v in tensors.items()}
+    ids = torch.tensor([1, 1, 3, 1, 3, 3, 1, 1, 1])  # experts 0 and 2 are idle
+    y = expert_mlp(expert_ids=ids, **leaves)  # pyright: ignore
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert all(v.grad is not None and v.grad.isfinite().all() for v in leaves.values())
 
 
 def test_nan_stays_in_its_token():
@@ -142,8 +214,13 @@ def test_nan_stays_in_its_token():
 def test_bad_input_is_named():
     tensors, ids = make(8, 6, 5, 2)
     x, fc1, fc2 = tensors["x"], tensors["fc1"], tensors["fc2"]
-    with pytest.raises(InputError, match=r"expert_ids holds 0 .. 2, must be 0 .. 1"):
-        expert_mlp(x, ids.clone().fill_(2).index_fill(0, torch.tensor([0]), 0), fc1, fc2)
+    for wrong in (2, -1):
+        with pytest.raises(InputError, match=rf"expert_ids holds {wrong}, must be 0 .. 1"):
+            expert_mlp(x, ids.index_fill(0, torch.tensor([3]), wrong), fc1, fc2)
+    with pytest.raises(InputError, match=r"expert_ids is torch.int32, must be torch.int64"):
+        expert_mlp(x, ids.int(), fc1, fc2)
+    with pytest.raises(InputError, match=r"fc2 is torch.int64"):
+        expert_mlp(x, ids, fc1, fc2.long())
     with pytest.raises(InputError, match=r"fc2 has shape \(2, 6, 5\), must be \(2, 6, 10\)"):
         expert_mlp(x, ids, fc1, fc2, gated=False)
     with pytest.raises(InputError, match=r"activation='relu'"):

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from blackmamba.errors import BackendError, InputError
 from blackmamba.ops import selective_scan, selective_state_update
-from blackmamba.ops.selective_scan import _IMPLEMENTATIONS, torch_chunked
+from blackmamba.ops.backend import available_backends
+from blackmamba.ops.selective_scan import torch_chunked
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "released-dev" / "selective_scan.npz"
-BACKENDS = list(_IMPLEMENTATIONS)
+BACKENDS = available_backends("selective_scan")
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
 
@@ -97,7 +98,8 @@ def test_bfloat16_is_as_near_as_plain_pytorch(backend: str):
 @pytest.mark.parametrize("blocks", ["one chunk a block", "chunks side by side", "ragged"])
 def test_gradcheck(backend: str, blocks: str, monkeypatch: pytest.MonkeyPatch):
     if blocks == "one chunk a block":
-        monkeypatch.setattr(torch_chunked, "_STEP_NUMBERS", 1)
+        monkeypatch.setattr(torch_chunked, "_LEAST_STEP_NUMBERS", 1)
+        monkeypatch.setattr(torch_chunked, "_MOST_STEP_NUMBERS", 1)
     elif blocks == "ragged":
         monkeypatch.setattr(torch_chunked, "_BLOCK_NUMBERS", 1)
     inputs = [v.requires_grad_() for v in make(2, 11, 2, 2).values()]
@@ -108,15 +110,17 @@ def test_gradcheck(backend: str, blocks: str, monkeypatch: pytest.MonkeyPatch):
     assert torch.autograd.gradcheck(scan, inputs)
 
 
+@pytest.mark.parametrize("most_rows", [1, 2, 3])
 @pytest.mark.parametrize("step_numbers", [1, 1 << 9, 1 << 15])
 @pytest.mark.parametrize("block_numbers", [1, 1 << 10, 1 << 20])
 @pytest.mark.parametrize("l", [1, 7, 64, 129])
 def test_any_cutting_gives_the_same(
-    l: int, block_numbers: int, step_numbers: int, monkeypatch: pytest.MonkeyPatch
+    l: int, block_numbers: int, step_numbers: int, most_rows: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(torch_chunked, "_STEP_NUMBERS", step_numbers)
+    monkeypatch.setattr(torch_chunked, "_LEAST_STEP_NUMBERS", step_numbers)
     monkeypatch.setattr(torch_chunked, "_BLOCK_NUMBERS", block_numbers)
-    exact, actual = (with_gradients(make(2, l, 3, 4), b) for b in ("reference", "torch"))
+    monkeypatch.setattr(torch_chunked, "_MOST_STEP_NUMBERS", most_rows * 3 * 4)
+    exact, actual = (with_gradients(make(3, l, 3, 4), b) for b in ("reference", "torch"))
     for name in exact:
         assert relative_error(actual[name], exact[name]) < 1e-12, name
 
@@ -129,8 +133,48 @@ def test_plan_covers_every_token_once():
         (64, 33, 2048, 16),
         (0, 9, 4, 4),
     ]:
-        covered = [t for blk in torch_chunked._plan(b, l, d, n) for t in range(l)[blk.times]]
-        assert covered == list(range(l))
+        groups, blocks = torch_chunked._plan(b, l, d, n)
+        assert [t for block in blocks for t in range(l)[block.times]] == list(range(l))
+        assert [row for group in groups for row in range(b)[group]] == list(range(b))
+
+
+@pytest.mark.parametrize("shape", [(8, 256, 512), (1, 2048, 512), (64, 512, 512), (8, 2048, 2304)])
+def test_what_is_kept_for_the_backward_pass_is_no_larger_than_x(shape: tuple[int, int, int]):
+    b, l, d = shape
+    _, blocks = torch_chunked._plan(b, l, d, 16)
+    assert len(blocks) * b * d * 16 <= b * l * d
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 3, 4), (2, 9, 3, 1), (1, 0, 3, 1), (0, 5, 3, 4)], ids=str)
+@pytest.mark.parametrize("left_out", [(), ("D", "z", "dt_bias")], ids=str)
+def test_registered_as_torch_wants_it(shape: tuple[int, int, int, int], left_out: tuple[str, ...]):
+    """Schema, no aliases, autograd, fake tensors, and the same under AOT dispatch."""
+    inputs = make(*shape, dtype=torch.float32)
+    args = [None if name in left_out else inputs[name].requires_grad_() for name in NAMES]
+    torch.library.opcheck(torch.ops.blackmamba.selective_scan.default, (*args, True))
+
+
+def test_compiles_to_one_graph_with_the_same_bits():
+    inputs = {k: v.requires_grad_() for k, v in make(2, 9, 3, 4, dtype=torch.float32).items()}
+
+    def scan(inputs: dict[str, Tensor]) -> Tensor:
+        y, state = run(inputs, "auto")
+        return y.sum() + state.square().sum()
+
+    compiled = torch.compile(scan, backend="aot_eager", fullgraph=True)
+    leaves = list(inputs.values())
+    for actual, expected in zip(
+        torch.autograd.grad(compiled(inputs), leaves),
+        torch.autograd.grad(scan(inputs), leaves),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unwritten_memory_is_never_read(backend: str, nan_filled_memory: None):
+    for name, value in with_gradients(make(3, 70, 5, 4), backend).items():
+        assert value.isfinite().all(), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -273,8 +317,9 @@ def test_bad_input_is_named():
         run(good | {"dt": good["dt"][:, :4]}, "auto")
     with pytest.raises(InputError, match=r"x has shape \(5, 3\), must be \(b, l, d\)"):
         run(good | {"x": good["x"][0]}, "auto")
-    with pytest.raises(InputError, match=r"x is torch.int64"):
-        run(good | {"x": good["x"].long()}, "auto")
+    for name in NAMES:
+        with pytest.raises(InputError, match=rf"selective_scan: {name} is torch.int64"):
+            run(good | {name: good[name].long()}, "auto")
     with pytest.raises(
         BackendError, match=r"backend='nothing': selective_scan has torch, reference"
     ):

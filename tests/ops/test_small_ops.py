@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from blackmamba.errors import BackendError, InputError
 from blackmamba.ops import expert_mlp, linear_cross_entropy, rms_norm
-from blackmamba.ops.backend import describe_backends
+from blackmamba.ops.backend import available_backends, describe_backends
 from blackmamba.ops.linear_cross_entropy import torch_chunked
 
 
@@ -39,7 +39,7 @@ def test_rms_norm_names_bad_input():
 @pytest.mark.parametrize("t", [0, 1, 15, 16, 17, 100])
 @pytest.mark.parametrize("biased", [True, False])
 def test_cross_entropy_in_chunks(t: int, biased: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch_chunked, "_CHUNK_NUMBERS", 1)  # 16 tokens at a time
+    monkeypatch.setattr(torch_chunked, "_CHUNK_BYTES", 1)  # 16 tokens at a time
     labels = torch.randint(0, 11, (t,), generator=torch.Generator().manual_seed(0))
     labels[::3] = -100
     results = []
@@ -73,6 +73,71 @@ def test_cross_entropy_without_gradients_and_with_other_ignore_index():
     torch.testing.assert_close(loss, expected)
     with pytest.raises(InputError, match=r"labels has shape \(6,\), must be \(5,\)"):
         linear_cross_entropy(x[:5], weight, labels)
+
+
+def test_cross_entropy_of_narrow_inputs_keeps_a_wide_weights_gradient():
+    x, weight = normal(40, 8).bfloat16(), normal(11, 8, seed=1).float().requires_grad_()
+    bias = normal(11, seed=2).float().requires_grad_()
+    labels = torch.randint(0, 11, (40,), generator=torch.Generator().manual_seed(0))
+    linear_cross_entropy(x, weight, labels, bias=bias).backward()
+    leaves = weight.detach().bfloat16().double(), bias.detach().bfloat16().double()
+    for leaf in leaves:
+        leaf.requires_grad_()
+    loss = linear_cross_entropy(x.double(), leaves[0], labels, bias=leaves[1], backend="reference")
+    for actual, exact in zip((weight, bias), torch.autograd.grad(loss, leaves), strict=True):
+        assert actual.grad is not None
+        assert actual.grad.dtype == torch.float32
+        assert relative_error(actual.grad, exact) < 0.02  # the logits' gradient is in bfloat16
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_cross_entropy_beside_a_frozen_input(frozen: int):
+    results = []
+    labels = torch.tensor([0, 3, -100, 2])
+    for backend in ("reference", "torch"):
+        leaves = [normal(4, 3), normal(5, 3, seed=1), normal(5, seed=2)]
+        kept = [p.requires_grad_() for i, p in enumerate(leaves) if i != frozen]
+        loss = linear_cross_entropy(*leaves[:2], labels, bias=leaves[2], backend=backend)  # pyright: ignore
+        results.append(torch.autograd.grad(loss, kept))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", available_backends("linear_cross_entropy"))
+def test_cross_entropy_of_nan(backend: str):
+    """NaN in a counted token is NaN in the loss; in an ignored one it stays there."""
+    x, weight = normal(4, 3), normal(5, 3, seed=1)
+    x[2] = torch.nan
+    labels = torch.tensor([0, 3, -100, 2])
+    x.requires_grad_()
+    loss = linear_cross_entropy(x, weight, labels, backend=backend)  # pyright: ignore
+    loss.backward()
+    assert x.grad is not None
+    assert loss.isfinite()
+    assert x.grad[[0, 1, 3]].isfinite().all()
+    assert linear_cross_entropy(x, weight, labels.abs() % 5, backend=backend).isnan()  # pyright: ignore
+
+
+def test_cross_entropy_names_bad_labels():
+    x, weight = normal(4, 3), normal(5, 3, seed=1)
+    with pytest.raises(InputError, match=r"labels holds 5, must be 0 .. 4 or -100"):
+        linear_cross_entropy(x, weight, torch.tensor([0, -100, 5, 1]))
+    with pytest.raises(InputError, match=r"labels is torch.int32, must be torch.int64"):
+        linear_cross_entropy(x, weight, torch.tensor([0, 1, 2, 1], dtype=torch.int32))
+
+
+def test_cross_entropy_never_reads_unwritten_memory(nan_filled_memory: None):
+    leaves = normal(9, 3).requires_grad_(), normal(5, 3, seed=1).requires_grad_()
+    labels = torch.tensor([0, 3, -100, 2, 1, 1, -100, 4, 0])
+    grads = torch.autograd.grad(linear_cross_entropy(*leaves, labels), leaves)
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_available_backends():
+    assert available_backends("selective_scan") == ("torch", "reference")
+    assert available_backends("sinkhorn") == ("reference",)
+    with pytest.raises(BackendError, match="operation='scan': must be one of causal_conv1d, "):
+        available_backends("scan")
 
 
 def test_environment_forces_a_backend_where_there_is_one(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,9 @@ that name; a backend named in a call runs or raises.
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar, get_args
+from typing import Generic, Literal, TypeVar, get_args
+
+import torch
 
 from blackmamba.errors import BackendError
 
@@ -20,11 +22,11 @@ Backend = Literal["auto", "reference", "torch"]
 ENVIRONMENT_VARIABLE = "BLACKMAMBA_BACKEND"
 
 F = TypeVar("F", bound=Callable[..., object])
-_registered: dict[str, tuple[str, ...]] = {}
+_registered: dict[str, tuple[Backend, ...]] = {}
 _logged: set[tuple[str, str]] = set()
 
 
-class Implementations(Mapping[str, F]):
+class Implementations(Generic[F]):
     """The implementations of one operation, fastest first.
 
     Args:
@@ -32,8 +34,8 @@ class Implementations(Mapping[str, F]):
         functions: implementation by backend name; all take the same arguments.
     """
 
-    def __init__(self, operation: str, functions: Mapping[str, F]):
-        self.operation = operation
+    def __init__(self, operation: str, functions: Mapping[Backend, F]):
+        self._operation = operation
         self._functions = dict(functions)
         _registered[operation] = tuple(self._functions)
 
@@ -43,49 +45,60 @@ class Implementations(Mapping[str, F]):
         Raises:
             BackendError: no backend has this name, or this operation has no such implementation.
         """
-        name = backend
-        if name == "auto":
-            name = forced_backend()
-            if name not in self._functions:
-                name = next(iter(self._functions))
-            if (self.operation, name) not in _logged:
-                _logged.add((self.operation, name))
-                logger.info("%s runs as %s", self.operation, name)
+        name = _chosen(self._operation) if backend == "auto" else backend
         if name not in self._functions:
             raise BackendError(
-                f"backend={backend!r}: {self.operation} has {', '.join(self._functions)}, or auto"
+                f"backend={backend!r}: {self._operation} has {', '.join(self._functions)}, or auto"
             )
         return self._functions[name]
 
-    def __getitem__(self, name: str) -> F:
-        return self._functions[name]
 
-    def __iter__(self):
-        return iter(self._functions)
+def available_backends(operation: str) -> tuple[Backend, ...]:
+    """The names that `operation` takes as `backend` on this machine besides "auto", fastest first.
 
-    def __len__(self) -> int:
-        return len(self._functions)
+    Raises:
+        BackendError: no operation has this name.
+    """
+    if operation not in _registered:
+        raise BackendError(
+            f"operation={operation!r}: must be one of {', '.join(sorted(_registered))}"
+        )
+    return _registered[operation]
 
 
-def forced_backend() -> str:
+def describe_backends() -> list[tuple[str, str]]:
+    """Operation and a text such as "torch (of torch, reference)", for `blackmamba doctor`."""
+    return [
+        (operation, f"{_automatic(operation)} (of {', '.join(names)})")
+        for operation, names in sorted(_registered.items())
+    ]
+
+
+def forced_backend() -> Backend:
     """What BLACKMAMBA_BACKEND asks for; "auto" if it is not set.
 
     Raises:
         BackendError: it names no backend.
     """
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    if name not in get_args(Backend):
-        raise BackendError(
-            f"{ENVIRONMENT_VARIABLE}={name!r}: must be one of {', '.join(get_args(Backend))}"
-        )
+    for backend in get_args(Backend):
+        if name == backend:
+            return backend
+    raise BackendError(
+        f"{ENVIRONMENT_VARIABLE}={name!r}: must be one of {', '.join(get_args(Backend))}"
+    )
+
+
+def _automatic(operation: str) -> Backend:
+    """What "auto" means for this operation now."""
+    names, forced = _registered[operation], forced_backend()
+    return forced if forced in names else names[0]
+
+
+def _chosen(operation: str) -> Backend:
+    """`_automatic`, and a word in the log when it is new."""
+    name = _automatic(operation)
+    if not torch.compiler.is_compiling() and (operation, name) not in _logged:
+        _logged.add((operation, name))
+        logger.info("%s runs as %s", operation, name)
     return name
-
-
-def describe_backends() -> list[tuple[str, str]]:
-    """Operation and a text such as "torch (of torch, reference)", for `blackmamba doctor`."""
-    forced = forced_backend()
-    rows: list[tuple[str, str]] = []
-    for operation, names in sorted(_registered.items()):
-        used = forced if forced in names else names[0]
-        rows.append((operation, f"{used} (of {', '.join(names)})"))
-    return rows

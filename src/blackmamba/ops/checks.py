@@ -35,14 +35,48 @@ def check_dims(operation: str, name: str, tensor: Tensor, letters: str) -> None:
         )
 
 
-def check_floating(operation: str, name: str, tensor: Tensor) -> None:
-    """Check for a floating-point dtype.
+def check_floating(operation: str, **tensors: Tensor | None) -> None:
+    """Check for floating-point dtypes; None arguments are absent and pass.
 
     Raises:
-        InputError: it is none.
+        InputError: one has another dtype.
     """
-    if not tensor.dtype.is_floating_point:
-        raise InputError(f"{operation}: {name} is {tensor.dtype}, must be a floating-point dtype")
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            raise InputError(
+                f"{operation}: {name} is {tensor.dtype}, must be a floating-point dtype"
+            )
+
+
+def check_integers(
+    operation: str, name: str, tensor: Tensor, last: int, ignored: int | None = None
+) -> None:
+    """Check for int64 and, where that costs no waiting, for values of 0 .. last.
+
+    Args:
+        ignored: a value that may be there besides.
+    Raises:
+        InputError: another dtype, or a value out of range.
+    """
+    if tensor.dtype != torch.int64:
+        raise InputError(f"{operation}: {name} is {tensor.dtype}, must be torch.int64")
+    if not readable(tensor):
+        return
+    wrong = (tensor < 0) | (tensor > last)
+    if ignored is not None:
+        wrong &= tensor != ignored
+    if wrong.any():
+        raise InputError(
+            f"{operation}: {name} holds {tensor[wrong][0]}, must be 0 .. {last}"
+            + ("" if ignored is None else f" or {ignored}")
+        )
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: on CPU, and neither fake nor being compiled."""
+    return (
+        tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+    )
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.causal_conv1d.reference import causal_conv1d_reference
 from blackmamba.ops.causal_conv1d.torch_shifted import causal_conv1d_shifted
-from blackmamba.ops.checks import check_dims, check_floating, check_shapes
+from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
 
 _IMPLEMENTATIONS = Implementations(
     "causal_conv1d", {"torch": causal_conv1d_shifted, "reference": causal_conv1d_reference}
@@ -40,7 +40,8 @@ def causal_conv1d(
         y: (b, l, d), in x's dtype.
         final_state: (b, d, k - 1), the last k - 1 real inputs, oldest first, in x's dtype.
     Raises:
-        InputError: a shape disagrees, x is not floating-point, or an unknown activation.
+        InputError: a shape or dtype is wrong, a length is out of range (checked on CPU), k is 0, or
+            an unknown activation.
         BackendError: `backend` cannot run.
     Source:
         Gu and Dao 2023 (arXiv 2312.00752), section 3.4 and figure 3.
@@ -48,9 +49,11 @@ def causal_conv1d(
     name = "causal_conv1d"
     check_dims(name, "x", x, "bld")
     check_dims(name, "weight", weight, "dk")
-    check_floating(name, "x", x)
-    b, _, d = x.shape
+    check_floating(name, x=x, weight=weight, bias=bias, initial_state=initial_state)
+    b, l, d = x.shape
     k = weight.shape[1]
+    if k == 0:
+        raise InputError(f"{name}: weight has shape {tuple(weight.shape)}, k must be at least 1")
     check_shapes(
         name,
         weight=(weight, (d, k)),
@@ -58,6 +61,8 @@ def causal_conv1d(
         initial_state=(initial_state, (b, d, k - 1)),
         lengths=(lengths, (b,)),
     )
+    if lengths is not None:
+        check_integers(name, "lengths", lengths, l)
     if activation not in ("silu", "none"):
         raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'none'")
     before = x.new_zeros(b, d, k - 1) if initial_state is None else initial_state.to(x.dtype)

@@ -48,19 +48,20 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, before = ctx.saved_tensors
         l, k = x.shape[1], weight.shape[1]
-        y, seen = _linear_part(x, weight, bias, before)
-        g = grads[0].to(y.dtype)
+        g, seen = _linear_part(x, weight, bias, before)
         if ctx.activation == "silu":
-            sigmoid = torch.sigmoid(y)
-            g = g * sigmoid * (1 + y * (1 - sigmoid))
-        grad_seen = torch.zeros_like(seen)
-        grad_weight = torch.empty_like(weight, dtype=y.dtype)
+            g = torch.ops.aten.silu_backward(grads[0].to(g.dtype), g)
+        else:
+            g = grads[0].to(g.dtype)
+        rows = weight.to(g.dtype).t().contiguous()
+        grad_seen, grad_rows = torch.zeros_like(seen), torch.empty_like(rows)
+        product = torch.empty_like(g)
         for j in range(k):
-            grad_seen[:, j : j + l].addcmul_(g, weight[:, j].to(y.dtype))
-            grad_weight[:, j] = (g * seen[:, j : j + l]).sum((0, 1))
+            grad_seen[:, j : j + l].addcmul_(g, rows[j])
+            grad_rows[j] = torch.mul(g, seen[:, j : j + l], out=product).sum((0, 1))
         return (
             grad_seen[:, k - 1 :].to(x.dtype),
-            grad_weight.to(weight.dtype),
+            grad_rows.t().to(weight.dtype),
             None if bias is None else g.sum((0, 1)).to(bias.dtype),
             grad_seen[:, : k - 1].transpose(1, 2).to(before.dtype),
             None,

@@ -2,12 +2,11 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
-from blackmamba.ops.checks import check_dims, check_floating, check_shapes
+from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
 from blackmamba.ops.expert_mlp.activation import activate
 from blackmamba.ops.expert_mlp.reference import expert_mlp_reference
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
@@ -50,8 +49,7 @@ def expert_mlp(
     Returns:
         (t, m) in x's dtype. Experts without a token get zero gradient.
     Raises:
-        InputError: a shape disagrees, an id is out of range, x is not floating-point, or an unknown
-            activation.
+        InputError: a shape or dtype is wrong, an id is out of range, or an unknown activation.
         BackendError: `backend` cannot run.
     Source:
         Fedus et al. 2021 (arXiv 2101.03961), eq. 2, with one expert a token; Shazeer 2020
@@ -61,7 +59,7 @@ def expert_mlp(
     check_dims(name, "x", x, "tm")
     check_dims(name, "fc1", fc1, "efm")
     check_dims(name, "fc2", fc2, "emf")
-    check_floating(name, "x", x)
+    check_floating(name, x=x, fc1=fc1, fc2=fc2, fc1_bias=fc1_bias, fc2_bias=fc2_bias, gate=gate)
     t, m = x.shape
     e, rows = fc1.shape[:2]
     check_shapes(
@@ -75,9 +73,6 @@ def expert_mlp(
     )
     if activation not in ("silu", "gelu"):
         raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'gelu'")
-    if expert_ids.device.type == "cpu" and t and not torch.compiler.is_compiling():
-        low, high = expert_ids.aminmax()
-        if low < 0 or high >= e:
-            raise InputError(f"{name}: expert_ids holds {low} .. {high}, must be 0 .. {e - 1}")
+    check_integers(name, "expert_ids", expert_ids, e - 1)
     run = _IMPLEMENTATIONS.pick(backend)
     return run(x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate)

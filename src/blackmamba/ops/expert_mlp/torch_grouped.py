@@ -1,6 +1,6 @@
 """Tokens sorted by expert, then one product per group."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from blackmamba.ops.checks import readable
 from blackmamba.ops.expert_mlp.activation import activate
 
 
@@ -23,77 +24,118 @@ def expert_mlp_grouped(
     gate: Tensor | None,
 ) -> Tensor:
     """`expert_mlp` by sorting; waits for the device only where it has no grouped product."""
+    if len(x) == 1 and readable(expert_ids):
+        chosen = int(expert_ids)  # one token, as in generation: nothing to sort
+        y = F.linear(x, fc1[chosen].to(x.dtype), _row(fc1_bias, chosen, x.dtype))
+        y = activate(y, activation, gated)
+        y = F.linear(y, fc2[chosen].to(x.dtype), _row(fc2_bias, chosen, x.dtype))
+        return y if gate is None else (y * gate[:, None]).to(x.dtype)
+
     sorted_ids, order = torch.sort(expert_ids, stable=True)
-    counts = torch.bincount(expert_ids, minlength=fc1.shape[0])
-    product = _product(x, counts)
+    place = torch.empty_like(order)  # of each token among the sorted ones
+    place.scatter_(0, order, torch.arange(len(order), device=order.device))
+    experts = torch.arange(len(fc1), device=order.device)
+    ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # of each group
 
-    h = product(x.index_select(0, order), fc1.to(x.dtype))
+    product = _product(x, fc1, fc2)
+    h = product(_reorder(x, order, place), fc1.to(x.dtype), ends)
     if fc1_bias is not None:
-        h = h + fc1_bias.to(x.dtype).index_select(0, sorted_ids)
+        h = h + F.embedding(sorted_ids, fc1_bias.to(x.dtype))
     h = activate(h, activation, gated)
-    y = product(h, fc2.to(x.dtype))
+    y = product(h, fc2.to(x.dtype), ends)
     if fc2_bias is not None:
-        y = y + fc2_bias.to(x.dtype).index_select(0, sorted_ids)
-    if gate is not None:
-        y = (y * gate.index_select(0, order)[:, None]).to(x.dtype)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return y.index_select(0, back)
+        y = y + F.embedding(sorted_ids, fc2_bias.to(x.dtype))
+    y = _reorder(y, place, order)
+    return y if gate is None else (y * gate[:, None]).to(x.dtype)
 
 
-def _product(x: Tensor, counts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of sorted rows (t, in) and weights (e, out, in) to (t, out).
+def _row(bias: Tensor | None, chosen: int, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias[chosen].to(dtype)
 
-    torch's grouped product takes bfloat16 on CUDA; elsewhere one product per group is as fast or
-    faster, and takes any dtype.
+
+def _product(x: Tensor, fc1: Tensor, fc2: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A function of sorted rows (t, in), weights (e, out, in) and group ends to (t, out).
+
+    torch's grouped product takes bfloat16 rows of a multiple of 16 bytes on CUDA; elsewhere one
+    product per group is as fast (measured on CPU, 1 to 2,048 tokens), and takes any dtype.
     """
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16:
-        return _one_call(counts)
-    return _call_per_group(counts)
+    aligned = all(size * x.element_size() % 16 == 0 for size in (*fc1.shape[1:], *fc2.shape[1:]))
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned:
+        return _one_call
+    return _call_per_group
 
 
-def _one_call(counts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    ends = counts.cumsum(0).to(torch.int32)
+def _one_call(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     grouped = getattr(F, "grouped_mm", None) or torch._grouped_mm
-    return lambda rows, weight: grouped(rows, weight.transpose(1, 2), offs=ends)
+    return grouped(rows, weight.transpose(1, 2), offs=ends)
 
 
-def _call_per_group(counts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    sizes = counts.tolist()  # on a GPU this waits for it
-    return lambda rows, weight: cast(Tensor, _GroupedLinear.apply(rows, weight, sizes))
+@torch.library.custom_op("blackmamba::grouped_linear", mutates_args=())
+def _call_per_group(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows[group j] @ weight[j]^T for each group j; on a GPU this waits for `ends`."""
+    out = rows.new_empty(len(rows), weight.shape[1])
+    for j, group in _groups(ends):
+        torch.mm(rows[group], weight[j].t(), out=out[group])
+    return out
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """rows[group j] @ weight[j]^T for each group j; gradients likewise, by group."""
+@torch.library.custom_op("blackmamba::grouped_outer", mutates_args=())
+def _grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """left[group j]^T @ right[group j] for each group j; zeros for an empty group."""
+    out = left.new_zeros(len(ends), left.shape[1], right.shape[1])
+    for j, group in _groups(ends):
+        torch.mm(left[group].t(), right[group], out=out[j])
+    return out
 
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Number and rows of each group that is not empty."""
+    start = 0
+    for j, end in enumerate(ends.tolist()):
+        if end > start:
+            yield j, slice(start, end)
+        start = end
+
+
+@_call_per_group.register_fake
+def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@_grouped_outer.register_fake
+def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows, weight, ends = ctx.saved_tensors
+    g = g.contiguous()
+    grad_rows = (
+        _call_per_group(g, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+    )
+    grad_weight = _grouped_outer(g, rows, ends) if ctx.needs_input_grad[1] else None
+    return grad_rows, grad_weight, None
+
+
+_call_per_group.register_autograd(_gradients, setup_context=_save)
+
+
+def _reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """rows[order]; knowing the inverse permutation, its gradient is a gather too."""
+    return cast(Tensor, _Reorder.apply(rows, order, inverse))
+
+
+class _Reorder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.sizes = sizes
-        out = rows.new_empty(len(rows), weight.shape[1])
-        for j, group in _groups(sizes):
-            torch.mm(rows[group], weight[j].t(), out=out[group])
-        return out
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, weight = ctx.saved_tensors
-        g = grads[0].contiguous()
-        grad_rows = torch.empty_like(rows)
-        grad_weight = torch.zeros_like(weight)
-        for j, group in _groups(ctx.sizes):
-            torch.mm(g[group], weight[j], out=grad_rows[group])
-            torch.mm(g[group].t(), rows[group], out=grad_weight[j])
-        return grad_rows, grad_weight, None
-
-
-def _groups(sizes: list[int]) -> list[tuple[int, slice]]:
-    """Number and rows of each group that is not empty."""
-    found: list[tuple[int, slice]] = []
-    start = 0
-    for j, size in enumerate(sizes):
-        if size:
-            found.append((j, slice(start, start + size)))
-        start += size
-    return found
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from blackmamba.ops.backend import Backend, Implementations
-from blackmamba.ops.checks import check_dims, check_floating, check_shapes
+from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
 from blackmamba.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 from blackmamba.ops.linear_cross_entropy.torch_chunked import linear_cross_entropy_chunked
 
@@ -26,21 +26,22 @@ def linear_cross_entropy(
 
     Args:
         x: (t, m), any floating-point dtype; t may be 0.
-        weight: (v, m), in x's dtype.
+        weight: (v, m), cast to x's dtype; its gradient is not rounded to that.
         labels: (t,) int64, each within 0 .. v - 1, or ignore_index.
-        bias: (v,).
+        bias: (v,), as `weight`.
         ignore_index: tokens with this label add nothing and get no gradient.
         backend: see ops/backend.py.
     Returns:
         A scalar in nats, float32 or wider: the sum, not the mean.
     Raises:
-        InputError: shapes disagree or x is not floating-point.
+        InputError: a shape or dtype is wrong, or a label is out of range (checked on CPU).
         BackendError: `backend` cannot run.
     """
     name = "linear_cross_entropy"
     check_dims(name, "x", x, "tm")
     check_dims(name, "weight", weight, "vm")
-    check_floating(name, "x", x)
+    check_floating(name, x=x, weight=weight, bias=bias)
     (t, m), v = x.shape, weight.shape[0]
     check_shapes(name, weight=(weight, (v, m)), labels=(labels, (t,)), bias=(bias, (v,)))
+    check_integers(name, "labels", labels, v - 1, ignored=ignore_index)
     return _IMPLEMENTATIONS.pick(backend)(x, weight, labels, bias, ignore_index)

@@ -10,5 +10,6 @@ def linear_cross_entropy_reference(
     x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
 ) -> Tensor:
     """All logits at once; float64 in, float64 out."""
-    logits = F.linear(x, weight, bias).to(wide_dtype(x))
+    bias = None if bias is None else bias.to(x.dtype)
+    logits = F.linear(x, weight.to(x.dtype), bias).to(wide_dtype(x))
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")

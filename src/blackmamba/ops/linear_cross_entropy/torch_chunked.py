@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from blackmamba.ops.checks import wide_dtype
 
-_CHUNK_NUMBERS = 1 << 23  # logits held at a time: 32 MB in float32
+_CHUNK_BYTES = 1 << 25  # of the wide logits held at a time
 
 
 def linear_cross_entropy_chunked(
@@ -29,29 +29,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
     ) -> Tensor:
         wide = wide_dtype(x)
-        needs = any(ctx.needs_input_grad)
-        grad_x = torch.empty_like(x) if needs else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if needs and bias is not None else None
+        needs_x, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
+        narrow_weight = weight.to(x.dtype)
+        narrow_bias = None if bias is None else bias.to(x.dtype)
         total = torch.zeros((), dtype=wide, device=x.device)
-        rows = max(16, _CHUNK_NUMBERS // max(1, weight.shape[0]))
+        rows = max(16, _CHUNK_BYTES // (wide.itemsize * max(1, len(weight))))
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            logits = F.linear(x[part], weight, bias).to(wide)
+            log_p = F.linear(x[part], narrow_weight, narrow_bias).to(wide).log_softmax(dim=-1)
             counted = labels[part] != ignore_index
             label = labels[part].where(counted, labels.new_zeros(()))[:, None]
-            log_p = logits.log_softmax(dim=-1)
             total -= log_p.gather(1, label)[:, 0].where(counted, log_p.new_zeros(())).sum()
-            if grad_x is None or grad_weight is None:
+            if not any(ctx.needs_input_grad):
                 continue
-            g = log_p.exp_()  # d loss / d logits = softmax - one-hot
+            g = log_p.exp_()  # the gradient of the logits: softmax - one-hot
             g.scatter_add_(1, label, g.new_full((), -1.0).expand_as(label))
             g *= counted[:, None]
             narrow = g.to(x.dtype)
-            grad_x[part] = narrow @ weight
-            if wide == x.dtype:
+            if grad_x is not None:
+                torch.mm(narrow, narrow_weight, out=grad_x[part])
+            if grad_weight is not None and wide == x.dtype:
                 grad_weight.addmm_(narrow.t(), x[part])
-            else:
+            elif grad_weight is not None:
                 grad_weight += narrow.t() @ x[part]
             if grad_bias is not None:
                 grad_bias += g.sum(0)
@@ -65,6 +67,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        g = grads[0]
-        scaled = [None if t is None else t * g.to(t.dtype) for t in ctx.saved_tensors]
+        scaled = [None if t is None else t * grads[0].to(t.dtype) for t in ctx.saved_tensors]
         return scaled[0], scaled[1], None, scaled[2], None

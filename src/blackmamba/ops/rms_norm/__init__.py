@@ -20,11 +20,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: Backend =
     Returns:
         (..., m) in x's dtype; computed in float32 or wider.
     Raises:
-        InputError: shapes disagree or x is not floating-point.
+        InputError: a shape or dtype is wrong.
         BackendError: `backend` cannot run.
     Source:
         Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4, with eps inside the root.
     """
-    check_floating("rms_norm", "x", x)
+    check_floating("rms_norm", x=x, weight=weight)
     check_shapes("rms_norm", weight=(weight, x.shape[-1:]))
     return _IMPLEMENTATIONS.pick(backend)(x, weight, eps)

@@ -44,7 +44,7 @@ def selective_scan(
         y: (b, l, d), in x's dtype.
         final_state: (b, d, n), float32 or wider; computed as that throughout.
     Raises:
-        InputError: a shape disagrees with x and A, or x is not floating-point.
+        InputError: a shape disagrees with x and A, or a dtype is not floating-point.
         BackendError: `backend` cannot run.
     Source:
         Gu and Dao 2023 (arXiv 2312.00752), eq. 2 and algorithm 2; B by Euler, not eq. 4, as their
@@ -53,7 +53,8 @@ def selective_scan(
     name = "selective_scan"
     check_dims(name, "x", x, "bld")
     check_dims(name, "A", A, "dn")
-    check_floating(name, "x", x)
+    check_floating(name, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    check_floating(name, initial_state=initial_state)
     b, l, d = x.shape
     n = A.shape[1]
     check_shapes(

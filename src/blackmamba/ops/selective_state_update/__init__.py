@@ -42,14 +42,14 @@ def selective_state_update(
         y: (b, d), in x's dtype.
         state: (b, d, n), new memory; nothing is written in place.
     Raises:
-        InputError: a shape disagrees with `state`, or x is not floating-point.
+        InputError: a shape disagrees with `state`, or a dtype is not floating-point.
         BackendError: `backend` cannot run.
     Source:
         Gu and Dao 2023 (arXiv 2312.00752), eq. 2; B by Euler, not eq. 4, as their code does.
     """
     name = "selective_state_update"
     check_dims(name, "state", state, "bdn")
-    check_floating(name, "x", x)
+    check_floating(name, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     b, d, n = state.shape
     check_shapes(
         name,

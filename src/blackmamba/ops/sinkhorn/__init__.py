@@ -47,7 +47,7 @@ def sinkhorn(
         against a fixed 1e-4, which thousands of tokens pass at once.
     """
     check_dims("sinkhorn", "logits", logits, "te")
-    check_floating("sinkhorn", "logits", logits)
+    check_floating("sinkhorn", logits=logits)
     if logits.shape[1] == 0:
         raise InputError(f"sinkhorn: logits has shape {tuple(logits.shape)}, needs an expert")
     if start not in ("paper", "ones"):
