@@ -176,9 +176,16 @@ def test_a_given_tokenizer_must_fit(small: Small, tmp_path: Path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gpu_learns_the_same(dtype: str, small: Small, tmp_path: Path):
+    class Stop(Progress):
+        def on_step(self, row: dict[str, Any]) -> None:
+            if row["step"] == 18:
+                raise InterruptedError
+
     run(small(steps=25), tmp_path / "cpu")
-    run(small(steps=15, device="cuda", dtype=dtype, checkpoint_every=15), tmp_path / "gpu")
-    run(small(steps=25, device="cuda", dtype=dtype), tmp_path / "gpu", resume=True)
+    config = small(steps=25, device="cuda", dtype=dtype, checkpoint_every=15)
+    with pytest.raises(InterruptedError):
+        run(config, tmp_path / "gpu", progress=Stop())
+    run(config, tmp_path / "gpu", resume=True)
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=0.05)
 
 
