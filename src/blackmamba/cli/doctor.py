@@ -50,8 +50,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.max_tokens < 2:
         raise ConfigError(f"--max-tokens {args.max_tokens}: must be at least 2")
-    for name, value in describe_machine():
-        print(f"{name:<24}{value}")
+    rows = describe_machine()
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        print(f"{name:<{width}}{value}")
     if args.model is not None:
         print()
         _check_model(args)
