@@ -2,6 +2,7 @@
 # make test    run the tests
 # make check   lint and types; edits nothing          make fix    format and repair what can be
 # make bench   the benchmark scripts                   make install    the environment of them all
+# make native  rebuild the native extension in place, after a change to a .cpp or .hpp file
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,12 +11,14 @@ INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= runs/demo
 TEXT ?=
 PROMPT ?= And it came to pass
+NATIVE_SOURCES := $(wildcard src/blackmamba/ops/*/*.cpp src/blackmamba/ops/*/*.hpp)
+NATIVE_BUILD := build/native
 
-.PHONY: install demo test check fix bench clean
+.PHONY: install demo test check fix bench native clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -40,6 +43,12 @@ fix: $(INSTALLED)
 
 bench: $(INSTALLED)
 	for script in benchmarks/cpu_*.py; do $(BIN)/python $$script || exit 1; done
+
+# src/ comes before the installed extension on the path, so that this copy is the one that is used
+native:
+	cmake -S . -B $(NATIVE_BUILD) -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
+	cmake --build $(NATIVE_BUILD)
+	cp $(NATIVE_BUILD)/_native.*.so src/blackmamba/
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .coverage*

@@ -1,8 +1,8 @@
 """Which implementation of an operation runs, and why: the one place that decides.
 
-An operation lists its implementations, fastest first, and "auto" takes the first. The environment
-variable BLACKMAMBA_BACKEND stands in for "auto" in every operation that has an implementation of
-that name; a backend named in a call runs or raises.
+An operation lists its implementations, fastest first, and "auto" takes the first that can run on
+the input. The environment variable BLACKMAMBA_BACKEND stands in for "auto" in every operation that
+has an implementation of that name; a backend that is named, there or in a call, runs or raises.
 """
 
 import logging
@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Generic, Literal, TypeVar, get_args
 
 import torch
+from torch import Tensor
 
 from blackmamba.errors import BackendError
+from blackmamba.ops import native
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "torch"]
-"""reference: the definition. torch: faster, in plain PyTorch. Both run on any device."""
+Backend = Literal["auto", "reference", "torch", "native"]
+"""reference: the definition. torch: faster, in plain PyTorch. Both run on any device.
+native: C++ for the CPU, float32 and bfloat16, where the extension was built."""
 
 ENVIRONMENT_VARIABLE = "BLACKMAMBA_BACKEND"
 
@@ -39,17 +42,26 @@ class Implementations(Generic[F]):
         self._functions = dict(functions)
         _registered[operation] = tuple(self._functions)
 
-    def pick(self, backend: Backend) -> F:
-        """The function that `backend` names on this machine.
+    def pick(self, backend: Backend, *inputs: Tensor | None) -> F:
+        """The function that `backend` names, for these inputs on this machine.
 
+        Args:
+            backend: a name, or "auto".
+            inputs: the tensors whose device and dtype decide.
         Raises:
-            BackendError: no backend has this name, or this operation has no such implementation.
+            BackendError: no backend has this name, this operation has no such implementation, or
+                it cannot take the inputs.
         """
-        name = _chosen(self._operation) if backend == "auto" else backend
-        if name not in self._functions:
+        name = _named(self._operation) if backend == "auto" else backend
+        if name == "auto":
+            name = next(n for n in self._functions if _unfit(n, inputs) is None)
+            _log(self._operation, name)
+        elif name not in self._functions:
             raise BackendError(
                 f"backend={backend!r}: {self._operation} has {', '.join(self._functions)}, or auto"
             )
+        elif (reason := _unfit(name, inputs)) is not None:
+            raise BackendError(f"{self._operation}, backend={name!r}: {reason}")
         return self._functions[name]
 
 
@@ -63,15 +75,19 @@ def available_backends(operation: str) -> tuple[Backend, ...]:
         raise BackendError(
             f"operation={operation!r}: must be one of {', '.join(sorted(_registered))}"
         )
-    return _registered[operation]
+    return tuple(name for name in _registered[operation] if _unfit(name, ()) is None)
 
 
 def describe_backends() -> list[tuple[str, str]]:
     """Operation and a text such as "torch (of torch, reference)", for `blackmamba doctor`."""
-    return [
-        (operation, f"{_automatic(operation)} (of {', '.join(names)})")
-        for operation, names in sorted(_registered.items())
-    ]
+    rows: list[tuple[str, str]] = []
+    for operation in sorted(_registered):
+        names = available_backends(operation)
+        forced = _named(operation)
+        rows.append(
+            (operation, f"{names[0] if forced == 'auto' else forced} (of {', '.join(names)})")
+        )
+    return rows
 
 
 def forced_backend() -> Backend:
@@ -89,16 +105,19 @@ def forced_backend() -> Backend:
     )
 
 
-def _automatic(operation: str) -> Backend:
-    """What "auto" means for this operation now."""
-    names, forced = _registered[operation], forced_backend()
-    return forced if forced in names else names[0]
+def _named(operation: str) -> Backend:
+    """What BLACKMAMBA_BACKEND asks of this operation; "auto" if it has no such implementation."""
+    forced = forced_backend()
+    return forced if forced in _registered[operation] else "auto"
 
 
-def _chosen(operation: str) -> Backend:
-    """`_automatic`, and a word in the log when it is new."""
-    name = _automatic(operation)
+def _unfit(name: Backend, inputs: tuple[Tensor | None, ...]) -> str | None:
+    """Why this backend cannot take the inputs; None if it can."""
+    return native.unfit(*inputs) if name == "native" else None
+
+
+def _log(operation: str, name: str) -> None:
+    """A word in the log when the choice is new."""
     if not torch.compiler.is_compiling() and (operation, name) not in _logged:
         _logged.add((operation, name))
         logger.info("%s runs as %s", operation, name)
-    return name

@@ -66,7 +66,7 @@ def causal_conv1d(
     if activation not in ("silu", "none"):
         raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'none'")
     before = x.new_zeros(b, d, k - 1) if initial_state is None else initial_state.to(x.dtype)
-    y = _IMPLEMENTATIONS.pick(backend)(x, weight, bias, before, activation)
+    y = _IMPLEMENTATIONS.pick(backend, x)(x, weight, bias, before, activation)
     return y, _last_inputs(x, before, lengths)
 
 

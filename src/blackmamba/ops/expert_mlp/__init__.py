@@ -74,5 +74,5 @@ def expert_mlp(
     if activation not in ("silu", "gelu"):
         raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'gelu'")
     check_integers(name, "expert_ids", expert_ids, e - 1)
-    run = _IMPLEMENTATIONS.pick(backend)
+    run = _IMPLEMENTATIONS.pick(backend, x)
     return run(x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate)

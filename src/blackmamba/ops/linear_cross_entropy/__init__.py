@@ -44,4 +44,4 @@ def linear_cross_entropy(
     (t, m), v = x.shape, weight.shape[0]
     check_shapes(name, weight=(weight, (v, m)), labels=(labels, (t,)), bias=(bias, (v,)))
     check_integers(name, "labels", labels, v - 1, ignored=ignore_index)
-    return _IMPLEMENTATIONS.pick(backend)(x, weight, labels, bias, ignore_index)
+    return _IMPLEMENTATIONS.pick(backend, x)(x, weight, labels, bias, ignore_index)

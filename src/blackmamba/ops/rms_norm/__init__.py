@@ -27,4 +27,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: Backend =
     """
     check_floating("rms_norm", x=x, weight=weight)
     check_shapes("rms_norm", weight=(weight, x.shape[-1:]))
-    return _IMPLEMENTATIONS.pick(backend)(x, weight, eps)
+    return _IMPLEMENTATIONS.pick(backend, x)(x, weight, eps)

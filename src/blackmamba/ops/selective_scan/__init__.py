@@ -68,5 +68,5 @@ def selective_scan(
         dt_bias=(dt_bias, (d,)),
         initial_state=(initial_state, (b, d, n)),
     )
-    run = _IMPLEMENTATIONS.pick(backend)
+    run = _IMPLEMENTATIONS.pick(backend, x, dt, z)
     return run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state)

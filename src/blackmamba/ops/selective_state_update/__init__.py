@@ -62,4 +62,6 @@ def selective_state_update(
         z=(z, (b, d)),
         dt_bias=(dt_bias, (d,)),
     )
-    return _IMPLEMENTATIONS.pick(backend)(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return _IMPLEMENTATIONS.pick(backend, x, state)(
+        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus
+    )

@@ -56,4 +56,4 @@ def sinkhorn(
         raise InputError(f"sinkhorn: max_iterations={max_iterations}, must be at least 1")
     if not (scale > 0 and tolerance > 0):
         raise InputError(f"sinkhorn: scale={scale}, tolerance={tolerance}, must be positive")
-    return _IMPLEMENTATIONS.pick(backend)(logits, scale, start, tolerance, max_iterations)
+    return _IMPLEMENTATIONS.pick(backend, logits)(logits, scale, start, tolerance, max_iterations)

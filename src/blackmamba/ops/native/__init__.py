@@ -1,0 +1,70 @@
+"""The native extension: kernels in C++ for the CPU, built from the cpu.cpp files of the operations.
+
+It is optional. Where it was not built, everything still runs, in plain PyTorch.
+"""
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from blackmamba.errors import BackendError
+
+_MODULE = "blackmamba._native"
+DTYPES = (torch.float32, torch.bfloat16)
+"""What the kernels take; all of them compute in float32."""
+
+
+def extension() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        BackendError: it was not built, or cannot be loaded.
+    """
+    module, reason = _load()
+    if module is None:
+        raise BackendError(f"backend='native': {reason}")
+    return module
+
+
+def missing() -> str | None:
+    """Why there is no extension; None if there is one."""
+    return _load()[1]
+
+
+def unfit(*tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot take these tensors; None if they can. Absent ones always fit."""
+    if (reason := missing()) is not None:
+        return reason
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"it runs on the CPU, the input is on {tensor.device}"
+        if tensor.dtype not in DTYPES:
+            return f"it takes float32 and bfloat16, the input is {tensor.dtype}"
+    return None
+
+
+def describe() -> str:
+    """One line for `blackmamba doctor`."""
+    module, reason = _load()
+    if module is None:
+        return f"none: {reason}"
+    return f"{module.target()} kernels on {module.threading()}"
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    if importlib.util.find_spec(_MODULE) is None:
+        return None, (
+            "the native extension was not built; install a C++ compiler (GCC 11 or Clang 14, or "
+            "newer) and reinstall blackmamba"
+        )
+    try:
+        return importlib.import_module(_MODULE), None
+    except ImportError as error:
+        return None, f"the native extension cannot be loaded ({error}); reinstall blackmamba"

@@ -1,0 +1,20 @@
+// Every operation's bindings; each is defined in the bind.cpp of its folder.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+
+namespace bm {
+
+void bind_elementwise(nanobind::module_& m);
+
+inline void bind_all(nanobind::module_& m) { bind_elementwise(m); }
+
+// Tensors come as addresses: the Python side has checked shapes, dtypes and strides.
+template <class T>
+inline T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace bm

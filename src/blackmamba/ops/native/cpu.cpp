@@ -1,0 +1,50 @@
+#include "native/cpu.hpp"
+
+#include "native/simd.hpp"
+
+namespace bm {
+namespace {
+
+template <class F>
+void map(const float* x, float* y, std::int64_t n, F f) {
+  for (std::int64_t i = 0; i < n; i += lanes) {
+    const int left = static_cast<int>(n - i < lanes ? n - i : lanes);
+    store_some(y + i, f(load_some(x + i, left)), left);
+  }
+}
+
+vec through_bf16(vec v) {
+  bf16 narrow[lanes];
+  store(narrow, v);
+  return load(narrow);
+}
+
+void apply(Function f, const float* x, float* y, std::int64_t n) {
+  switch (f) {
+    case Function::exp2_nonpositive: return map(x, y, n, [](vec v) { return exp2_nonpositive(v); });
+    case Function::exp: return map(x, y, n, [](vec v) { return exp(v); });
+    case Function::sigmoid: return map(x, y, n, [](vec v) { return sigmoid(v); });
+    case Function::silu: return map(x, y, n, [](vec v) { return silu(v); });
+    case Function::softplus: return map(x, y, n, [](vec v) { return softplus(v); });
+    case Function::round_to_bf16: return map(x, y, n, [](vec v) { return through_bf16(v); });
+  }
+}
+
+float multiply_adds(std::int64_t n) {
+  constexpr int chains = 16;
+  vec sums[chains];
+  for (int j = 0; j < chains; ++j) sums[j] = splat(1.0f + j);
+  vec a = splat(0.999f), b = splat(0.001f);
+  asm volatile("" : "+m"(a), "+m"(b));  // unknown to the compiler
+  for (std::int64_t i = 0; i < n; ++i)
+    for (int j = 0; j < chains; ++j) sums[j] = sums[j] * a + b;
+  vec total{};
+  for (int j = 0; j < chains; ++j) total += sums[j];
+  return sum(total);
+}
+
+}  // namespace
+
+BM_DEFINE(Elementwise, elementwise) = {apply, multiply_adds, lanes};
+
+}  // namespace bm

@@ -1,0 +1,57 @@
+// The extension module: what the processor has, and every operation's bindings.
+#include <nanobind/nanobind.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "native/bindings.hpp"
+#include "native/targets.hpp"
+#include "native/threads.hpp"
+
+namespace bm {
+namespace {
+
+constexpr const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+Target best() {
+#if defined(BM_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+  const bool narrow = avx512 && __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  if (narrow) return Target::avx512_bf16;
+  if (avx512) return Target::avx512;
+  if (avx2) return Target::avx2;
+#endif
+  return Target::baseline;
+}
+
+Target chosen() {
+  const Target limit = best();
+  if (const char* wanted = std::getenv("BLACKMAMBA_CPU_TARGET"))
+    for (int i = 0; i < static_cast<int>(limit); ++i)
+      if (std::strcmp(wanted, names[i]) == 0) return static_cast<Target>(i);
+  return limit;
+}
+
+}  // namespace
+
+Target target() {
+  static const Target t = chosen();
+  return t;
+}
+
+}  // namespace bm
+
+NB_MODULE(_native, m) {
+  m.def("target", [] { return bm::names[static_cast<int>(bm::target())]; },
+        "The instruction set that the kernels use.");
+  m.def("threading", &bm::threading, "Whose threads the kernels run on.");
+  m.def("scratch_allocations", &bm::scratch_allocations,
+        "How often the kernels' own memory had to grow so far.");
+  bm::bind_all(m);
+}
