@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe_machine() -> list[tuple[str, str]]:
     """Name and value of everything that decides what runs here."""
+    from blackmamba.ops import native
     from blackmamba.ops.backend import describe_backends
 
     rows = [
@@ -83,6 +84,7 @@ def describe_machine() -> list[tuple[str, str]]:
             rows.append((f"GPU {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB"))
     else:
         rows.append(("GPU", "none that torch can use"))
+    rows.append(("native kernels", native.describe()))
     rows += [(f"operation {op}", text) for op, text in describe_backends()]
     return rows
 

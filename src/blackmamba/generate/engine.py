@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blackmamba.errors import InputError
+from blackmamba.generate.decoder import Decoder, cannot_decode
 from blackmamba.generate.sampling import RowUniforms, SamplingConfig, sample
 from blackmamba.model import BlackMamba, State
 
@@ -122,7 +123,7 @@ class Batch:
         self.rows: list[int] = list(range(len(self._prompts))) if self._n_left else []
         # What the last step left, a row of each tensor for every entry of `_held`.
         self._held: list[int] = self.rows
-        self._state: State | None = None
+        self._state: State | Decoder | None = None
         self._last_ids = torch.empty(0, dtype=torch.int64)
         self._seen: Tensor | None = None
 
@@ -149,9 +150,13 @@ class Batch:
     def _next_logits(self) -> Tensor:
         """Logits (b, v) after the last token of each row in `rows`."""
         if self._state is None:
-            logits, self._state = _prefill(self._model, [self._prompts[row] for row in self.rows])
+            logits, state = _prefill(self._model, [self._prompts[row] for row in self.rows])
+            in_place = cannot_decode(self._model) is None
+            self._state = Decoder(self._model, state) if in_place else state
             return logits
         self._forget_ended()
+        if isinstance(self._state, Decoder):
+            return self._state.step(self._last_ids)
         logits, self._state = self._model.step(self._last_ids, self._state)
         return logits
 

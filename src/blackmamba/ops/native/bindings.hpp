@@ -8,8 +8,12 @@
 namespace bm {
 
 void bind_elementwise(nanobind::module_& m);
+void bind_decode(nanobind::module_& m);
 
-inline void bind_all(nanobind::module_& m) { bind_elementwise(m); }
+inline void bind_all(nanobind::module_& m) {
+  bind_elementwise(m);
+  bind_decode(m);
+}
 
 // Tensors come as addresses: the Python side has checked shapes, dtypes and strides.
 template <class T>

@@ -113,6 +113,13 @@ BM_INLINE void store_some<float>(float* p, vec v, int n) {
 }
 #endif
 
+// v with zeros from lane n on
+BM_INLINE vec keep(vec v, int n) {
+  ivec lane;
+  for (int i = 0; i < lanes; ++i) lane[i] = i;
+  return lane < n ? v : vec{};
+}
+
 // NaN wins over any bound: the comparison is false for it
 BM_INLINE vec at_least(vec x, float low) { return x < low ? splat(low) : x; }
 BM_INLINE vec at_most(vec x, float high) { return x > high ? splat(high) : x; }

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
-#include <functional>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -35,6 +34,9 @@ GompParallel gomp_parallel() {
   return found;
 }
 
+using OmpNumber = int (*)();
+OmpNumber omp(const char* name) { return reinterpret_cast<OmpNumber>(dlsym(RTLD_DEFAULT, name)); }
+
 // Threads of our own, for where torch brings another library (macOS). They sleep between jobs.
 class Team {
  public:
@@ -43,7 +45,8 @@ class Team {
     return *team;
   }
 
-  void run(int n_threads, Job& job) {
+  // function(pointer) on n_threads threads, of which the caller is one
+  void run(int n_threads, void (*function)(void*), void* pointer) {
     const std::lock_guard<std::mutex> one_at_a_time(use_);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -51,13 +54,14 @@ class Team {
         const int number = static_cast<int>(members_.size());
         members_.emplace_back([this, number] { serve(number); }).detach();
       }
-      job_ = &job;
+      function_ = function;
+      pointer_ = pointer;
       wanted_ = n_threads - 1;
       busy_ = wanted_;
       ++round_;
     }
     start_.notify_all();
-    work(&job);
+    function(pointer);
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return busy_ == 0; });
   }
@@ -70,9 +74,10 @@ class Team {
       start_.wait(lock, [&] { return round_ != seen; });
       seen = round_;
       if (number >= wanted_) continue;
-      Job* const job = job_;
+      const auto function = function_;
+      void* const pointer = pointer_;
       lock.unlock();
-      work(job);
+      function(pointer);
       lock.lock();
       if (--busy_ == 0) done_.notify_one();
     }
@@ -81,7 +86,8 @@ class Team {
   std::mutex use_, mutex_;
   std::condition_variable start_, done_;
   std::vector<std::thread> members_;
-  Job* job_ = nullptr;
+  void (*function_)(void*) = nullptr;
+  void* pointer_ = nullptr;
   int wanted_ = 0, busy_ = 0;
   std::uint64_t round_ = 0;
 };
@@ -122,7 +128,37 @@ void run_tasks(int n_threads, std::int64_t n_tasks, TaskFunction run, const void
   if (const GompParallel parallel = gomp_parallel())
     parallel(work, &job, static_cast<unsigned>(n_threads), 0);
   else
-    Team::instance().run(n_threads, job);
+    Team::instance().run(n_threads, work, &job);
+}
+
+namespace {
+
+struct Crew {
+  MemberFunction run;
+  const void* context;
+  int n_members;  // 0: the OpenMP library knows
+  std::atomic<int> next{0};
+};
+
+void join(void* pointer) {
+  Crew& crew = *static_cast<Crew*>(pointer);
+  static const OmpNumber size = omp("omp_get_num_threads");
+  const int n = crew.n_members ? crew.n_members : size();
+  crew.run(crew.context, crew.next.fetch_add(1, std::memory_order_relaxed), n);
+}
+
+}  // namespace
+
+void run_crew(int n_threads, MemberFunction run, const void* context) {
+  if (n_threads <= 1) return run(context, 0, 1);
+  static const bool has_size = omp("omp_get_num_threads") != nullptr;
+  if (const GompParallel parallel = gomp_parallel(); parallel && has_size) {
+    Crew crew{run, context, 0};
+    parallel(join, &crew, static_cast<unsigned>(n_threads), 0);
+  } else {
+    Crew crew{run, context, n_threads};
+    Team::instance().run(n_threads, join, &crew);
+  }
 }
 
 const char* threading() { return gomp_parallel() ? "OpenMP of torch" : "own threads"; }

@@ -23,6 +23,11 @@ inline void parallel_for(int n_threads, std::int64_t n_tasks, const F& f) {
       [](const void* context, std::int64_t task) { (*static_cast<const F*>(context))(task); }, &f);
 }
 
+// Calls run(context, member, n_members) once on each of n_members threads at the same time, where
+// 1 <= n_members <= n_threads: they may wait for each other.
+using MemberFunction = void (*)(const void* context, int member, int n_members);
+void run_crew(int n_threads, MemberFunction run, const void* context);
+
 // Memory of the calling thread for as long as its task runs, 64-byte aligned, kept for the next one.
 // Slots are independent; what a slot held before is lost when it has to grow.
 enum class Slot { a, b, c, d };

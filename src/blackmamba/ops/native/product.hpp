@@ -1,0 +1,123 @@
+// Products of a matrix with a few vectors, for which reading the matrix is the whole cost: each
+// weight is read from memory once, whatever the number of vectors, in one forward stream.
+//
+// The vectors are first put into the form that the kind of weights wants: `prepare`, once a product
+// and thread. A dot product is summed in the same order whatever the block of rows it falls in and
+// however many vectors there are.
+#pragma once
+
+#include "native/simd.hpp"
+#include "native/weights.hpp"
+
+namespace bm {
+namespace {
+
+// Bytes of one prepared vector.
+BM_INLINE std::int64_t prepared_bytes(WeightKind, std::int64_t cols) {
+  return (cols + 2 * lanes) / (2 * lanes) * (2 * lanes) * 4;
+}
+
+// float32 weights: the numbers as they are. bfloat16: of every 2 lanes numbers first the even ones,
+// then the odd ones: that is how a word of two bfloat16 comes apart with one shift and one mask.
+void prepare(WeightKind kind, const float* x, std::int64_t cols, void* prepared) {
+  float* const out = static_cast<float*>(prepared);
+  if (kind == WeightKind::float32) {
+    std::memcpy(out, x, cols * sizeof(float));
+    return;
+  }
+  std::int64_t c = 0;
+  for (; c + 2 * lanes <= cols; c += 2 * lanes)
+    for (int i = 0; i < lanes; ++i) {
+      out[c + i] = x[c + 2 * i];
+      out[c + lanes + i] = x[c + 2 * i + 1];
+    }
+  for (; c < cols; ++c) out[c] = x[c];
+}
+
+constexpr int ahead = 4096;  // bytes that are asked for before they are needed (measured)
+
+// 2 lanes numbers of a row
+BM_INLINE void load_pair(const float* w, vec& a, vec& b) {
+  a = load(w);
+  b = load(w + lanes);
+  __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead);
+  __builtin_prefetch(reinterpret_cast<const char*>(w + lanes) + ahead);
+}
+BM_INLINE void load_pair(const bf16* w, vec& a, vec& b) {
+  uvec words;
+  std::memcpy(&words, w, sizeof words);
+  a = (vec)(words << 16);
+  b = (vec)(words & 0xffff0000u);
+  __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead);
+}
+
+// y[b * ldy + i] = row i of w . x[b], for so many rows and prepared vectors
+template <int rows, int batch, class T>
+BM_INLINE void dot_rows(const T* w, std::int64_t cols, const float* x, std::int64_t ldx, float* y,
+                        std::int64_t ldy) {
+  vec even[rows][batch] = {}, odd[rows][batch] = {};
+  std::int64_t c = 0;
+  for (; c + 2 * lanes <= cols; c += 2 * lanes) {
+    vec a[rows], b[rows];
+    for (int i = 0; i < rows; ++i) load_pair(w + i * cols + c, a[i], b[i]);
+    for (int j = 0; j < batch; ++j) {
+      const vec first = load(x + j * ldx + c), second = load(x + j * ldx + c + lanes);
+      for (int i = 0; i < rows; ++i) {
+        even[i][j] += a[i] * first;
+        odd[i][j] += b[i] * second;
+      }
+    }
+  }
+  for (; c < cols; c += lanes) {
+    const int n = static_cast<int>(cols - c < lanes ? cols - c : lanes);
+    for (int i = 0; i < rows; ++i) {
+      const vec a = load_some(w + i * cols + c, n);
+      for (int j = 0; j < batch; ++j) even[i][j] += a * load_some(x + j * ldx + c, n);
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < batch; ++j) y[j * ldy + i] = sum(even[i][j] + odd[i][j]);
+}
+
+// One row at a time is one stream of memory. From 4 vectors on arithmetic counts more: two rows
+// share what is read of the vectors, and the block of rows waits in the cache for the next four.
+template <class T>
+void float_product(const T* w, std::int64_t cols, std::int64_t n_rows, const float* x,
+                   std::int64_t ldx, int batch, float* y, std::int64_t ldy) {
+  int b = 0;
+  for (; b + 4 <= batch; b += 4) {
+    std::int64_t i = 0;
+    for (; i + 2 <= n_rows; i += 2)
+      dot_rows<2, 4>(w + i * cols, cols, x + b * ldx, ldx, y + b * ldy + i, ldy);
+    for (; i < n_rows; ++i)
+      dot_rows<1, 4>(w + i * cols, cols, x + b * ldx, ldx, y + b * ldy + i, ldy);
+  }
+  for (std::int64_t i = 0; i < n_rows; ++i) {
+    const T* const row = w + i * cols;
+    if (batch - b == 3) dot_rows<1, 3>(row, cols, x + b * ldx, ldx, y + b * ldy + i, ldy);
+    if (batch - b == 2) dot_rows<1, 2>(row, cols, x + b * ldx, ldx, y + b * ldy + i, ldy);
+    if (batch - b == 1) dot_rows<1, 1>(row, cols, x + b * ldx, ldx, y + b * ldy + i, ldy);
+  }
+}
+
+// y[b * ldy + i] = W[first + i] . x[b] for i < n_rows and b < batch; x as `prepare` made them, one
+// behind the other.
+void product_rows(const Weights& w, std::int64_t first, std::int64_t n_rows, const void* x,
+                  int batch, float* y, std::int64_t ldy) {
+  const std::int64_t ldx = prepared_bytes(w.kind, w.cols) / 4;
+  const float* const vectors = static_cast<const float*>(x);
+  switch (w.kind) {
+    case WeightKind::float32:
+      return float_product(static_cast<const float*>(w.data) + first * w.cols, w.cols, n_rows,
+                           vectors, ldx, batch, y, ldy);
+    case WeightKind::bfloat16:
+      return float_product(static_cast<const bf16*>(w.data) + first * w.cols, w.cols, n_rows,
+                           vectors, ldx, batch, y, ldy);
+    case WeightKind::int8:
+    case WeightKind::int4:
+      __builtin_unreachable();
+  }
+}
+
+}  // namespace
+}  // namespace bm

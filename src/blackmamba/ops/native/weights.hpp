@@ -1,0 +1,36 @@
+// A matrix of weights as it lies in memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bm {
+
+enum class WeightKind : int { float32, bfloat16, int8, int4 };
+
+struct Weights {
+  WeightKind kind = WeightKind::float32;
+  const void* data = nullptr;    // rows x cols, a row after the other
+  const void* scales = nullptr;  // int8 and int4: rows x groups of a row
+  std::int64_t rows = 0, cols = 0;
+  std::int64_t group = 0;        // int8 and int4: how many columns share a scale
+
+  std::int64_t row_bytes() const {
+    switch (kind) {
+      case WeightKind::float32: return 4 * cols;
+      case WeightKind::bfloat16: return 2 * cols;
+      case WeightKind::int8: return cols;
+      case WeightKind::int4: return (cols + 1) / 2;
+    }
+    return 0;
+  }
+
+  // the i-th of several matrices of this shape that lie one behind the other
+  Weights at(std::int64_t i) const {
+    Weights other = *this;
+    other.data = static_cast<const char*>(data) + i * rows * row_bytes();
+    return other;
+  }
+};
+
+}  // namespace bm

@@ -1,0 +1,167 @@
+"""The native extension itself: its functions' error bounds, its absence, its instruction sets."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blackmamba.errors import BackendError
+from blackmamba.ops import native, rms_norm
+from blackmamba.ops.backend import Implementations, available_backends
+
+needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+
+FUNCTIONS = {
+    "exp2_nonpositive": (0, torch.exp2, 2e-7),
+    "exp": (1, torch.exp, 2e-7),
+    "sigmoid": (2, torch.sigmoid, 3e-7),
+    "silu": (3, F.silu, 3e-7),
+    "softplus": (4, lambda x: torch.where(x < 30, torch.log1p(torch.exp(x)), x), 4e-7),
+    "round_to_bf16": (5, lambda x: x.float().bfloat16().double(), 0.0),
+}
+
+
+def applied(name: str, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    native.extension().elementwise(FUNCTIONS[name][0], x.data_ptr(), y.data_ptr(), x.numel())
+    return y
+
+
+@needs_native
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_relative_error_is_within_its_bound(name: str):
+    _, exact, bound = FUNCTIONS[name]
+    x = torch.cat((torch.linspace(-87, 0, 200_003), -torch.logspace(-38, 0, 1001)))
+    if name != "exp2_nonpositive":
+        x = torch.cat((x, -x))
+    wanted = exact(x.double())
+    error = (applied(name, x).double() - wanted).abs() / wanted.abs().clamp_min(1e-36)
+    assert error.max() <= bound
+
+
+@needs_native
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nan_stays_nan(name: str):
+    assert applied(name, torch.tensor([math.nan, -math.nan])).isnan().all()
+
+
+@needs_native
+def test_limits():
+    ends = torch.tensor([-math.inf, -1e30, 0.0, 1e30, math.inf])
+    assert applied("exp", ends)[2:].tolist() == [1.0, math.inf, math.inf]
+    assert (applied("exp", ends)[:2] < 2e-38).all()
+    assert applied("exp2_nonpositive", ends[:3])[2] == 1
+    assert (applied("exp2_nonpositive", ends[:3])[:2] < 2e-38).all()
+    assert applied("softplus", ends).tolist() == pytest.approx(
+        [0.0, 0.0, math.log(2), 1e30, math.inf]
+    )
+    assert applied("sigmoid", ends).tolist() == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.0])
+
+
+@needs_native
+@pytest.mark.parametrize("n", [0, 1, 3, 15, 16, 17, 31, 33])
+def test_nothing_is_written_behind_the_end(n: int):
+    x, y = torch.randn(n), torch.full((n + 16,), 7.0)
+    native.extension().elementwise(1, x.data_ptr(), y.data_ptr(), n)
+    assert torch.allclose(y[:n], x.exp())
+    assert (y[n:] == 7).all()
+
+
+@needs_native
+@pytest.mark.parametrize("target", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_computes_the_same(target: str):
+    code = (
+        "import torch\n"
+        "from test_native import FUNCTIONS, native, test_limits\n"
+        "from test_native import test_relative_error_is_within_its_bound as bound\n"
+        "for name in FUNCTIONS: bound(name)\n"
+        "test_limits()\n"
+        "print(native.extension().target())"
+    )
+    path = [str(__file__).rsplit("/", 1)[0], *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{code}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "BLACKMAMBA_CPU_TARGET": target},
+    )
+    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    best = order.index(native.extension().target())
+    assert done.stdout == f"{order[min(best, order.index(target))]}\n", done.stderr
+
+
+@needs_native
+def test_threads_are_those_of_torch():
+    assert native.extension().threading() in ("OpenMP of torch", "own threads")
+    assert native.extension().flops_per_second(1) > 1e8
+    assert "kernels on" in native.describe()
+
+
+@pytest.fixture
+def without_extension(monkeypatch: pytest.MonkeyPatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if "_native" in name else find(name, *a)
+    )
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+
+
+def test_without_the_extension_the_next_backend_runs(without_extension: None):
+    assert "not built" in str(native.missing())
+    assert native.describe().startswith("none: the native extension was not built")
+    assert "native" not in available_backends("rms_norm")
+    assert rms_norm(torch.ones(2, 3), torch.ones(3)).shape == (2, 3)
+    with pytest.raises(BackendError, match="was not built; install a C\\+\\+ compiler"):
+        native.extension()
+
+
+def test_an_extension_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch):
+    def broken(name: str):
+        raise ImportError("undefined symbol: x")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib, "import_module", broken)
+    native._load.cache_clear()
+    try:
+        assert "cannot be loaded (undefined symbol: x)" in str(native.missing())
+    finally:
+        native._load.cache_clear()
+
+
+@pytest.fixture
+def doubling(monkeypatch: pytest.MonkeyPatch):
+    """An operation of two implementations that say which one ran."""
+    from blackmamba.ops import backend
+
+    monkeypatch.setattr(backend, "_registered", dict(backend._registered))
+    return Implementations("doubling", {"native": lambda: "native", "torch": lambda: "torch"})
+
+
+@needs_native
+def test_auto_takes_the_first_that_fits_the_input(doubling: Implementations[...]):
+    assert doubling.pick("auto", torch.ones(1))() == "native"
+    assert doubling.pick("auto", torch.ones(1), None, torch.ones(1).bfloat16())() == "native"
+    assert doubling.pick("auto", torch.ones(1).double())() == "torch"
+    assert doubling.pick("auto", torch.ones(1, device="meta"))() == "torch"
+
+
+@needs_native
+def test_a_named_backend_runs_or_raises(
+    doubling: Implementations[...], monkeypatch: pytest.MonkeyPatch
+):
+    wide, meta = torch.ones(1).double(), torch.ones(1, device="meta")
+    with pytest.raises(BackendError, match=r"doubling.*takes float32 and bfloat16.*float64"):
+        doubling.pick("native", wide)
+    with pytest.raises(BackendError, match="runs on the CPU, the input is on meta"):
+        doubling.pick("native", meta)
+    monkeypatch.setenv("BLACKMAMBA_BACKEND", "native")
+    with pytest.raises(BackendError, match="float64"):
+        doubling.pick("auto", wide)
