@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_every_instruction_set_computes_the_same(target: str):
         "test_limits()\n"
         "print(native.extension().target())"
     )
-    path = [str(__file__).rsplit("/", 1)[0], *sys.path]
+    path = [str(Path(__file__).parent), *sys.path]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{code}"],
         capture_output=True,
