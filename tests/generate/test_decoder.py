@@ -119,8 +119,8 @@ for n_threads in (1, 2, 3):
 assert all(torch.equal(a, b) for run in logits[1:] for a, b in zip(run, logits[0]))
 print("equal")
 """
-    path = [str(p) for p in sys.path]
-    program = f"import sys; sys.path[:0] = {[*path, str(__file__).rsplit('/', 1)[0]]!r}\n{code}"
+    path = [str(Path(__file__).parent), *sys.path]
+    program = f"import sys; sys.path[:0] = {path!r}\n{code}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "equal\n", done.stderr
 
