@@ -2,6 +2,7 @@
 # make test    run the tests
 # make check   lint and types; edits nothing          make fix    format and repair what can be
 # make bench   the benchmark scripts                   make install    the environment of them all
+# make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make native  rebuild the native extension in place, after a change to a .cpp or .hpp file
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PROMPT ?= And it came to pass
 NATIVE_SOURCES := $(wildcard src/blackmamba/ops/*/*.cpp src/blackmamba/ops/*/*.hpp)
 NATIVE_BUILD := build/native
 
-.PHONY: install demo test check fix bench native clean
+.PHONY: install demo test check fix bench native sanitize clean
 
 install: $(INSTALLED)
 
@@ -49,6 +50,21 @@ native:
 	cmake -S . -B $(NATIVE_BUILD) -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
 	cmake --build $(NATIVE_BUILD)
 	cp $(NATIVE_BUILD)/_native.*.so src/blackmamba/
+
+# A copy of the package with a sanitized extension, its tests in one process. Memory that Python and
+# torch keep until the end counts as leaked, so leaks are not looked for.
+SANITIZED := build/sanitized
+SANITIZE_TESTS ?= tests/ops/test_native.py tests/ops/test_native_sweep.py tests/generate/test_decoder.py
+sanitize: $(INSTALLED)
+	cmake -S . -B $(SANITIZED) -DBLACKMAMBA_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
+	cmake --build $(SANITIZED) -j 2
+	rm -rf $(SANITIZED)/package && mkdir $(SANITIZED)/package
+	cp -r src/blackmamba $(SANITIZED)/package/ && rm -f $(SANITIZED)/package/blackmamba/*.so
+	cp $(SANITIZED)/_native.*.so $(SANITIZED)/package/blackmamba/
+	PYTHONPATH=$(SANITIZED)/package OMP_NUM_THREADS=2 HYPOTHESIS_PROFILE=small \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	$(BIN)/python -m pytest -q -p no:cacheprovider $(SANITIZE_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .coverage*
