@@ -166,3 +166,14 @@ def test_a_named_backend_runs_or_raises(
     monkeypatch.setenv("BLACKMAMBA_BACKEND", "native")
     with pytest.raises(BackendError, match="float64"):
         doubling.pick("auto", wide)
+
+
+@pytest.mark.skipif("asan" not in os.environ.get("LD_PRELOAD", ""), reason="only in make sanitize")
+def test_the_sanitizer_sees_a_kernel_that_reads_too_far():
+    code = (
+        "import torch; from blackmamba import _native\n"
+        "x = torch.zeros(100)\n"
+        "_native.elementwise(1, x.data_ptr(), x.data_ptr(), 400)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "AddressSanitizer" in done.stderr

@@ -99,7 +99,7 @@ BM_INLINE void store_some(T* p, vec v, int n) {
   store(full, v);
   std::memcpy(p, full, static_cast<std::size_t>(n > 0 ? n : 0) * sizeof(T));
 }
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(BM_SANITIZE)  // sanitizers do not look into intrinsics
 BM_INLINE __mmask16 first(int n) {
   return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n > 0 ? n : 0)) - 1);
 }
