@@ -3,12 +3,18 @@
 from torch import Tensor
 
 from blackmamba.ops.backend import Backend, Implementations
-from blackmamba.ops.checks import check_dims, check_floating, check_shapes
+from blackmamba.ops.checks import check_any_integers, check_dims, check_floating, check_shapes
+from blackmamba.ops.selective_scan.native import selective_scan_native
 from blackmamba.ops.selective_scan.reference import selective_scan_reference
 from blackmamba.ops.selective_scan.torch_chunked import selective_scan_chunked
 
 _IMPLEMENTATIONS = Implementations(
-    "selective_scan", {"torch": selective_scan_chunked, "reference": selective_scan_reference}
+    "selective_scan",
+    {
+        "native": selective_scan_native,
+        "torch": selective_scan_chunked,
+        "reference": selective_scan_reference,
+    },
 )
 
 
@@ -24,6 +30,7 @@ def selective_scan(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the SSM: h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t, y_t = C_t h_t + D x_t.
@@ -39,12 +46,16 @@ def selective_scan(
         dt_bias: (d,).
         dt_softplus: whether delta is a softplus.
         initial_state: (b, d, n); None: zeros.
+        seq_idx: (b, l), any integer dtype: which document each token belongs to, in rows that hold
+            several. Where it differs from the token before, the state starts again from zero;
+            `initial_state` is the first document's and `final_state` the last one's.
         backend: see ops/backend.py.
     Returns:
         y: (b, l, d), in x's dtype.
         final_state: (b, d, n), float32 or wider; computed as that throughout.
     Raises:
-        InputError: a shape disagrees with x and A, or a dtype is not floating-point.
+        InputError: a shape disagrees with x and A, or a dtype is not floating-point (of
+            seq_idx: not an integer one).
         BackendError: `backend` cannot run.
     Source:
         Gu and Dao 2023 (arXiv 2312.00752), eq. 2 and algorithm 2; B by Euler, not eq. 4, as their
@@ -55,6 +66,8 @@ def selective_scan(
     check_dims(name, "A", A, "dn")
     check_floating(name, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     check_floating(name, initial_state=initial_state)
+    if seq_idx is not None:
+        check_any_integers(name, "seq_idx", seq_idx)
     b, l, d = x.shape
     n = A.shape[1]
     check_shapes(
@@ -67,6 +80,7 @@ def selective_scan(
         z=(z, (b, l, d)),
         dt_bias=(dt_bias, (d,)),
         initial_state=(initial_state, (b, d, n)),
+        seq_idx=(seq_idx, (b, l)),
     )
-    run = _IMPLEMENTATIONS.pick(backend, x, dt, z)
-    return run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state)
+    run = _IMPLEMENTATIONS.pick(backend, x, dt, A, B, C, D, z, dt_bias, initial_state)
+    return run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)

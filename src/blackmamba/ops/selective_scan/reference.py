@@ -18,6 +18,7 @@ def selective_scan_reference(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     initial_state: Tensor | None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token by token; float64 in, float64 out: tests take that as exact."""
     wide = wide_dtype(x)
@@ -27,6 +28,9 @@ def selective_scan_reference(
         state = initial_state.to(wide)
     outputs: list[Tensor] = []
     for t in range(x.shape[1]):
+        if seq_idx is not None and t > 0:
+            first = seq_idx[:, t] != seq_idx[:, t - 1]  # tokens of their document
+            state = state.masked_fill(first[:, None, None], 0)
         z_t = None if z is None else z[:, t]
         y, state = selective_state_update_reference(
             state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D, z_t, dt_bias, dt_softplus

@@ -44,12 +44,24 @@ def selective_scan_chunked(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     initial_state: Tensor | None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan`, block by block; computed in float32, or float64 for float64."""
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *A.shape, dtype=wide_dtype(x))
-    y, final_state, _ = _forward(x, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus)
+    y, final_state, _ = _forward(
+        x, dt, A, B, C, D, z, dt_bias, initial_state, _carries_over(seq_idx), dt_softplus
+    )
     return y, final_state
+
+
+def _carries_over(seq_idx: Tensor | None) -> Tensor | None:
+    """(b, l), bool: whether a token sees the state before it, or is the first of its document."""
+    if seq_idx is None:
+        return None
+    same = torch.ones_like(seq_idx, dtype=torch.bool)
+    torch.eq(seq_idx[:, 1:], seq_idx[:, :-1], out=same[:, 1:])
+    return same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +110,7 @@ class _Inputs:
         C: Tensor,
         z: Tensor | None,
         dt_bias: Tensor | None,
+        same: Tensor | None,
         dt_softplus: bool,
     ):
         self._place, self._wide = (rows, block.times), wide
@@ -110,6 +123,7 @@ class _Inputs:
         self.raw_dt = raw if dt_bias is None else raw + dt_bias.to(wide)
         self.delta = F.softplus(self.raw_dt) if dt_softplus else self.raw_dt
         self.drive = self.delta * self.x
+        self.same = None if same is None else self.cut(same[..., None])[..., None]
 
     def cut(self, tensor: Tensor) -> Tensor:
         """(b, l, w) to this block's (i, b, c, w)."""
@@ -145,6 +159,8 @@ def _states(inputs: _Inputs, A2_nd: Tensor, first: Tensor, decay: Tensor, h: Ten
         (b, c, n, d): the state before each chunk.
     """
     torch.mul(inputs.delta[..., None, :], A2_nd, out=decay).exp2_()
+    if inputs.same is not None:
+        decay.mul_(inputs.same)
     torch.mul(inputs.drive[..., None, :], inputs.B[..., None], out=h)
     decays, drives = decay.unbind(), h.unbind()
     starts = first[:, None]
@@ -194,7 +210,8 @@ def _adjoints(inputs: _Inputs, A2_nd: Tensor, after: Tensor, decay: Tensor, g: T
 
 def _whole_decay(inputs: _Inputs, A2_nd: Tensor) -> Tensor:
     """(b, c, n, d): what is left of each chunk's first state after all of its tokens."""
-    return torch.exp2(inputs.delta.sum(0)[..., None, :] * A2_nd)
+    whole = torch.exp2(inputs.delta.sum(0)[..., None, :] * A2_nd)
+    return whole if inputs.same is None else whole.mul_(inputs.same.amin(0))
 
 
 @torch.library.custom_op("blackmamba::selective_scan", mutates_args=())
@@ -208,6 +225,7 @@ def _forward(
     z: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor,
+    same: Tensor | None,
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and for the backward pass each block's first state (blocks, b, n, d)."""
@@ -223,7 +241,7 @@ def _forward(
         state = initial_state[rows].to(wide).transpose(1, 2)
         for block, first in zip(blocks, firsts[:, rows].unbind(), strict=True):
             first.copy_(state)
-            inputs = _Inputs(rows, block, wide, x, dt, B, C, z, dt_bias, dt_softplus)
+            inputs = _Inputs(rows, block, wide, x, dt, B, C, z, dt_bias, same, dt_softplus)
             decay, h = workspace.views(block, first)
             _states(inputs, A2_nd, first, decay, h)
             state = h[-1, :, -1]
@@ -253,6 +271,7 @@ def _backward(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    same: Tensor | None,
     firsts: Tensor,
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -270,7 +289,7 @@ def _backward(
     for rows in groups:
         after = grad_final[rows].to(wide).transpose(1, 2)
         for block, first in zip(reversed(blocks), reversed(firsts[:, rows].unbind()), strict=True):
-            inputs = _Inputs(rows, block, wide, x, dt, B, C, z, dt_bias, dt_softplus)
+            inputs = _Inputs(rows, block, wide, x, dt, B, C, z, dt_bias, same, dt_softplus)
             decay, h, g = workspace.views(block, first)
             starts = _states(inputs, A2_nd, first, decay, h)
 
@@ -336,22 +355,22 @@ def _(x: Tensor, dt: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor
 
 @_backward.register_fake
 def _(grad_y: Tensor, grad_final: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _ = args
+    *inputs, _, _, _ = args
     return (*(_empty_like(t, inputs[0]) for t in inputs), _empty_like(grad_final, grad_final))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, initial_state, dt_softplus = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    *tensors, initial_state, same, dt_softplus = inputs
+    ctx.save_for_backward(*tensors, same, output[2])
     ctx.dt_softplus, ctx.state_dtype = dt_softplus, initial_state.dtype
     ctx.mark_non_differentiable(output[2])
 
 
 def _gradients(ctx: Any, grad_y: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Any, ...]:
     *grads, grad_state = _backward(grad_y, grad_final, *ctx.saved_tensors, ctx.dt_softplus)
-    present = ctx.saved_tensors[:-1]
+    present = ctx.saved_tensors[:-2]
     kept = [g if t is not None else None for g, t in zip(grads, present, strict=True)]
-    return *kept, grad_state.to(ctx.state_dtype), None
+    return *kept, grad_state.to(ctx.state_dtype), None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

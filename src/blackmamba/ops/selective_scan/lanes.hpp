@@ -1,0 +1,107 @@
+// What the scan and its single step share: the decay, softplus and gates on vectors, sums of rows.
+#pragma once
+
+#include "native/simd.hpp"
+
+namespace bm {
+namespace {
+
+BM_INLINE vec larger(float low, vec x) {  // NaN wins
+#if defined(__AVX512F__)
+  return (vec)_mm512_max_ps((__m512)splat(low), (__m512)x);
+#else
+  return at_least(x, low);
+#endif
+}
+
+// 2^x for any x: relative error at most 2e-7 from -126 to 128; 2^-126 below, infinity above. 2^0 is
+// exactly 1 and NaN gives NaN. The polynomial is that of exp2_nonpositive.
+BM_INLINE vec decay2(vec x) {
+#if defined(__AVX512F__)
+  // no state sees 2^-126, and numbers below it are slow on some processors
+  const __m512 bounded = (__m512)larger(-126.0f, x);
+  const __m512 i = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vec f = (vec)bounded - (vec)i;
+#else
+  const vec bounded = at_most(at_least(x, -126.0f), 128.0f);
+  const vec shifted = bounded + 12582912.0f;
+  const vec f = bounded - (shifted - 12582912.0f);
+#endif
+  vec p = splat(1.3264724e-3f);
+  p = p * f + 9.6715132e-3f;
+  p = p * f + 5.5507338e-2f;
+  p = p * f + 2.4022242e-1f;
+  p = p * f + 6.9314698e-1f;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)p, i);
+#else
+  return as_float(as_int(p) + (as_int(shifted) << 23));
+#endif
+}
+
+struct Rate {
+  vec delta;  // ln(1 + e^x)
+  vec slope;  // its derivative, the sigmoid
+};
+
+// Relative error of delta about 4e-7; exactly 0 below -87. Infinity and NaN pass through.
+template <bool with_slope>
+BM_INLINE Rate softplus_rate(vec x) {
+  const vec magnitude = as_float(as_int(x) & 0x7fffffff);
+  const vec e = x < -87.0f ? vec{} : exp(-magnitude);
+  // ln(1 + e) / e on [0, 1], fitted like the polynomials of simd.hpp: no division, no exponent
+  vec p = splat(5.36481896e-3f);
+  p = p * e - 3.00657731e-2f;
+  p = p * e + 7.92045072e-2f;
+  p = p * e - 1.37538001e-1f;
+  p = p * e + 1.91536546e-1f;
+  p = p * e - 2.48571634e-1f;
+  p = p * e + 3.33213240e-1f;
+  p = p * e - 4.99996483e-1f;
+  p = p * e + 1.0f;
+  Rate out;
+  out.delta = (x < 0.0f ? vec{} : x) + e * p;
+  if constexpr (with_slope) out.slope = (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+  return out;
+}
+
+// The sums of `lanes` rows of `lanes` floats, 64-byte aligned.
+BM_INLINE vec row_sums(const float* rows) {
+#if defined(__AVX512F__)
+  // Halve the number of rows four times; each vector then holds twice as many rows' partial sums.
+  __m512 eight[8], four[4], two[2];
+  for (int i = 0; i < 8; ++i) {  // rows i and i + 8
+    const __m512 a = _mm512_load_ps(rows + i * 16), b = _mm512_load_ps(rows + (i + 8) * 16);
+    eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  for (int i = 0; i < 4; ++i) {  // quarters [i, i, i+8, i+8] to [i, i+4, i+8, i+12]
+    const __m512 a = eight[i], b = eight[i + 4];
+    four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  // quarters of four[i]: rows i, i + 8, i + 4, i + 12
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = four[i], b = four[i + 2];
+    two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  // in each quarter of two[i]: [i, i+2, i, i+2]
+  const __m512 low = _mm512_shuffle_ps(two[0], two[1], 0x44), high = _mm512_shuffle_ps(two[0], two[1], 0xee);
+  const __m512 one = _mm512_add_ps(low, high);  // each quarter: rows 0, 2, 1, 3 of its four
+  const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+  return (vec)_mm512_permutexvar_ps(order, one);
+#elif defined(__AVX2__)
+  __m256 four[4], two[2];
+  for (int i = 0; i < 4; ++i)
+    four[i] = _mm256_hadd_ps(_mm256_load_ps(rows + i * 16), _mm256_load_ps(rows + i * 16 + 8));
+  for (int i = 0; i < 2; ++i) two[i] = _mm256_hadd_ps(four[2 * i], four[2 * i + 1]);
+  return (vec)_mm256_add_ps(_mm256_permute2f128_ps(two[0], two[1], 0x20),
+                            _mm256_permute2f128_ps(two[0], two[1], 0x31));
+#else
+  vec out;
+  for (int i = 0; i < lanes; ++i) out[i] = sum(load(rows + i * lanes));
+  return out;
+#endif
+}
+
+}  // namespace
+}  // namespace bm
