@@ -54,7 +54,7 @@ native:
 # A copy of the package with a sanitized extension, its tests in one process. Memory that Python and
 # torch keep until the end counts as leaked, so leaks are not looked for.
 SANITIZED := build/sanitized
-SANITIZE_TESTS ?= tests/ops/test_native.py tests/ops/test_native_sweep.py tests/generate/test_decoder.py
+SANITIZE_TESTS ?= $(wildcard tests/ops/test_native*.py) tests/generate/test_decoder.py
 sanitize: $(INSTALLED)
 	cmake -S . -B $(SANITIZED) -DBLACKMAMBA_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
 	cmake --build $(SANITIZED) -j 2

@@ -1,6 +1,14 @@
 """What every test run sets up."""
 
+import os
+
 import torch
+from hypothesis import settings
+
+# Times vary with the machine. HYPOTHESIS_PROFILE=small is for slow builds, such as sanitized ones.
+settings.register_profile("usual", deadline=None)
+settings.register_profile("small", deadline=None, max_examples=8)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
 
 # The suite runs in one process a core: more threads would only wait for each other.
 torch.set_num_threads(1)
