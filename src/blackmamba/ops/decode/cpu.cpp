@@ -67,24 +67,6 @@ class Crew {
   alignas(64) std::atomic<unsigned> round_{0};
 };
 
-constexpr int widest_block = 64;      // rows
-constexpr int block_bytes = 1 << 16;  // of weights: long enough to stream, short enough to share
-
-struct Blocks {
-  std::int64_t rows, n_rows, count;
-  // of a product with so many rows of so many bytes
-  Blocks(std::int64_t total, std::int64_t row_bytes) : n_rows(total) {
-    rows = block_bytes / (row_bytes > 0 ? row_bytes : 1) / 4 * 4;
-    rows = rows < 4 ? 4 : rows > widest_block ? widest_block : rows;
-    count = (total + rows - 1) / rows;
-  }
-  std::int64_t first(std::int64_t i) const { return i * rows; }
-  std::int64_t size(std::int64_t i) const {
-    const std::int64_t left = n_rows - i * rows;
-    return left < rows ? left : rows;
-  }
-};
-
 // Where a step keeps what goes from one phase to the next; of b rows each.
 struct Buffers {
   float *x, *normed, *second, *sorted, *xz, *low, *y, *hidden;
@@ -142,15 +124,6 @@ void apply_norm(const Norm& norm, const float* x, float* out, std::int64_t m) {
   });
 }
 
-// x[b] for b < batch, `ldx` numbers apart, as a product with w wants them; the calling thread's, until
-// it prepares others
-const void* prepared(const Weights& w, const float* x, std::int64_t ldx, int batch) {
-  const std::int64_t bytes = prepared_bytes(w.kind, w.cols);
-  char* const out = scratch<char>(Slot::b, batch * bytes);
-  for (int b = 0; b < batch; ++b) prepare(w.kind, x + b * ldx, w.cols, out + b * bytes);
-  return out;
-}
-
 // out[b][i] = (W x[b] + bias)[first + i] of prepared x
 BM_INLINE void product(const Linear& l, std::int64_t first, std::int64_t n, const void* x, int batch,
                        float* out, std::int64_t ldo) {
@@ -159,13 +132,6 @@ BM_INLINE void product(const Linear& l, std::int64_t first, std::int64_t n, cons
     for (int b = 0; b < batch; ++b)
       for (std::int64_t i = 0; i < n; ++i) out[b * ldo + i] += l.bias[first + i];
 }
-
-const void* of_row(const void* x, const Weights& w, std::int64_t b) {
-  return static_cast<const char*>(x) + b * prepared_bytes(w.kind, w.cols);
-}
-
-float silu_of(float x) { return x / (1.0f + std::exp(-x)); }
-float gelu_of(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
 
 class Step {
  public:

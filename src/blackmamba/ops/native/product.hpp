@@ -7,6 +7,7 @@
 #pragma once
 
 #include "native/simd.hpp"
+#include "native/threads.hpp"
 #include "native/weights.hpp"
 
 namespace bm {
@@ -118,6 +119,39 @@ void product_rows(const Weights& w, std::int64_t first, std::int64_t n_rows, con
       __builtin_unreachable();
   }
 }
+
+// x[b] for b < batch, `ldx` numbers apart, as a product with w wants them; the calling thread's, until
+// it prepares others
+const void* prepared(const Weights& w, const float* x, std::int64_t ldx, int batch) {
+  const std::int64_t bytes = prepared_bytes(w.kind, w.cols);
+  char* const out = scratch<char>(Slot::b, batch * bytes);
+  for (int b = 0; b < batch; ++b) prepare(w.kind, x + b * ldx, w.cols, out + b * bytes);
+  return out;
+}
+
+// the b-th of prepared vectors
+BM_INLINE const void* of_row(const void* x, const Weights& w, std::int64_t b) {
+  return static_cast<const char*>(x) + b * prepared_bytes(w.kind, w.cols);
+}
+
+// A product's rows in blocks for one thread each.
+constexpr int widest_block = 64;      // rows
+constexpr int block_bytes = 1 << 16;  // of weights: long enough to stream, short enough to share
+
+struct Blocks {
+  std::int64_t rows, n_rows, count;
+  // of a product with so many rows of so many bytes
+  Blocks(std::int64_t total, std::int64_t row_bytes) : n_rows(total) {
+    rows = block_bytes / (row_bytes > 0 ? row_bytes : 1) / 4 * 4;
+    rows = rows < 4 ? 4 : rows > widest_block ? widest_block : rows;
+    count = (total + rows - 1) / rows;
+  }
+  std::int64_t first(std::int64_t i) const { return i * rows; }
+  std::int64_t size(std::int64_t i) const {
+    const std::int64_t left = n_rows - i * rows;
+    return left < rows ? left : rows;
+  }
+};
 
 }  // namespace
 }  // namespace bm

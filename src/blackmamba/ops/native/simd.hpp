@@ -4,6 +4,7 @@
 // emits AVX-512, AVX2, SSE2 or NEON. Everything stands in an unnamed namespace: see targets.hpp.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -208,6 +209,10 @@ BM_INLINE vec softplus(vec x) {
   const vec tail = x < -87.0f ? vec{} : log1p_positive(small);
   return positive + tail;
 }
+
+// one number at a time
+BM_INLINE float silu_of(float x) { return x / (1.0f + std::exp(-x)); }
+BM_INLINE float gelu_of(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
 
 }  // namespace
 }  // namespace bm
