@@ -39,7 +39,7 @@ class Implementations(Generic[F]):
 
     def __init__(self, operation: str, functions: Mapping[Backend, F]):
         self._operation = operation
-        self._functions = dict(functions)
+        self._functions: dict[Backend, F] = dict(functions)
         _registered[operation] = tuple(self._functions)
 
     def pick(self, backend: Backend, *inputs: Tensor | None) -> F:
@@ -52,7 +52,7 @@ class Implementations(Generic[F]):
             BackendError: no backend has this name, this operation has no such implementation, or
                 it cannot take the inputs.
         """
-        name = _named(self._operation) if backend == "auto" else backend
+        name: Backend = _named(self._operation) if backend == "auto" else backend
         if name == "auto":
             name = next(n for n in self._functions if _unfit(n, inputs) is None)
             _log(self._operation, name)

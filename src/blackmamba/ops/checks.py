@@ -48,6 +48,16 @@ def check_floating(operation: str, **tensors: Tensor | None) -> None:
             )
 
 
+def check_any_integers(operation: str, name: str, tensor: Tensor) -> None:
+    """Check for an integer dtype.
+
+    Raises:
+        InputError: it has another.
+    """
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise InputError(f"{operation}: {name} is {tensor.dtype}, must be an integer dtype")
+
+
 def check_integers(
     operation: str, name: str, tensor: Tensor, last: int, ignored: int | None = None
 ) -> None:

@@ -7,9 +7,17 @@
 
 namespace bm {
 
+void bind_activate(nanobind::module_& m);
+void bind_causal_conv1d(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
+void bind_rms_norm(nanobind::module_& m);
 
-inline void bind_all(nanobind::module_& m) { bind_elementwise(m); }
+inline void bind_all(nanobind::module_& m) {
+  bind_activate(m);
+  bind_causal_conv1d(m);
+  bind_elementwise(m);
+  bind_rms_norm(m);
+}
 
 // Tensors come as addresses: the Python side has checked shapes, dtypes and strides.
 template <class T>
