@@ -248,7 +248,7 @@ class BlackMamba(nn.Module):
         return self.embedding(ids).to(self.residual_dtype)
 
     def _normed(self, x: Tensor) -> Tensor:
-        return self.final_norm(x).to(self.compute_dtype)
+        return self.final_norm(x, self.compute_dtype)
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self._head_weight(), self._head_bias())

@@ -110,4 +110,4 @@ class Layer(nn.Module):
         return x + update
 
     def _normed(self, norm: RMSNorm, x: Tensor) -> Tensor:
-        return norm(x).to(self.compute_dtype)
+        return norm(x, self.compute_dtype)

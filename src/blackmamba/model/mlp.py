@@ -3,14 +3,14 @@
 Source: Shazeer 2020 (arXiv 2002.05202), eq. 5 and 6 (SwiGLU is the gated form with SiLU).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from blackmamba.config import ModelConfig
 from blackmamba.model.linear import Linear
-from blackmamba.ops.expert_mlp import activate
+from blackmamba.ops import activate
 
 
 class MLP(nn.Module):
@@ -20,7 +20,8 @@ class MLP(nn.Module):
         super().__init__()
         m, f = config.d_model, config.d_mlp
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.activation, self.gated = config.activation, config.gated
+        self.activation: Literal["silu", "gelu"] = config.activation
+        self.gated = config.gated
         self.fc1 = Linear(m, 2 * f if config.gated else f, bias=config.linear_bias, **options)
         self.fc2 = Linear(f, m, bias=config.linear_bias, **options)
 

@@ -18,17 +18,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., m) to the same shape and dtype."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """(..., m) to the same shape, in out_dtype; None: x's."""
+        return rms_norm(x, self.weight, self.eps, out_dtype=out_dtype)
 
 
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm that works in the dtype of its parameters and gives back the input's."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., m) to the same shape and dtype."""
-        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+    def forward(self, input: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """(..., m) to the same shape, in out_dtype; None: the input's."""
+        return super().forward(input.to(self.weight.dtype)).to(out_dtype or input.dtype)
 
 
 def final_norm(

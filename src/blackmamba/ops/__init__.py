@@ -4,6 +4,7 @@ Each folder holds the public function (`__init__.py`), its definition (`referenc
 versions of it. `backend.py` says which one runs.
 """
 
+from blackmamba.ops.activate import activate
 from blackmamba.ops.causal_conv1d import causal_conv1d
 from blackmamba.ops.expert_mlp import expert_mlp
 from blackmamba.ops.linear_cross_entropy import linear_cross_entropy
@@ -14,6 +15,7 @@ from blackmamba.ops.sinkhorn import SinkhornResult, sinkhorn
 
 __all__ = [
     "SinkhornResult",
+    "activate",
     "causal_conv1d",
     "expert_mlp",
     "linear_cross_entropy",

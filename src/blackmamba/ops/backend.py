@@ -39,7 +39,7 @@ class Implementations(Generic[F]):
 
     def __init__(self, operation: str, functions: Mapping[Backend, F]):
         self._operation = operation
-        self._functions = dict(functions)
+        self._functions: dict[Backend, F] = dict(functions)
         _registered[operation] = tuple(self._functions)
 
     def pick(self, backend: Backend, *inputs: Tensor | None) -> F:

@@ -7,12 +7,24 @@ from torch import Tensor
 
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
+from blackmamba.ops.causal_conv1d.native import causal_conv1d_native
 from blackmamba.ops.causal_conv1d.reference import causal_conv1d_reference
 from blackmamba.ops.causal_conv1d.torch_shifted import causal_conv1d_shifted
-from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
+from blackmamba.ops.checks import (
+    check_any_integers,
+    check_dims,
+    check_floating,
+    check_integers,
+    check_shapes,
+)
 
 _IMPLEMENTATIONS = Implementations(
-    "causal_conv1d", {"torch": causal_conv1d_shifted, "reference": causal_conv1d_reference}
+    "causal_conv1d",
+    {
+        "native": causal_conv1d_native,
+        "torch": causal_conv1d_shifted,
+        "reference": causal_conv1d_reference,
+    },
 )
 
 
@@ -23,6 +35,7 @@ def causal_conv1d(
     *,
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     activation: Literal["silu", "none"] = "silu",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -34,11 +47,14 @@ def causal_conv1d(
         bias: (d,).
         initial_state: (b, d, k - 1), the inputs before x, oldest first; None: zeros.
         lengths: (b,) int64, 0 .. l: rows are right-padded and only so many inputs are real.
+        seq_idx: (b, l), any integer dtype, which document each input is of: to an output, inputs of
+            another document are zeros. initial_state is of the row's first document.
         activation: "silu" or "none".
         backend: see ops/backend.py.
     Returns:
         y: (b, l, d), in x's dtype.
-        final_state: (b, d, k - 1), the last k - 1 real inputs, oldest first, in x's dtype.
+        final_state: (b, d, k - 1), the last k - 1 real inputs, oldest first, in x's dtype; with
+            seq_idx, zeros for those that are not of the last real input's document.
     Raises:
         InputError: a shape or dtype is wrong, a length is out of range (checked on CPU), k is 0, or
             an unknown activation.
@@ -60,24 +76,42 @@ def causal_conv1d(
         bias=(bias, (d,)),
         initial_state=(initial_state, (b, d, k - 1)),
         lengths=(lengths, (b,)),
+        seq_idx=(seq_idx, (b, l)),
     )
     if lengths is not None:
         check_integers(name, "lengths", lengths, l)
+    if seq_idx is not None:
+        check_any_integers(name, "seq_idx", seq_idx)
     if activation not in ("silu", "none"):
         raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'none'")
-    before = x.new_zeros(b, d, k - 1) if initial_state is None else initial_state.to(x.dtype)
-    y = _IMPLEMENTATIONS.pick(backend, x)(x, weight, bias, before, activation)
-    return y, _last_inputs(x, before, lengths)
+    before = None if initial_state is None else initial_state.to(x.dtype)
+    run = _IMPLEMENTATIONS.pick(backend, x, weight, bias)
+    y = run(x, weight, bias, before, seq_idx, activation)
+    return y, _last_inputs(x, before, k - 1, lengths, seq_idx)
 
 
-def _last_inputs(x: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
-    """(b, d, k - 1): the last real inputs, reaching back into `before` where x is too short."""
+def _last_inputs(
+    x: Tensor,
+    before: Tensor | None,
+    memory: int,
+    lengths: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    """(b, d, memory): the last real inputs, reaching back into `before` where x is too short."""
     b, l, d = x.shape
-    memory = before.shape[2]
-    if lengths is None:
-        if l >= memory:
-            return x[:, l - memory :].transpose(1, 2).contiguous()
+    plain = lengths is None and seq_idx is None
+    if plain and l >= memory:
+        return x[:, l - memory :].transpose(1, 2).contiguous()
+    if before is None:
+        before = x.new_zeros(b, d, memory)
+    if plain or l == 0:
         return torch.cat((before[:, :, l:], x.transpose(1, 2)), dim=2)
     seen = torch.cat((before, x.transpose(1, 2)), dim=2)  # input t of x stands at memory + t
-    places = lengths[:, None] + torch.arange(memory, device=x.device)
-    return seen.gather(2, places[:, None].expand(b, d, memory))
+    ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths
+    places = ends[:, None] + torch.arange(memory, device=x.device)
+    state = seen.gather(2, places[:, None].expand(b, d, memory))
+    if seq_idx is None:
+        return state
+    seen_idx = torch.cat((seq_idx[:, :1].expand(b, memory), seq_idx), dim=1)
+    last = seq_idx.gather(1, (ends - 1).clamp(min=0)[:, None])
+    return state.where((seen_idx.gather(1, places) == last)[:, None], state.new_zeros(()))

@@ -11,58 +11,90 @@ from blackmamba.ops.checks import wide_dtype
 
 
 def causal_conv1d_shifted(
-    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, activation: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor | None,
+    seq_idx: Tensor | None,
+    activation: str,
 ) -> Tensor:
     """`causal_conv1d` without its final state; computed in float32, or float64 for float64."""
-    return cast(Tensor, _Conv.apply(x, weight, bias, before, activation))
+    if before is None:
+        before = x.new_zeros(x.shape[0], x.shape[2], weight.shape[1] - 1)
+    return cast(Tensor, _Conv.apply(x, weight, bias, before, seq_idx, activation))
+
+
+def _seen(x: Tensor, before: Tensor) -> Tensor:
+    """All inputs (b, k - 1 + l, d), in the wide dtype."""
+    return torch.cat((before.transpose(1, 2), x), dim=1).to(wide_dtype(x))
+
+
+def _same_document(seq_idx: Tensor | None, k: int) -> list[Tensor | None]:
+    """For each j < k, (b, l, 1): whether the input that weight[:, j] meets counts; None: all do."""
+    if seq_idx is None:
+        return [None] * k
+    b, l = seq_idx.shape
+    seen = torch.cat((seq_idx[:, :1].expand(b, k - 1), seq_idx), dim=1) if l else seq_idx
+    return [(seen[:, j : j + l] == seq_idx)[:, :, None] for j in range(k)]
+
+
+def _kept(value: Tensor, same: Tensor | None) -> Tensor:
+    return value if same is None else value.where(same, value.new_zeros(()))
 
 
 def _linear_part(
-    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(b, l, d) before the activation, and all inputs (b, k - 1 + l, d), in the wide dtype."""
-    wide = wide_dtype(x)
-    l, k = x.shape[1], weight.shape[1]
-    seen = torch.cat((before.transpose(1, 2), x), dim=1).to(wide)
-    rows = weight.to(wide).t().contiguous()
+    seen: Tensor, same: list[Tensor | None], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """(b, l, d) before the activation, in the wide dtype."""
+    k = len(same)
+    l = seen.shape[1] - (k - 1)
+    rows = weight.to(seen.dtype).t().contiguous()
     y = seen[:, k - 1 :] * rows[k - 1]
     for j in range(k - 1):
-        y.addcmul_(seen[:, j : j + l], rows[j])
+        y.addcmul_(_kept(seen[:, j : j + l], same[j]), rows[j])
     if bias is not None:
-        y += bias.to(wide)
-    return y, seen
+        y += bias.to(y.dtype)
+    return y
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, activation: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        before: Tensor,
+        seq_idx: Tensor | None,
+        activation: str,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, before)
+        ctx.save_for_backward(x, weight, bias, before, seq_idx)
         ctx.activation = activation
-        y, _ = _linear_part(x, weight, bias, before)
+        same = _same_document(seq_idx, weight.shape[1])
+        y = _linear_part(_seen(x, before), same, weight, bias)
         return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, before = ctx.saved_tensors
+        x, weight, bias, before, seq_idx = ctx.saved_tensors
         l, k = x.shape[1], weight.shape[1]
-        g, seen = _linear_part(x, weight, bias, before)
+        seen, same = _seen(x, before), _same_document(seq_idx, k)
+        g = grads[0].to(seen.dtype)
         if ctx.activation == "silu":
-            g = torch.ops.aten.silu_backward(grads[0].to(g.dtype), g)
-        else:
-            g = grads[0].to(g.dtype)
+            g = torch.ops.aten.silu_backward(g, _linear_part(seen, same, weight, bias))
         rows = weight.to(g.dtype).t().contiguous()
         grad_seen, grad_rows = torch.zeros_like(seen), torch.empty_like(rows)
         product = torch.empty_like(g)
         for j in range(k):
-            grad_seen[:, j : j + l].addcmul_(g, rows[j])
-            grad_rows[j] = torch.mul(g, seen[:, j : j + l], out=product).sum((0, 1))
+            here = slice(j, j + l)
+            grad_seen[:, here].addcmul_(_kept(g, same[j]), rows[j])
+            grad_rows[j] = torch.mul(g, _kept(seen[:, here], same[j]), out=product).sum((0, 1))
         return (
             grad_seen[:, k - 1 :].to(x.dtype),
             grad_rows.t().to(weight.dtype),
             None if bias is None else g.sum((0, 1)).to(bias.dtype),
             grad_seen[:, : k - 1].transpose(1, 2).to(before.dtype),
+            None,
             None,
         )

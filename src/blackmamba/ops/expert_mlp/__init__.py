@@ -7,11 +7,8 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
-from blackmamba.ops.expert_mlp.activation import activate
 from blackmamba.ops.expert_mlp.reference import expert_mlp_reference
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
-
-__all__ = ["activate", "expert_mlp"]
 
 _IMPLEMENTATIONS = Implementations(
     "expert_mlp", {"torch": expert_mlp_grouped, "reference": expert_mlp_reference}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from blackmamba.ops.expert_mlp.activation import activate
+from blackmamba.ops.activate.reference import activate_reference
 
 
 def expert_mlp_reference(
@@ -21,7 +21,7 @@ def expert_mlp_reference(
     h = torch.einsum("tm,tfm->tf", x, fc1.to(x.dtype)[expert_ids])
     if fc1_bias is not None:
         h = h + fc1_bias.to(x.dtype)[expert_ids]
-    h = activate(h, activation, gated)
+    h = activate_reference(h, activation, gated)
     y = torch.einsum("tf,tmf->tm", h, fc2.to(x.dtype)[expert_ids])
     if fc2_bias is not None:
         y = y + fc2_bias.to(x.dtype)[expert_ids]

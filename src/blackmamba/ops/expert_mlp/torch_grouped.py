@@ -1,15 +1,15 @@
 """Tokens sorted by expert, then one product per group."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from blackmamba.ops.activate import activate
 from blackmamba.ops.checks import readable
-from blackmamba.ops.expert_mlp.activation import activate
 
 
 def expert_mlp_grouped(
@@ -17,7 +17,7 @@ def expert_mlp_grouped(
     expert_ids: Tensor,
     fc1: Tensor,
     fc2: Tensor,
-    activation: str,
+    activation: Literal["silu", "gelu"],
     gated: bool,
     fc1_bias: Tensor | None,
     fc2_bias: Tensor | None,

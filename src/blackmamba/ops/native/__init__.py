@@ -3,7 +3,6 @@
 It is optional. Where it was not built, everything still runs, in plain PyTorch.
 """
 
-import functools
 import importlib
 import importlib.util
 from types import ModuleType
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from blackmamba.errors import BackendError
 
-_MODULE = "blackmamba._native"
+_NAME = "blackmamba._native"
 DTYPES = (torch.float32, torch.bfloat16)
 """What the kernels take; all of them compute in float32."""
 
@@ -24,15 +23,14 @@ def extension() -> ModuleType:
     Raises:
         BackendError: it was not built, or cannot be loaded.
     """
-    module, reason = _load()
-    if module is None:
-        raise BackendError(f"backend='native': {reason}")
-    return module
+    if _MODULE is None:
+        raise BackendError(f"backend='native': {_REASON}")
+    return _MODULE
 
 
 def missing() -> str | None:
     """Why there is no extension; None if there is one."""
-    return _load()[1]
+    return _REASON
 
 
 def unfit(*tensors: Tensor | None) -> str | None:
@@ -49,22 +47,29 @@ def unfit(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def rows(tensor: Tensor) -> Tensor:
+    """(..., w) as (t, w) with the last dimension contiguous; copied only where strides forbid."""
+    flat = tensor.flatten(0, -2) if tensor.dim() != 1 else tensor[None]
+    return flat if flat.stride(1) == 1 or flat.shape[1] < 2 else flat.contiguous()
+
+
 def describe() -> str:
     """One line for `blackmamba doctor`."""
-    module, reason = _load()
-    if module is None:
-        return f"none: {reason}"
-    return f"{module.target()} kernels on {module.threading()}"
+    if _MODULE is None:
+        return f"none: {_REASON}"
+    return f"{_MODULE.target()} kernels on {_MODULE.threading()}"
 
 
-@functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    if importlib.util.find_spec(_MODULE) is None:
+    if importlib.util.find_spec(_NAME) is None:
         return None, (
             "the native extension was not built; install a C++ compiler (GCC 11 or Clang 14, or "
             "newer) and reinstall blackmamba"
         )
     try:
-        return importlib.import_module(_MODULE), None
+        return importlib.import_module(_NAME), None
     except ImportError as error:
         return None, f"the native extension cannot be loaded ({error}); reinstall blackmamba"
+
+
+_MODULE, _REASON = _load()  # not on first use: torch.compile could not trace that

@@ -1,0 +1,29 @@
+#include "activate/cpu.hpp"
+#include "native/bindings.hpp"
+
+namespace nb = nanobind;
+
+namespace bm {
+
+void bind_activate(nb::module_& m) {
+  using Address = std::uintptr_t;
+  using Size = std::int64_t;
+  m.def(
+      "activate",
+      [](Address h, Size h_row, Size t, Size f, bool gelu, bool gated, bool is_bf16, int n_threads,
+         Address y) {
+        BM_PICK(activate).forward({pointer<void>(h), h_row, t, f, gelu, gated, is_bf16, n_threads},
+                                  pointer<void>(y));
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "activate_backward",
+      [](Address h, Size h_row, Size t, Size f, bool gelu, bool gated, bool is_bf16, int n_threads,
+         Address grad_y, Size stride, Address grad_h) {
+        BM_PICK(activate).backward({pointer<void>(h), h_row, t, f, gelu, gated, is_bf16, n_threads},
+                                   pointer<void>(grad_y), stride, pointer<void>(grad_h));
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace bm

@@ -1,0 +1,74 @@
+"""`activate` in one pass over memory, and its gradient in one more; saves only h."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops import native
+
+
+def activate_native(h: Tensor, activation: str, gated: bool) -> Tensor:
+    """`activate` of float32 or bfloat16, computed in float32."""
+    return _forward(h, activation == "gelu", gated)
+
+
+@torch.library.custom_op("blackmamba::activate", mutates_args=())
+def _forward(h: Tensor, gelu: bool, gated: bool) -> Tensor:
+    rows = native.rows(h)
+    y = h.new_empty(_out_shape(h, gated))
+    native.extension().activate(*_arguments(rows, gelu, gated), y.data_ptr())
+    return y
+
+
+@torch.library.custom_op("blackmamba::activate_backward", mutates_args=())
+def _backward(grad_y: Tensor, h: Tensor, gelu: bool, gated: bool) -> Tensor:
+    rows, grad_rows = native.rows(h), native.rows(grad_y)
+    grad_h = h.new_empty(h.shape)
+    native.extension().activate_backward(
+        *_arguments(rows, gelu, gated),
+        grad_rows.data_ptr(),
+        grad_rows.stride(0),
+        grad_h.data_ptr(),
+    )
+    return grad_h
+
+
+def _arguments(rows: Tensor, gelu: bool, gated: bool) -> tuple[int | bool, ...]:
+    t, f = rows.shape
+    return (
+        rows.data_ptr(),
+        rows.stride(0),
+        t,
+        f // 2 if gated else f,
+        gelu,
+        gated,
+        rows.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+
+
+def _out_shape(h: Tensor, gated: bool) -> tuple[int, ...]:
+    return (*h.shape[:-1], h.shape[-1] // 2) if gated else tuple(h.shape)
+
+
+@_forward.register_fake
+def _(h: Tensor, gelu: bool, gated: bool) -> Tensor:
+    return h.new_empty(_out_shape(h, gated))
+
+
+@_backward.register_fake
+def _(grad_y: Tensor, h: Tensor, gelu: bool, gated: bool) -> Tensor:
+    return h.new_empty(h.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, bool, bool], output: Tensor) -> None:
+    h, ctx.gelu, ctx.gated = inputs
+    ctx.save_for_backward(h)
+
+
+def _gradient(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+    return _backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.gated), None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_save)

@@ -1,0 +1,40 @@
+#include "causal_conv1d/cpu.hpp"
+#include "native/bindings.hpp"
+
+namespace nb = nanobind;
+
+namespace bm {
+namespace {
+
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+
+ConvInputs inputs(Address x, Size x_batch, Size x_row, Address weight, Address bias, Address before,
+                  Address seq_idx, Size b, Size l, Size d, Size k, bool silu, bool is_bf16,
+                  int n_threads) {
+  return {pointer<void>(x), x_batch, x_row, pointer<float>(weight), pointer<float>(bias),
+          pointer<void>(before), pointer<std::int64_t>(seq_idx), b, l, d, k, silu, is_bf16,
+          n_threads};
+}
+
+}  // namespace
+
+void bind_causal_conv1d(nb::module_& m) {
+  nb::class_<ConvInputs>(m, "ConvInputs");
+  m.def("causal_conv1d_inputs", &inputs);
+  m.def(
+      "causal_conv1d",
+      [](const ConvInputs& in, Address y) { BM_PICK(causal_conv1d).forward(in, pointer<void>(y)); },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "causal_conv1d_backward",
+      [](const ConvInputs& in, Address y, Size y_batch, Size y_row, Address x, Address weight,
+         Address bias, Address before) {
+        BM_PICK(causal_conv1d)
+            .backward(in, {pointer<void>(y), y_batch, y_row, pointer<void>(x),
+                           pointer<float>(weight), pointer<float>(bias), pointer<void>(before)});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace bm
