@@ -8,19 +8,21 @@ Importing this package touches no GPU, reads no environment variable and compile
 """
 
 from blackmamba.checkpoint import load, save
-from blackmamba.config import ModelConfig
+from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.generate import generate
-from blackmamba.model import BlackMamba, State
+from blackmamba.model import BlackMamba, State, quantize
 from blackmamba.presets import presets
 from blackmamba.version import __version__
 
 __all__ = [
     "BlackMamba",
     "ModelConfig",
+    "QuantizationConfig",
     "State",
     "__version__",
     "generate",
     "load",
     "presets",
+    "quantize",
     "save",
 ]

@@ -150,6 +150,30 @@ class ModelConfig:
         return tuple(_parse_layer(i, text, self.n_experts) for i, text in enumerate(self.layers))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizationConfig:
+    """Which of a model's matrices are stored in few bits, and in how many.
+
+    It changes neither the network nor its shapes: those are `ModelConfig`'s. Router, norms,
+    convolution, dt_proj, A_log, D and dt_bias are never quantised.
+    """
+
+    bits: Literal[8, 4]
+    """Embedding, head and x_proj, where `what` covers them, have 8 either way."""
+    group_size: Literal[32, 64, 128]
+    """Columns of a row that share a scale."""
+    what: Literal["experts", "all"] = "experts"
+    """"all": also in_proj, x_proj and out_proj, attention, dense layers, embedding and head."""
+
+    def __post_init__(self) -> None:
+        for name, valid in (("bits", (8, 4)), ("group_size", (32, 64, 128)),
+                            ("what", ("experts", "all"))):  # fmt: skip
+            if getattr(self, name) not in valid:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}: must be {' or '.join(map(repr, valid))}"
+                )
+
+
 def _parse_layer(index: int, text: str, n_experts: int) -> LayerSpec:
     match = re.fullmatch(
         r"(?:(mamba|attention)(?:\+(?=.))?)?(?:(mlp|moe)(?::([1-9][0-9]*))?)?", text

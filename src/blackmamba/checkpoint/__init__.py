@@ -1,7 +1,21 @@
 """Model folders: ours, the authors' released format, and the way between them."""
 
 from blackmamba.checkpoint.convert import convert
-from blackmamba.checkpoint.load import load, load_config, load_tokenizer
+from blackmamba.checkpoint.load import (
+    load,
+    load_as_stored,
+    load_config,
+    load_quantization,
+    load_tokenizer,
+)
 from blackmamba.checkpoint.native import save
 
-__all__ = ["convert", "load", "load_config", "load_tokenizer", "save"]
+__all__ = [
+    "convert",
+    "load",
+    "load_as_stored",
+    "load_config",
+    "load_quantization",
+    "load_tokenizer",
+    "save",
+]

@@ -10,6 +10,7 @@ from blackmamba.checkpoint import released
 from blackmamba.checkpoint.load import (
     find_folder,
     load_as_stored,
+    load_quantization,
     load_tokenizer,
     max_sequence_length,
 )
@@ -28,11 +29,17 @@ def convert(
         to: "native": config.json, model.safetensors; "released": config.json, pytorch_model.bin.
     Raises:
         CheckpointError: the source cannot be read or the destination not written.
-        ConfigError: `to` is unknown, or the released format cannot express the model.
+        ConfigError: `to` is unknown, or the released format cannot express the model; it has no
+            place for quantised weights.
     """
     if to not in ("native", "released"):
         raise ConfigError(f"to={to!r}: must be 'native' or 'released'")
     folder = find_folder(source)
+    if to == "released" and load_quantization(folder) is not None:
+        raise ConfigError(
+            f"{source}: quantised, which the released format cannot express; "
+            "convert the model that it was made from"
+        )
     model, tokenizer = load_as_stored(folder), load_tokenizer(folder)
     length = max_sequence_length(folder)
     if to == "native":

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 
 from blackmamba.checkpoint import native, released
 from blackmamba.checkpoint.tensors import Place, TensorFile, check_fit, open_tensors
-from blackmamba.config import ModelConfig
+from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.model import BlackMamba, keeps_float32
 
@@ -27,14 +27,14 @@ def load(
     dtype: torch.dtype = torch.float32,
     expert_activation: Literal["silu", "gelu"] | None = None,
 ) -> BlackMamba:
-    """A model out of a folder, ready to generate (in evaluation mode).
+    """A model out of a folder, ready to generate (in evaluation mode); quantised if that is.
 
     Args:
         source: a folder of ours or in the released format, a training run's folder, or a hub name
             such as "Zyphra/BlackMamba-1.5B".
         device: where to put it.
         dtype: of its parameters, whatever the file has; those that `blackmamba.model.keeps_float32`
-            names are float32 or wider.
+            names are float32 or wider. Quantised ones stay as they are.
         expert_activation: None: as the folder says, which for the released format is exact GELU
             (docs/released-weights.md says why).
     Raises:
@@ -44,10 +44,11 @@ def load(
     """
     if expert_activation not in (None, "silu", "gelu"):
         raise ConfigError(f"expert_activation={expert_activation!r}: must be 'silu' or 'gelu'")
-    config, file, is_ours = _open(find_folder(source))
+    opened = _open(find_folder(source))
     if expert_activation is not None:
-        config = dataclasses.replace(config, activation=expert_activation)
-    return _filled(config, file, is_ours, dtype, device)
+        config = dataclasses.replace(opened.config, activation=expert_activation)
+        opened = opened._replace(config=config)
+    return _filled(opened, dtype, device)
 
 
 def load_as_stored(folder: Path) -> BlackMamba:
@@ -55,46 +56,54 @@ def load_as_stored(folder: Path) -> BlackMamba:
 
     Raises: as `load`.
     """
-    config, file, is_ours = _open(folder)
-    places = _places(BlackMamba(config, device="meta"), is_ours)
+    opened = _open(folder)
+    file, places = opened.file, opened.places(opened.empty(torch.float32))
     check_fit(file, places)
-    stored = {file.dtypes[n] for n, p in places.items() if not keeps_float32(p.parameter)}
+    stored = {
+        file.dtypes[name]
+        for name, place in places.items()
+        if place.dtype is None and not keeps_float32(place.parameter)
+    }
     # parameters that stay float32 say nothing, unless they are wider still
     stored |= {file.dtypes[name] for name in places} & {torch.float64}
-    return _filled(config, file, is_ours, functools.reduce(torch.promote_types, stored), "cpu")
+    return _filled(opened, functools.reduce(torch.promote_types, stored or {torch.float32}), "cpu")
 
 
-def _open(folder: Path) -> tuple[ModelConfig, TensorFile, bool]:
-    """The configuration, the weights, and whether the folder is ours."""
+class _Opened(NamedTuple):
+    config: ModelConfig
+    quantization: QuantizationConfig | None
+    file: TensorFile
+    is_ours: bool
+
+    def empty(self, dtype: torch.dtype) -> BlackMamba:
+        """The model without memory."""
+        return BlackMamba(self.config, device="meta", dtype=dtype, quantization=self.quantization)
+
+    def places(self, model: BlackMamba) -> dict[str, Place]:
+        return (native if self.is_ours else released).places(model)
+
+
+def _open(folder: Path) -> _Opened:
     plain, is_ours = _read_json(folder)
     config = _config(folder, plain, is_ours)
+    quantization = _quantization(folder, plain, is_ours)
     file = _open_weights(folder, is_ours)
     if not is_ours:
         config = released.untied(config, file)
         released.without_ignored(file, config)
-    return config, file, is_ours
+    return _Opened(config, quantization, file, is_ours)
 
 
-def _places(model: BlackMamba, is_ours: bool) -> dict[str, Place]:
-    return (native if is_ours else released).places(model)
-
-
-def _filled(
-    config: ModelConfig,
-    file: TensorFile,
-    is_ours: bool,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> BlackMamba:
-    model = BlackMamba(config, device="meta", dtype=dtype)
-    places = _places(model, is_ours)
-    check_fit(file, places)
+def _filled(opened: _Opened, dtype: torch.dtype, device: torch.device | str) -> BlackMamba:
+    model = opened.empty(dtype)
+    places = opened.places(model)
+    check_fit(opened.file, places)
     model.to_empty(device=device)
-    parameters = dict(model.named_parameters())
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
     with torch.no_grad():
         for name, place in places.items():
-            into = parameters[place.parameter]
-            file.copy(name, into if place.expert is None else into[place.expert])
+            into = tensors[place.parameter]
+            opened.file.copy(name, into if place.expert is None else into[place.expert])
     return model.eval()
 
 
@@ -107,6 +116,15 @@ def load_config(source: str | Path) -> ModelConfig:
     """
     folder = find_folder(source)
     return _config(folder, *_read_json(folder))
+
+
+def load_quantization(source: str | Path) -> QuantizationConfig | None:
+    """How a model folder's weights are stored; None: not quantised.
+
+    Raises: as `load_config`.
+    """
+    folder = find_folder(source)
+    return _quantization(folder, *_read_json(folder))
 
 
 def load_tokenizer(source: str | Path) -> "Tokenizer | None":
@@ -189,6 +207,10 @@ def _read_json(folder: Path) -> tuple[dict[str, Any], bool]:
 def _config(folder: Path, plain: dict[str, Any], is_ours: bool) -> ModelConfig:
     read = native.read_config if is_ours else released.read_config
     return read(plain, folder / "config.json")
+
+
+def _quantization(folder: Path, plain: dict[str, Any], is_ours: bool) -> QuantizationConfig | None:
+    return native.read_quantization(plain, folder / "config.json") if is_ours else None
 
 
 def _open_weights(folder: Path, is_ours: bool) -> TensorFile:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from blackmamba.checkpoint.tensors import Place
-from blackmamba.config import ModelConfig, from_mapping, to_mapping
+from blackmamba.config import ModelConfig, QuantizationConfig, from_mapping, to_mapping
 from blackmamba.errors import CheckpointError
 from blackmamba.files import settle, sync
 from blackmamba.model import BlackMamba
@@ -50,6 +50,8 @@ def save_with(
 ) -> None:
     """`save`, with further keys beside "model" in config.json that no model depends on."""
     plain = {"format": FORMAT, "format_version": VERSION, **notes}
+    if model.quantization is not None:
+        plain["quantization"] = to_mapping(model.quantization)
     plain["model"] = to_mapping(model.config)
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
 
@@ -119,9 +121,23 @@ def read_config(plain: Mapping[str, Any], path: object) -> ModelConfig:
     return from_mapping(ModelConfig, plain.get("model", {}), str(path))
 
 
+def read_quantization(plain: Mapping[str, Any], path: object) -> QuantizationConfig | None:
+    """How the weights beside our config.json are stored; None: as they are.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    if "quantization" not in plain:
+        return None
+    return from_mapping(QuantizationConfig, plain["quantization"], f"{path}: quantization")
+
+
 def places(model: BlackMamba) -> dict[str, Place]:
-    """Name of every tensor that `model` needs, and where it goes: to the parameter of that name."""
-    return {n: Place(n, None, tuple(p.shape)) for n, p in model.named_parameters()}
+    """Name of every tensor that `model` needs, and where it goes: to the one of that name."""
+    found = {n: Place(n, None, tuple(p.shape)) for n, p in model.named_parameters()}
+    for name, buffer in model.named_buffers():  # quantised
+        found[name] = Place(name, None, tuple(buffer.shape), buffer.dtype)
+    return found
 
 
 def _differs(path: Path, text: str) -> bool:

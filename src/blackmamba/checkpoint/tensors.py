@@ -37,6 +37,8 @@ class Place:
     """Index into a stacked parameter, None for the whole of it."""
     shape: tuple[int, ...]
     """As it is in the file."""
+    dtype: torch.dtype | None = None
+    """The only one that fits; None: any of floating-point numbers."""
 
 
 class TensorFile:
@@ -139,8 +141,8 @@ def check_fit(file: TensorFile, places: Mapping[str, Place]) -> None:
     """Compare a file's tensors with those that a model needs.
 
     Raises:
-        CheckpointError: names all that are missing, unexpected, of a wrong shape, or hold something
-            other than floating-point numbers.
+        CheckpointError: names all that are missing, unexpected, of a wrong shape, or hold other
+            numbers than they should.
     """
     problems: list[str] = []
     expected = {name: place.shape for name, place in places.items()}
@@ -154,7 +156,7 @@ def check_fit(file: TensorFile, places: Mapping[str, Place]) -> None:
     odd = [
         f"{name} {file.dtypes[name]}"
         for name in sorted(expected)
-        if name in file.shapes and file.dtypes[name] not in _FLOATS
+        if name in file.shapes and not _fits(file.dtypes[name], places[name].dtype)
     ]
     for what, names in (
         ("missing", missing),
@@ -166,6 +168,10 @@ def check_fit(file: TensorFile, places: Mapping[str, Place]) -> None:
             problems.append(f"{what} {_listing(names)}")
     if problems:
         raise CheckpointError(f"{file.path}: does not fit its config.json; {'; '.join(problems)}")
+
+
+def _fits(dtype: torch.dtype, wanted: torch.dtype | None) -> bool:
+    return dtype in _FLOATS if wanted is None else dtype == wanted
 
 
 def _listing(names: Iterable[str]) -> str:

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import math
 from collections import Counter
 from typing import Any
 
 import torch
 
 from blackmamba.cli.common import DTYPES
-from blackmamba.config import ModelConfig, to_mapping
+from blackmamba.config import ModelConfig, QuantizationConfig, to_mapping
 from blackmamba.errors import ConfigError
 from blackmamba.model.size import Count, flops_per_token, layer_parameters, parameters, state_bytes
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if min(args.state_after or [1]) < 1:
         raise ConfigError(f"--state-after {args.state_after}: each must be 1 or more")
     name = args.model or args.preset
-    facts = collect(_config(args), args.context)
+    facts = collect(_config(args), args.context, _quantization(args))
     if args.state_after:
         facts["measured_state_bytes"] = measure_state(_config(args), args.state_after)
     if args.json:
@@ -59,12 +60,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def collect(config: ModelConfig, context: int) -> dict[str, Any]:
+def collect(
+    config: ModelConfig, context: int, quantization: QuantizationConfig | None = None
+) -> dict[str, Any]:
     """All figures as plain data.
 
     Args:
         config: the model.
         context: tokens read before, for attention's memory and arithmetic.
+        quantization: how its weights are stored.
     """
     total = parameters(config)
     kinds: dict[str, Count] = {}
@@ -72,6 +76,9 @@ def collect(config: ModelConfig, context: int) -> dict[str, Any]:
         kinds[text] = kinds.get(text, Count(0, 0)) + layer_parameters(config, spec)
     layers = Counter(config.layers)
     shared = total.total - sum(c.total for c in kinds.values())
+    stored: dict[str, Any] = {}
+    if quantization is not None:
+        stored["quantization"] = to_mapping(quantization) | measure_quantized(config, quantization)
     return {
         "config": to_mapping(config),
         "layers": {
@@ -87,6 +94,24 @@ def collect(config: ModelConfig, context: int) -> dict[str, Any]:
             name: state_bytes(config, context, size) for name, size in _DTYPE_BYTES.items()
         },
         "forward_flops_per_token": flops_per_token(config, context),
+        **stored,
+    }
+
+
+def measure_quantized(config: ModelConfig, quantization: QuantizationConfig) -> dict[str, Any]:
+    """How many weights are quantised and the bytes of them and, by dtype, of the rest."""
+    from blackmamba.model import BlackMamba, QuantizedStorage
+
+    model = BlackMamba(config, device="meta", quantization=quantization)
+    stored = [m.stored() for m in model.modules() if isinstance(m, QuantizedStorage)]
+    weights, size = sum(math.prod(w.shape) for w in stored), sum(w.nbytes for w in stored)
+    rest = sum(p.numel() for p in model.parameters())
+    return {
+        "weights": weights,
+        "bytes": size,
+        "bits_per_weight": 8 * size / weights,
+        "other_parameters": rest,
+        "all_weight_bytes": {name: size + rest * each for name, each in _DTYPE_BYTES.items()},
     }
 
 
@@ -122,6 +147,14 @@ def _config(args: argparse.Namespace) -> ModelConfig:
     return load_config(args.model)
 
 
+def _quantization(args: argparse.Namespace) -> QuantizationConfig | None:
+    if args.preset is not None:
+        return None
+    from blackmamba.checkpoint import load_quantization
+
+    return load_quantization(args.model)
+
+
 def _show(name: str, facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -144,8 +177,20 @@ def _show(name: str, facts: dict[str, Any]) -> None:
     console.print(
         f"width {config['d_model']}, vocabulary {config['vocab_size']:,}", highlight=False
     )
-    sizes = ", ".join(f"{k} {_bytes(v)}" for k, v in facts["weight_bytes"].items())
-    console.print(f"weights: {sizes}", highlight=False)
+    stored = facts.get("quantization")
+    if stored is not None:
+        parts = "experts" if stored["what"] == "experts" else "all large matrices"
+        console.print(
+            f"quantised: {parts} to {stored['bits']} bits, groups of {stored['group_size']}; "
+            f"{stored['weights']:,} weights in {_bytes(stored['bytes'])}, "
+            f"{stored['bits_per_weight']:.2f} bits each",
+            highlight=False,
+        )
+    weight_bytes = facts["weight_bytes"] if stored is None else stored["all_weight_bytes"]
+    sizes = ", ".join(f"{k} {_bytes(v)}" for k, v in weight_bytes.items())
+    console.print(
+        f"weights{'' if stored is None else ' with the rest in'}: {sizes}", highlight=False
+    )
     states = ", ".join(f"{k} {_bytes(v)}" for k, v in facts["state_bytes_per_sequence"].items())
     console.print(
         f"memory per sequence after {facts['context']:,} tokens: {states}", highlight=False

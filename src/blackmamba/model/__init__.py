@@ -2,6 +2,8 @@
 
 from blackmamba.model.language_model import BlackMamba, keeps_float32
 from blackmamba.model.layer import Trace
+from blackmamba.model.quantize import quantize
+from blackmamba.model.quantized import QuantizedStorage
 from blackmamba.model.router import Routing, RoutingStats
 from blackmamba.model.state import AttentionState, MambaState, State
 
@@ -9,9 +11,11 @@ __all__ = [
     "AttentionState",
     "BlackMamba",
     "MambaState",
+    "QuantizedStorage",
     "Routing",
     "RoutingStats",
     "State",
     "Trace",
     "keeps_float32",
+    "quantize",
 ]

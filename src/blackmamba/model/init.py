@@ -16,6 +16,7 @@ from blackmamba.model.mamba import Mamba
 from blackmamba.model.mlp import MLP
 from blackmamba.model.moe import MoE
 from blackmamba.model.norm import LayerNorm, RMSNorm
+from blackmamba.model.quantized import QuantizedStorage
 
 if TYPE_CHECKING:
     from blackmamba.model.language_model import BlackMamba
@@ -29,9 +30,9 @@ def initialise(model: "BlackMamba") -> None:
     """Fill every parameter of `model` anew from torch's global generator."""
     parts = sum((s.mixer != "none") + (s.feed_forward != "none") for s in model.config.layer_specs)
     damping = 1 / math.sqrt(parts)
-    nn.init.normal_(model.embedding.weight, std=_STD)
-    if model.head is not None:
-        nn.init.normal_(model.head.weight, std=_STD)
+    for table in (model.embedding, model.head):
+        if table is not None:
+            nn.init.normal_(_plain(table.weight), std=_STD)
     if model.head_bias is not None:
         model.head_bias.zero_()
     for module in model.modules():
@@ -77,12 +78,18 @@ def _mamba(layer: Mamba, damping: float) -> None:
 def _moe(layer: MoE, damping: float) -> None:
     nn.init.normal_(layer.router.weight, std=_STD)
     layer.router.bias.zero_()
-    _uniform(layer.fc1, layer.fc1.shape[2])
-    _uniform(layer.fc2, layer.fc2.shape[2])
-    layer.fc2.mul_(damping)
+    fc1, fc2 = _plain(layer.fc1), _plain(layer.fc2)
+    _uniform(fc1, fc1.shape[2])
+    _uniform(fc2, fc2.shape[2])
+    fc2.mul_(damping)
     for bias in (layer.fc1_bias, layer.fc2_bias):
         if bias is not None:
             bias.zero_()
+
+
+def _plain(weight: Tensor | QuantizedStorage) -> Tensor:
+    assert isinstance(weight, Tensor)  # a model is initialised before it is quantised
+    return weight
 
 
 def _linear(linear: nn.Linear, scale: float = 1.0) -> None:

@@ -6,19 +6,21 @@ Source: BlackMamba (arXiv 2402.01771), figure 1. The layer pattern of the config
 same class the paper's three other networks: dense transformer, MoE transformer and dense Mamba.
 """
 
-from typing import Literal, overload
+from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blackmamba.config import ModelConfig
+from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import InputError
 from blackmamba.model.init import initialise
 from blackmamba.model.layer import Layer, Trace
 from blackmamba.model.norm import final_norm
+from blackmamba.model.quantize import store_quantized
+from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
 from blackmamba.model.state import State
-from blackmamba.ops import linear_cross_entropy
+from blackmamba.ops import linear_cross_entropy, quantized_linear
 
 _KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
 
@@ -41,6 +43,8 @@ class BlackMamba(nn.Module):
         dtype: of the parameters; those named by `keeps_float32` are float32 or wider.
         compute_dtype: of the products' inputs; None: as `dtype`. float32 parameters with a bfloat16
             compute_dtype are mixed-precision training.
+        quantization: how its large matrices are stored; None: as parameters like all others. Such a
+            model is for inference: it is in evaluation mode and has no gradients. See `quantize`.
 
     The weights are random, drawn from torch's global generator. Training and evaluation mode differ
     in the router alone: Sinkhorn-balanced choice in training, largest logit in evaluation.
@@ -53,6 +57,7 @@ class BlackMamba(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
+        quantization: QuantizationConfig | None = None,
     ):
         super().__init__()
         for what in (dtype, compute_dtype or dtype):
@@ -61,6 +66,7 @@ class BlackMamba(nn.Module):
                     f"dtype={what}: must be a floating-point dtype such as torch.float32"
                 )
         self.config = config
+        self.quantization = quantization
         self.compute_dtype = compute_dtype or dtype
         where = None if device is None else torch.device(device)
         wide = torch.promote_types(dtype, torch.float32)
@@ -69,7 +75,9 @@ class BlackMamba(nn.Module):
             if config.residual_dtype == "float32"
             else self.compute_dtype
         )
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model, device=where, dtype=dtype)
+        self.embedding: nn.Embedding | QuantizedEmbedding = nn.Embedding(
+            config.vocab_size, config.d_model, device=where, dtype=dtype
+        )
         self.layers = nn.ModuleList(
             Layer(
                 config,
@@ -83,7 +91,7 @@ class BlackMamba(nn.Module):
             for index, spec in enumerate(config.layer_specs)
         )
         self.final_norm = final_norm(config, device=where, dtype=wide)
-        self.head: nn.Linear | None = None
+        self.head: nn.Linear | QuantizedLinear | None = None
         if not config.tie_embeddings:
             self.head = nn.Linear(
                 config.d_model, config.vocab_size, bias=False, device=where, dtype=dtype
@@ -93,6 +101,10 @@ class BlackMamba(nn.Module):
             self.head_bias = nn.Parameter(torch.empty(config.vocab_size, device=where, dtype=dtype))
         if self.embedding.weight.device.type != "meta":
             initialise(self)
+        if quantization is not None:
+            store_quantized(self, quantization)
+            self.requires_grad_(False)
+            self.eval()
 
     def forward(self, input_ids: Tensor, *, trace: Trace | None = None) -> Tensor:
         """Logits of the next token at every position, each row read from its beginning.
@@ -225,6 +237,19 @@ class BlackMamba(nn.Module):
             x, layers[i] = layer.step(x, layers[i])
         return self._logits(self._normed(x)), State(state.batch_size, tuple(layers))
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode.
+
+        Raises:
+            InputError: training mode of a quantised model.
+        """
+        if mode and self.quantization is not None:
+            raise InputError(
+                f"this model is quantised to {self.quantization.bits} bits and for inference only: "
+                "train the model that it was made from"
+            )
+        return super().train(mode)
+
     # ---- parts ------------------------------------------------------------------------------
 
     def _stack(self) -> list[Layer]:
@@ -251,10 +276,18 @@ class BlackMamba(nn.Module):
         return self.final_norm(x, self.compute_dtype)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._head_weight(), self._head_bias())
+        weight = self._head()
+        if isinstance(weight, QuantizedStorage):
+            return quantized_linear(x, weight.stored(), self._head_bias())
+        return F.linear(x, weight.to(self.compute_dtype), self._head_bias())
+
+    def _head(self) -> Tensor | QuantizedStorage:
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def _head_weight(self) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
+        weight = self._head()
+        if isinstance(weight, QuantizedStorage):
+            return weight.whole(self.compute_dtype)
         return weight.to(self.compute_dtype)
 
     def _head_bias(self) -> Tensor | None:

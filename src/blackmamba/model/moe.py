@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from blackmamba.config import ModelConfig
+from blackmamba.model.quantized import QuantizedStorage
 from blackmamba.model.router import Router, Routing
-from blackmamba.ops import expert_mlp
+from blackmamba.ops import expert_mlp, quantized_expert_mlp
 
 
 class MoE(nn.Module):
@@ -35,8 +36,12 @@ class MoE(nn.Module):
         self.activation: Literal["silu", "gelu"] = config.activation
         self.gated = config.gated
         self.router = Router(config, n_experts, device=device, dtype=wide)
-        self.fc1 = nn.Parameter(torch.empty(n_experts, rows, m, **options))  # rows [gate | up]
-        self.fc2 = nn.Parameter(torch.empty(n_experts, m, f, **options))
+        self.fc1: nn.Parameter | QuantizedStorage = nn.Parameter(  # rows [gate | up]
+            torch.empty(n_experts, rows, m, **options)
+        )
+        self.fc2: nn.Parameter | QuantizedStorage = nn.Parameter(
+            torch.empty(n_experts, m, f, **options)
+        )
         if config.linear_bias:
             self.fc1_bias = nn.Parameter(torch.empty(n_experts, rows, **options))
             self.fc2_bias = nn.Parameter(torch.empty(n_experts, m, **options))
@@ -47,15 +52,20 @@ class MoE(nn.Module):
         """(..., m) to (..., m), and where each token went (tokens in row-major order)."""
         x_tm = x.reshape(-1, x.shape[-1])
         routing = self.router(x_tm)
-        y_tm = expert_mlp(
-            x_tm,
-            routing.expert_ids,
-            self.fc1,
-            self.fc2,
-            activation=self.activation,
-            gated=self.gated,
-            fc1_bias=self.fc1_bias,
-            fc2_bias=self.fc2_bias,
-            gate=routing.gate,
-        )
+        options: dict[str, Any] = {
+            "activation": self.activation,
+            "gated": self.gated,
+            "fc1_bias": self.fc1_bias,
+            "fc2_bias": self.fc2_bias,
+            "gate": routing.gate,
+        }
+        fc1, fc2 = self.fc1, self.fc2
+        if isinstance(fc1, QuantizedStorage) and isinstance(fc2, QuantizedStorage):
+            y_tm = quantized_expert_mlp(
+                x_tm, routing.expert_ids, fc1.stored(), fc2.stored(), **options
+            )
+        else:
+            assert isinstance(fc1, Tensor)
+            assert isinstance(fc2, Tensor)
+            y_tm = expert_mlp(x_tm, routing.expert_ids, fc1, fc2, **options)
         return y_tm.view(x.shape), routing

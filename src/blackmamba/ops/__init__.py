@@ -8,17 +8,29 @@ from blackmamba.ops.activate import activate
 from blackmamba.ops.causal_conv1d import causal_conv1d
 from blackmamba.ops.expert_mlp import expert_mlp
 from blackmamba.ops.linear_cross_entropy import linear_cross_entropy
+from blackmamba.ops.quantized_expert_mlp import quantized_expert_mlp
+from blackmamba.ops.quantized_linear import (
+    QuantizedWeight,
+    dequantize,
+    quantize_weight,
+    quantized_linear,
+)
 from blackmamba.ops.rms_norm import rms_norm
 from blackmamba.ops.selective_scan import selective_scan
 from blackmamba.ops.selective_state_update import selective_state_update
 from blackmamba.ops.sinkhorn import SinkhornResult, sinkhorn
 
 __all__ = [
+    "QuantizedWeight",
     "SinkhornResult",
     "activate",
     "causal_conv1d",
+    "dequantize",
     "expert_mlp",
     "linear_cross_entropy",
+    "quantize_weight",
+    "quantized_expert_mlp",
+    "quantized_linear",
     "rms_norm",
     "selective_scan",
     "selective_state_update",
