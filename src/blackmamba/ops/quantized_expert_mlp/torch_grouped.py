@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from blackmamba.ops.expert_mlp import activate
+from blackmamba.ops.activate import activate
 from blackmamba.ops.quantized_linear import QuantizedWeight, quantized_linear
 
 
