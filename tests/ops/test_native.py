@@ -110,9 +110,9 @@ def without_extension(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if "_native" in name else find(name, *a)
     )
-    native._load.cache_clear()
-    yield
-    native._load.cache_clear()
+    module, reason = native._load()
+    monkeypatch.setattr(native, "_MODULE", module)
+    monkeypatch.setattr(native, "_REASON", reason)
 
 
 def test_without_the_extension_the_next_backend_runs(without_extension: None):
@@ -130,11 +130,9 @@ def test_an_extension_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib, "import_module", broken)
-    native._load.cache_clear()
-    try:
-        assert "cannot be loaded (undefined symbol: x)" in str(native.missing())
-    finally:
-        native._load.cache_clear()
+    module, reason = native._load()
+    assert module is None
+    assert "cannot be loaded (undefined symbol: x)" in str(reason)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from numerics import assert_within_budget, largest_difference, relative_error
 from torch.nn import functional as F
 
 from blackmamba.errors import BackendError, InputError
-from blackmamba.ops import expert_mlp, linear_cross_entropy, rms_norm
+from blackmamba.ops import expert_mlp, linear_cross_entropy, native, rms_norm
 from blackmamba.ops.backend import available_backends, describe_backends
 from blackmamba.ops.linear_cross_entropy import torch_chunked
 
@@ -227,17 +227,22 @@ def test_cross_entropy_never_reads_unwritten_memory(nan_filled_memory: None):
     assert all(g.isfinite().all() for g in grads)
 
 
+NATIVE = ("native",) if native.missing() is None else ()
+
+
 def test_available_backends():
-    assert available_backends("selective_scan") == ("torch", "reference")
+    assert available_backends("selective_scan") == (*NATIVE, "torch", "reference")
     assert available_backends("sinkhorn") == ("reference",)
     with pytest.raises(BackendError, match="operation='scan': must be one of activate, causal_"):
         available_backends("scan")
 
 
 def test_environment_forces_a_backend_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
-    assert dict(describe_backends())["selective_scan"] == "torch (of torch, reference)"
+    names = ", ".join((*NATIVE, "torch", "reference"))
+    best = (*NATIVE, "torch")[0]
+    assert dict(describe_backends())["selective_scan"] == f"{best} (of {names})"
     monkeypatch.setenv("BLACKMAMBA_BACKEND", "reference")
-    assert dict(describe_backends())["selective_scan"] == "reference (of torch, reference)"
+    assert dict(describe_backends())["selective_scan"] == f"reference (of {names})"
     monkeypatch.setenv("BLACKMAMBA_BACKEND", "torch")
     assert dict(describe_backends())["sinkhorn"] == "reference (of reference)"
     rms_norm(normal(2, 4), normal(4))
