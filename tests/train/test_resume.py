@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import blackmamba
 from blackmamba.errors import CheckpointError, ConfigError, DataError
-from blackmamba.train import Progress, RunConfig, run, write_recipe
+from blackmamba.train import Progress, RunConfig, load_recipe, run, write_recipe
 from blackmamba.train.metrics import read_metrics
 
 Small = Callable[..., RunConfig]
@@ -321,3 +322,23 @@ def test_a_full_disk_leaves_the_older_checkpoint(small: Small, tmp_path: Path):
     assert progress.begun == 4
     run(config, tmp_path / "whole")
     assert_same_run(tmp_path / "out", tmp_path / "whole", 12)
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_auto_dtype_is_decided_once(
+    small: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_instructions: bool,
+):
+    def dtypes(values: bool, steps: int, resume: bool) -> str:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: values)
+        run(small(steps=steps, dtype="auto"), tmp_path / "run", resume=resume)
+        return load_recipe(tmp_path / "run" / "recipe.yaml").train.dtype
+
+    expected = "bfloat16" if has_instructions else "float32"
+    assert dtypes(has_instructions, 2, resume=False) == expected
+    assert dtypes(not has_instructions, 4, resume=True) == expected
+    with pytest.raises(ConfigError, match=rf"train.dtype \(was '{expected}'"):
+        other = "float32" if has_instructions else "bfloat16"
+        run(small(steps=6, dtype=other), tmp_path / "run", resume=True)

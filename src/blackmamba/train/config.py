@@ -46,8 +46,10 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of all gradients together; 0: no limit."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the products; parameters, optimizer, scan state and loss are float32 either way."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Of the products; parameters, optimizer, scan state and loss are float32 either way.
+    "auto": bfloat16 where the device has instructions for it, else float32; a run that is resumed
+    goes on in the dtype that it began with."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto": the GPU if there is one."""
     seed: int = 0

@@ -84,6 +84,7 @@ def run(
     if settings.tensorboard:
         check_tensorboard()
     checkpoint = _enter(out, config, resume)
+    config = _with_dtype(config, checkpoint, device)
     data = _open_data(out, config, checkpoint)
     model = _build(config, data.tokenizer, device)
     optimizer = build_optimizer(model, settings)
@@ -323,12 +324,33 @@ def _enter(out: Path, config: RunConfig, resume: bool) -> Checkpoint | None:
         if resume:
             _logger.warning("%s: no checkpoint to resume from; beginning with step 1", out)
         return None
-    check_resumable(checkpoint.config, config)
+    check_resumable(checkpoint.config, _with_dtype(config, checkpoint, torch.device("cpu")))
     if checkpoint.counters.step > config.train.steps:
         raise ConfigError(
             f"train.steps={config.train.steps}: {checkpoint.folder} has more steps done already"
         )
     return checkpoint
+
+
+def _with_dtype(
+    config: RunConfig, checkpoint: Checkpoint | None, device: torch.device
+) -> RunConfig:
+    """The configuration with a dtype in the place of "auto"."""
+    train = config.train
+    if train.dtype != "auto":
+        return config
+    if checkpoint is not None:
+        dtype = checkpoint.config.train.dtype
+    else:
+        dtype = "bfloat16" if _multiplies_bfloat16(device) else "float32"
+    return dataclasses.replace(config, train=dataclasses.replace(train, dtype=dtype))
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def _open_data(out: Path, config: RunConfig, checkpoint: Checkpoint | None) -> PreparedData:
