@@ -1,5 +1,7 @@
 """Quantised models: which parameters, how near, and that they are for inference."""
 
+import dataclasses
+
 import pytest
 import torch
 from numerics import largest_difference, relative_error
@@ -96,12 +98,13 @@ def test_which_parameters():
 
 @pytest.mark.parametrize("what", ["experts", "all"])
 def test_bfloat16(what: str):
-    model = build(presets["tiny"], dtype=torch.bfloat16)
+    config = dataclasses.replace(presets["tiny"], n_experts=1)  # rounding changes no choice
+    model = build(config, dtype=torch.bfloat16)
     quantised, ids = quantize(model, 8, what=what), tokens(2, 9)  # pyright: ignore
     logits = quantised(ids)
     assert logits.dtype == torch.bfloat16
     assert relative_error(logits, written_out(model, quantised)(ids)) < 0.05
-    mixed = quantize(build(presets["tiny"], compute_dtype=torch.bfloat16), 8, what=what)  # pyright: ignore
+    mixed = quantize(build(config, compute_dtype=torch.bfloat16), 8, what=what)  # pyright: ignore
     assert mixed(ids).dtype == torch.bfloat16
     assert mixed.get_parameter("layers.0.mixer.conv_weight").dtype == torch.float32
 
