@@ -339,6 +339,6 @@ def test_auto_dtype_is_decided_once(
     expected = "bfloat16" if has_instructions else "float32"
     assert dtypes(has_instructions, 2, resume=False) == expected
     assert dtypes(not has_instructions, 4, resume=True) == expected
+    other = "float32" if has_instructions else "bfloat16"
     with pytest.raises(ConfigError, match=rf"train.dtype \(was '{expected}'"):
-        other = "float32" if has_instructions else "bfloat16"
         run(small(steps=6, dtype=other), tmp_path / "run", resume=True)

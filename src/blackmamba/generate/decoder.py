@@ -23,6 +23,7 @@ from blackmamba.model.mamba import Mamba
 from blackmamba.model.mlp import MLP
 from blackmamba.model.moe import MoE
 from blackmamba.model.norm import LayerNorm, RMSNorm
+from blackmamba.model.quantized import QuantizedStorage
 from blackmamba.model.router import Router
 from blackmamba.model.state import LayerState, MambaState
 from blackmamba.ops import native
@@ -34,7 +35,7 @@ _KNOWN = (
     Linear, nn.Linear,
 )  # fmt: skip
 _REPLACED = {"forward", "step"}
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # weights.hpp
 
 
 def cannot_decode(model: BlackMamba) -> str | None:
@@ -176,7 +177,7 @@ class Decoder:
         part = layer.feed_forward
         if isinstance(part, MoE):
             plan |= {
-                "n_experts": len(part.fc1),
+                "n_experts": part.fc1.shape[0],
                 "router_weight": self._floats(part.router.weight),
                 "router_bias": self._floats(part.router.bias),
                 "fc1": self._linear(part.fc1, part.fc1_bias),
@@ -194,13 +195,20 @@ class Decoder:
             plan |= {"gated": part.gated, "gelu": part.activation == "gelu"}
         return plan
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> tuple[Any, int]:
+    def _linear(self, weight: Tensor | QuantizedStorage, bias: Tensor | None) -> tuple[Any, int]:
         return self._weights(weight), 0 if bias is None else self._floats(bias)
 
-    def _weights(self, weight: Tensor) -> tuple[int, int, int, int, int, int]:
+    def _weights(self, weight: Tensor | QuantizedStorage) -> tuple[int, int, int, int, int, int]:
         """(kind, data, scales, rows, columns, group) of a matrix, or of each of several."""
-        weight = self._keep(weight.detach().contiguous())
-        return _KINDS[weight.dtype], weight.data_ptr(), 0, weight.shape[-2], weight.shape[-1], 0
+        rows, columns = weight.shape[-2:]
+        if isinstance(weight, QuantizedStorage):
+            data, scales = self._keep(weight.data), self._keep(weight.scales)
+            return (
+                _KINDS[data.dtype], data.data_ptr(), scales.data_ptr(), rows, columns,
+                weight.group_size,
+            )  # fmt: skip
+        data = self._keep(weight.detach().contiguous())
+        return _KINDS[data.dtype], data.data_ptr(), 0, rows, columns, 0
 
     def _norm(self, norm: RMSNorm | LayerNorm) -> tuple[int, int, float, bool]:
         is_layer_norm = isinstance(norm, LayerNorm)

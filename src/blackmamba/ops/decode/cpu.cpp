@@ -168,14 +168,21 @@ class Step {
   }
 
  private:
+  // A quantised embedding has 8 bits: weights.hpp.
   void embed(std::int64_t b) {
+    const Weights& table = p_.embedding;
     float* const x = at_.x + b * p_.m;
     const std::int64_t start = ids_[b] * p_.m;
-    if (p_.embedding.kind == WeightKind::float32) {
-      std::memcpy(x, static_cast<const float*>(p_.embedding.data) + start, p_.m * sizeof(float));
-    } else {
-      const bf16* const row = static_cast<const bf16*>(p_.embedding.data) + start;
+    if (table.kind == WeightKind::float32) {
+      std::memcpy(x, static_cast<const float*>(table.data) + start, p_.m * sizeof(float));
+    } else if (table.kind == WeightKind::bfloat16) {
+      const bf16* const row = static_cast<const bf16*>(table.data) + start;
       for (int i = 0; i < p_.m; ++i) x[i] = to_float(row[i]);
+    } else {
+      const std::int64_t groups = (p_.m + table.group - 1) / table.group;
+      const std::int8_t* const row = static_cast<const std::int8_t*>(table.data) + start;
+      const bf16* const scales = static_cast<const bf16*>(table.scales) + ids_[b] * groups;
+      for (int i = 0; i < p_.m; ++i) x[i] = row[i] * to_float(scales[i / table.group]);
     }
   }
 

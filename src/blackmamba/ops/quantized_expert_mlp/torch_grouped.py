@@ -1,5 +1,7 @@
 """Tokens grouped by expert; only the experts that have some are written out, one at a time."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def quantized_expert_mlp_grouped(
     expert_ids: Tensor,
     fc1: QuantizedWeight,
     fc2: QuantizedWeight,
-    activation: str,
+    activation: Literal["silu", "gelu"],
     gated: bool,
     fc1_bias: Tensor | None,
     fc2_bias: Tensor | None,
