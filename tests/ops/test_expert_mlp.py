@@ -14,6 +14,7 @@ from blackmamba.ops.backend import available_backends
 from blackmamba.ops.expert_mlp import torch_grouped
 
 BACKENDS = available_backends("expert_mlp")
+WIDE_BACKENDS = [name for name in BACKENDS if name != "native"]  # those that take float64
 NAMES = ("x", "fc1", "fc2", "fc1_bias", "fc2_bias", "gate")
 
 
@@ -64,7 +65,7 @@ def test_grouped_matches_the_reference(t: int, assignment: str, gated: bool, act
     assert relative_error(y, results[0]["y"]) < 1e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WIDE_BACKENDS)
 def test_gradcheck(backend: str):
     tensors, ids = make(5, 3, 2, 3)
 
@@ -77,7 +78,7 @@ def test_gradcheck(backend: str):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_idle_experts_get_zero_gradient(backend: str):
-    tensors, _ = make(4, 3, 2, 5)
+    tensors, _ = make(4, 3, 2, 5, dtype=torch.float32)
     fc1 = tensors["fc1"].requires_grad_()
     ids = torch.tensor([1, 1, 3, 1])
     expert_mlp(tensors["x"], ids, fc1, tensors["fc2"], backend=backend).sum().backward()  # pyright: ignore

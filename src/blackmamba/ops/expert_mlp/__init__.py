@@ -7,11 +7,17 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
+from blackmamba.ops.expert_mlp.native import expert_mlp_native
 from blackmamba.ops.expert_mlp.reference import expert_mlp_reference
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 
 _IMPLEMENTATIONS = Implementations(
-    "expert_mlp", {"torch": expert_mlp_grouped, "reference": expert_mlp_reference}
+    "expert_mlp",
+    {
+        "native": expert_mlp_native,
+        "torch": expert_mlp_grouped,
+        "reference": expert_mlp_reference,
+    },
 )
 
 
