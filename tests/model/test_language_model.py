@@ -1,5 +1,7 @@
 """What the network promises, for all four architectures and both layer layouts."""
 
+import dataclasses
+
 import pytest
 import torch
 from numerics import largest_difference
@@ -271,3 +273,22 @@ def test_first_memory_spans():
 def test_bad_input_is_named(call, message: str):
     with pytest.raises(InputError, match=message):
         call(build("blackmamba"))
+
+
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated")  # torch's own tracing
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_to_one_graph(training: bool):
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        presets["tiny"], layers=("mamba", "moe", "mamba+mlp", "attention"), d_mlp=40, n_heads=2,
+        n_kv_heads=2, d_head=16,
+    )  # fmt: skip
+    model = BlackMamba(config).train(training)
+    ids, labels = torch.randint(0, config.vocab_size, (2, 2, 33))
+    expected = model.loss(ids, labels)
+    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)(ids, labels)
+    torch.testing.assert_close(compiled, expected)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled, parameters), torch.autograd.grad(expected, parameters)
+    )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blackmamba.config import ModelConfig
-from blackmamba.ops import sinkhorn
+from blackmamba.ops import sinkhorn_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +88,12 @@ class Router(nn.Module):
         chosen = logits.gather(1, expert_ids[:, None])[:, 0]
         return Routing(expert_ids, torch.sigmoid(chosen), logits)
 
-    @torch.no_grad()
     def _balanced(self, logits: Tensor) -> Tensor:
         config = self.config
-        result = sinkhorn(
-            logits.detach(),
+        return sinkhorn_choice(
+            logits,
             scale=config.sinkhorn_scale,
             start=config.sinkhorn_start,
             tolerance=config.sinkhorn_tolerance,
             max_iterations=config.sinkhorn_max_iterations,
         )
-        return result.plan.argmax(dim=-1)

@@ -18,7 +18,7 @@ from blackmamba.ops.quantized_linear import (
 from blackmamba.ops.rms_norm import rms_norm
 from blackmamba.ops.selective_scan import selective_scan
 from blackmamba.ops.selective_state_update import selective_state_update
-from blackmamba.ops.sinkhorn import SinkhornResult, sinkhorn
+from blackmamba.ops.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_choice
 
 __all__ = [
     "QuantizedWeight",
@@ -35,4 +35,5 @@ __all__ = [
     "selective_scan",
     "selective_state_update",
     "sinkhorn",
+    "sinkhorn_choice",
 ]

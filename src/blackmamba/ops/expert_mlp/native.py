@@ -4,6 +4,8 @@ Up to 16 tokens the weights are what costs, and the kernels stream them. From th
 products of torch are faster, and only what lies between them is native.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def expert_mlp_native(
     expert_ids: Tensor,
     fc1: Tensor,
     fc2: Tensor,
-    activation: str,
+    activation: Literal["silu", "gelu"],
     gated: bool,
     fc1_bias: Tensor | None,
     fc2_bias: Tensor | None,

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from blackmamba.errors import InputError
@@ -9,7 +10,7 @@ from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating
 from blackmamba.ops.sinkhorn.reference import SinkhornResult, sinkhorn_reference
 
-__all__ = ["SinkhornResult", "sinkhorn"]
+__all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_choice"]
 
 _IMPLEMENTATIONS = Implementations("sinkhorn", {"reference": sinkhorn_reference})
 
@@ -57,3 +58,45 @@ def sinkhorn(
     if not (scale > 0 and tolerance > 0):
         raise InputError(f"sinkhorn: scale={scale}, tolerance={tolerance}, must be positive")
     return _IMPLEMENTATIONS.pick(backend, logits)(logits, scale, start, tolerance, max_iterations)
+
+
+def sinkhorn_choice(
+    logits: Tensor,
+    *,
+    scale: float = 2.0,
+    start: Literal["paper", "ones"] = "paper",
+    tolerance: float = 1e-4,
+    max_iterations: int = 1000,
+) -> Tensor:
+    """The expert of each token: where its row of the plan is largest.
+
+    One node for torch.compile, which cannot trace an iteration that stops on what it computes. No
+    gradient flows through it.
+
+    Args:
+        logits, scale, start, tolerance, max_iterations: see `sinkhorn`.
+    Returns:
+        (t,) int64, each 0 .. e - 1.
+    Raises:
+        InputError: as `sinkhorn`.
+    """
+    return _choice(logits.detach(), scale, start, tolerance, max_iterations)
+
+
+@torch.library.custom_op("blackmamba::sinkhorn_choice", mutates_args=())
+def _choice(
+    logits: Tensor, scale: float, start: str, tolerance: float, max_iterations: int
+) -> Tensor:
+    result = sinkhorn(
+        logits,
+        scale=scale,
+        start=start,  # pyright: ignore[reportArgumentType] # an operation's schema has no Literal
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+    return result.plan.argmax(dim=-1)
+
+
+@_choice.register_fake
+def _(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
