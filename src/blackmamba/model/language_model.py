@@ -10,7 +10,6 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blackmamba.config import ModelConfig
 from blackmamba.errors import InputError
@@ -18,7 +17,7 @@ from blackmamba.model.init import initialise
 from blackmamba.model.layer import Layer, Trace
 from blackmamba.model.norm import final_norm
 from blackmamba.model.state import State
-from blackmamba.ops import linear_cross_entropy
+from blackmamba.ops import linear, linear_cross_entropy
 
 _KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
 
@@ -251,7 +250,7 @@ class BlackMamba(nn.Module):
         return self.final_norm(x, self.compute_dtype)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._head_weight(), self._head_bias())
+        return linear(x, self._head_weight(), self._head_bias())
 
     def _head_weight(self) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight

@@ -7,6 +7,7 @@ versions of it. `backend.py` says which one runs.
 from blackmamba.ops.activate import activate
 from blackmamba.ops.causal_conv1d import causal_conv1d
 from blackmamba.ops.expert_mlp import expert_mlp
+from blackmamba.ops.linear import linear
 from blackmamba.ops.linear_cross_entropy import linear_cross_entropy
 from blackmamba.ops.rms_norm import rms_norm
 from blackmamba.ops.selective_scan import selective_scan
@@ -18,6 +19,7 @@ __all__ = [
     "activate",
     "causal_conv1d",
     "expert_mlp",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "selective_scan",

@@ -10,12 +10,14 @@ namespace bm {
 void bind_activate(nanobind::module_& m);
 void bind_causal_conv1d(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
+void bind_linear_cross_entropy(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
 
 inline void bind_all(nanobind::module_& m) {
   bind_activate(m);
   bind_causal_conv1d(m);
   bind_elementwise(m);
+  bind_linear_cross_entropy(m);
   bind_rms_norm(m);
 }
 
