@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blackmamba.ops import activate, causal_conv1d, native, rms_norm
+from blackmamba.ops import activate, causal_conv1d, linear_cross_entropy, native, rms_norm
 
 SETS = ("baseline", "avx2", "avx512")
 
@@ -34,12 +34,18 @@ def gelu(backend: str, h: Tensor) -> Tensor:
     return activate(h, "gelu", gated=False, backend=backend)  # pyright: ignore
 
 
+def cross_entropy(backend: str, x: Tensor, weight: Tensor) -> Tensor:
+    labels = torch.arange(len(x)) % len(weight)
+    return linear_cross_entropy(x, weight, labels, backend=backend)  # pyright: ignore
+
+
 CASES: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
     (conv, (normal(2, 67, 21), normal(21, 4), normal(21))),
     (conv, (normal(2, 9, 40), normal(40, 3), normal(40))),
     (norm, (normal(35, 83), normal(83))),
     (silu, (normal(5, 46),)),
     (gelu, (normal(5, 46),)),
+    (cross_entropy, (normal(9, 5), normal(75, 5))),
 ]
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from blackmamba.errors import BackendError, InputError
 from blackmamba.ops import expert_mlp, linear_cross_entropy, native, rms_norm
 from blackmamba.ops.backend import available_backends, describe_backends
-from blackmamba.ops.linear_cross_entropy import torch_chunked
+from blackmamba.ops.linear_cross_entropy import chunked
 
 NATIVE = pytest.mark.skipif(
     "native" not in available_backends("rms_norm"), reason="the extension was not built"
@@ -133,7 +133,9 @@ def test_rms_norm_compiles_to_one_graph(backend: str):
 @pytest.mark.parametrize("t", [0, 1, 15, 16, 17, 100])
 @pytest.mark.parametrize("biased", [True, False])
 def test_cross_entropy_in_chunks(t: int, biased: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch_chunked, "_CHUNK_BYTES", 1)  # 16 tokens at a time
+    monkeypatch.setattr(chunked, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunked, "_LEAST_CHUNK", 16)
+    monkeypatch.setattr(chunked, "_COLUMNS", 4)
     labels = torch.randint(0, 11, (t,), generator=torch.Generator().manual_seed(0))
     labels[::3] = -100
     results = []
@@ -200,7 +202,7 @@ def test_cross_entropy_beside_a_frozen_input(frozen: int):
 @pytest.mark.parametrize("backend", available_backends("linear_cross_entropy"))
 def test_cross_entropy_of_nan(backend: str):
     """NaN in a counted token is NaN in the loss; in an ignored one it stays there."""
-    x, weight = normal(4, 3), normal(5, 3, seed=1)
+    x, weight = normal(4, 3).float(), normal(5, 3, seed=1).float()
     x[2] = torch.nan
     labels = torch.tensor([0, 3, -100, 2])
     x.requires_grad_()
@@ -210,6 +212,88 @@ def test_cross_entropy_of_nan(backend: str):
     assert loss.isfinite()
     assert x.grad[[0, 1, 3]].isfinite().all()
     assert linear_cross_entropy(x, weight, labels.abs() % 5, backend=backend).isnan()  # pyright: ignore
+
+
+@NATIVE
+@settings(max_examples=40, deadline=None)
+@given(
+    t=st.integers(0, 40),
+    v=st.integers(1, 257),
+    m=st.integers(1, 20),
+    dtype=dtypes,
+    biased=st.booleans(),
+    ignored=st.booleans(),
+)
+def test_native_cross_entropy_is_as_near_as_plain_pytorch(
+    t: int, v: int, m: int, dtype: torch.dtype, biased: bool, ignored: bool
+):
+    labels = torch.randint(0, v, (t,), generator=torch.Generator().manual_seed(0))
+    if ignored:
+        labels[::3] = -100
+    inputs = [normal(t, m, dtype=dtype), normal(v, m, dtype=dtype, seed=1)]
+    if biased:
+        inputs.append(normal(v, dtype=dtype, seed=2))
+    results = []
+    for backend, cast in (("native", dtype), ("reference", dtype), ("reference", torch.float64)):
+        leaves = [p.to(cast).requires_grad_() for p in inputs]
+        bias = leaves[2] if biased else None
+        loss = linear_cross_entropy(*leaves[:2], labels, bias=bias, backend=backend)  # pyright: ignore
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for name, *values in zip(("loss", "x", "weight", "bias"), *results):  # noqa: B905
+        assert values[0].dtype == values[1].dtype, name
+        if t:
+            exactness = 3e-6 if dtype == torch.float32 else 2**-6
+            scale = max(1.0, values[2].abs().max().item())
+            assert largest_difference(values[0], values[2]) < exactness * scale, name
+
+
+@NATIVE
+def test_native_cross_entropy_bits_extremes_and_registration():
+    x, weight = normal(90, 7).float(), normal(301, 7, seed=1).float()
+    labels = torch.randint(0, 301, (90,), generator=torch.Generator().manual_seed(0))
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_cross_entropy(*leaves, labels, backend="native")
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.set_num_threads(1)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+    huge = linear_cross_entropy(1e4 * x, weight, labels, backend="native")
+    torch.testing.assert_close(
+        huge, linear_cross_entropy(1e4 * x, weight, labels, backend="reference")
+    )
+    masked = torch.full((301,), -torch.inf)
+    masked[:3] = 0  # all but three words are impossible
+    args = x, weight, labels % 3
+    actual, expected = (
+        linear_cross_entropy(*args, bias=masked, backend=b)  # pyright: ignore
+        for b in ("native", "reference")
+    )
+    torch.testing.assert_close(actual, expected)
+    op = torch.ops.blackmamba.linear_cross_entropy.default
+    for leaf in args[:2]:
+        leaf.requires_grad_()
+    torch.library.opcheck(
+        op,
+        (*args, None, -100, [True, True, False], True),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+@pytest.mark.parametrize("backend", available_backends("linear_cross_entropy"))
+def test_cross_entropy_compiles_to_one_graph(backend: str):
+    leaves = normal(9, 3).float().requires_grad_(), normal(5, 3, seed=1).float().requires_grad_()
+    labels = torch.tensor([0, 3, -100, 2, 1, 1, -100, 4, 0])
+
+    def loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(x, weight, labels, backend=backend) / 7  # pyright: ignore
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_cross_entropy_names_bad_labels():

@@ -10,7 +10,6 @@ from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import InputError
@@ -20,7 +19,7 @@ from blackmamba.model.norm import final_norm
 from blackmamba.model.quantize import store_quantized
 from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
 from blackmamba.model.state import State
-from blackmamba.ops import linear_cross_entropy, quantized_linear
+from blackmamba.ops import linear, linear_cross_entropy, quantized_linear
 
 _KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
 
@@ -279,7 +278,7 @@ class BlackMamba(nn.Module):
         weight = self._head()
         if isinstance(weight, QuantizedStorage):
             return quantized_linear(x, weight.stored(), self._head_bias())
-        return F.linear(x, weight.to(self.compute_dtype), self._head_bias())
+        return linear(x, weight.to(self.compute_dtype), self._head_bias())
 
     def _head(self) -> Tensor | QuantizedStorage:
         return self.embedding.weight if self.head is None else self.head.weight

@@ -1,7 +1,8 @@
 """A linear layer whose weights may be stored wider than it computes."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from blackmamba.ops import linear
 
 
 class Linear(nn.Linear):
@@ -14,4 +15,4 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), in the input's dtype."""
         bias = None if self.bias is None else self.bias.to(input.dtype)  # pyright: ignore[reportUnnecessaryComparison]
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        return linear(input, self.weight.to(input.dtype), bias)

@@ -7,6 +7,7 @@ versions of it. `backend.py` says which one runs.
 from blackmamba.ops.activate import activate
 from blackmamba.ops.causal_conv1d import causal_conv1d
 from blackmamba.ops.expert_mlp import expert_mlp
+from blackmamba.ops.linear import linear
 from blackmamba.ops.linear_cross_entropy import linear_cross_entropy
 from blackmamba.ops.quantized_expert_mlp import quantized_expert_mlp
 from blackmamba.ops.quantized_linear import (
@@ -27,6 +28,7 @@ __all__ = [
     "causal_conv1d",
     "dequantize",
     "expert_mlp",
+    "linear",
     "linear_cross_entropy",
     "quantize_weight",
     "quantized_expert_mlp",

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from blackmamba.ops.activate import activate
 from blackmamba.ops.checks import readable
+from blackmamba.ops.linear import linear, product
 
 
 def expert_mlp_grouped(
@@ -26,9 +27,9 @@ def expert_mlp_grouped(
     """`expert_mlp` by sorting; waits for the device only where it has no grouped product."""
     if len(x) == 1 and readable(expert_ids):
         chosen = int(expert_ids)  # one token, as in generation: nothing to sort
-        y = F.linear(x, fc1[chosen].to(x.dtype), _row(fc1_bias, chosen, x.dtype))
+        y = linear(x, fc1[chosen].to(x.dtype), _row(fc1_bias, chosen, x.dtype))
         y = activate(y, activation, gated)
-        y = F.linear(y, fc2[chosen].to(x.dtype), _row(fc2_bias, chosen, x.dtype))
+        y = linear(y, fc2[chosen].to(x.dtype), _row(fc2_bias, chosen, x.dtype))
         return y if gate is None else (y * gate[:, None]).to(x.dtype)
 
     sorted_ids, order = torch.sort(expert_ids, stable=True)
@@ -75,7 +76,7 @@ def _call_per_group(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows[group j] @ weight[j]^T for each group j; on a GPU this waits for `ends`."""
     out = rows.new_empty(len(rows), weight.shape[1])
     for j, group in _groups(ends):
-        torch.mm(rows[group], weight[j].t(), out=out[group])
+        out[group] = product(rows[group], weight[j])
     return out
 
 
@@ -84,7 +85,7 @@ def _grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """left[group j]^T @ right[group j] for each group j; zeros for an empty group."""
     out = left.new_zeros(len(ends), left.shape[1], right.shape[1])
     for j, group in _groups(ends):
-        torch.mm(left[group].t(), right[group], out=out[j])
+        out[j] = product(left[group].t(), right[group].t())
     return out
 
 

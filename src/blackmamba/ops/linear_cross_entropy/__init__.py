@@ -4,12 +4,19 @@ from torch import Tensor
 
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
+from blackmamba.ops.linear_cross_entropy.chunked import (
+    linear_cross_entropy_chunked,
+    linear_cross_entropy_native,
+)
 from blackmamba.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
-from blackmamba.ops.linear_cross_entropy.torch_chunked import linear_cross_entropy_chunked
 
 _IMPLEMENTATIONS = Implementations(
     "linear_cross_entropy",
-    {"torch": linear_cross_entropy_chunked, "reference": linear_cross_entropy_reference},
+    {
+        "native": linear_cross_entropy_native,
+        "torch": linear_cross_entropy_chunked,
+        "reference": linear_cross_entropy_reference,
+    },
 )
 
 
