@@ -52,7 +52,7 @@ struct SelectiveScan {
 
 // Tokens whose states are kept in the cache at once. The forward pass keeps the state before each
 // such chunk, and the backward pass computes the others again.
-constexpr std::int64_t scan_chunk = 32;
+constexpr std::int64_t scan_chunk = 16;
 
 BM_DECLARE(SelectiveScan, selective_scan);
 

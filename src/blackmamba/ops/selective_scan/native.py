@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blackmamba.ops.native import extension
 
-CHUNK = 32
+CHUNK = 16
 """Tokens between the states that the forward pass keeps: scan_chunk in cpu.hpp."""
 
 FLOPS_PER_ELEMENT = (18, 32)
