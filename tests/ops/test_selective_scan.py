@@ -19,6 +19,8 @@ from blackmamba.ops.selective_scan import torch_chunked
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "released-dev" / "selective_scan.npz"
 BACKENDS = available_backends("selective_scan")
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+WIDEST = dict.fromkeys(BACKENDS, torch.float64) | {"native": torch.float32}
+in_float64 = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "native"])
 
 
 def make(b: int, l: int, d: int, n: int, dtype: torch.dtype = torch.float64, seed: int = 0):
@@ -44,14 +46,20 @@ def make(b: int, l: int, d: int, n: int, dtype: torch.dtype = torch.float64, see
     return {k: v.to(wide if k in kept else dtype) for k, v in inputs.items()}
 
 
+def documents(b: int, l: int, seed: int = 0) -> Tensor:
+    """Rows of a few documents, none of which begins at the same token in all rows."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.rand(b, l, generator=g) < 0.15).cumsum(1)
+
+
 def run(inputs: dict[str, Tensor], backend: str, **options: Any):
     return selective_scan(**inputs, dt_softplus=True, backend=backend, **options)  # pyright: ignore
 
 
-def with_gradients(inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+def with_gradients(inputs: dict[str, Tensor], backend: str, **options: Any) -> dict[str, Tensor]:
     """Outputs and every gradient of a fixed random weighting of both outputs."""
     leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
-    y, state = run(leaves, backend)
+    y, state = run(leaves, backend, **options)
     g = torch.Generator().manual_seed(7)
     wy = torch.randn(y.shape, generator=g, dtype=torch.float64)
     ws = torch.randn(state.shape, generator=g, dtype=torch.float64)
@@ -94,7 +102,7 @@ def test_bfloat16_is_as_near_as_plain_pytorch(backend: str):
         assert_within_budget(name, actual[name], eager[name], exact[name])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@in_float64
 @pytest.mark.parametrize("blocks", ["one chunk a block", "chunks side by side", "ragged"])
 def test_gradcheck(backend: str, blocks: str, monkeypatch: pytest.MonkeyPatch):
     if blocks == "one chunk a block":
@@ -103,11 +111,12 @@ def test_gradcheck(backend: str, blocks: str, monkeypatch: pytest.MonkeyPatch):
     elif blocks == "ragged":
         monkeypatch.setattr(torch_chunked, "_BLOCK_NUMBERS", 1)
     inputs = [v.requires_grad_() for v in make(2, 11, 2, 2).values()]
+    for seq_idx in (None, documents(2, 11)):
 
-    def scan(*args: Tensor):
-        return run(dict(zip(NAMES, args, strict=True)), backend)
+        def scan(*args: Tensor, seq_idx: Tensor | None = seq_idx):
+            return run(dict(zip(NAMES, args, strict=True)), backend, seq_idx=seq_idx)
 
-    assert torch.autograd.gradcheck(scan, inputs)
+        assert torch.autograd.gradcheck(scan, inputs)
 
 
 @pytest.mark.parametrize("most_rows", [1, 2, 3])
@@ -120,9 +129,12 @@ def test_any_cutting_gives_the_same(
     monkeypatch.setattr(torch_chunked, "_LEAST_STEP_NUMBERS", step_numbers)
     monkeypatch.setattr(torch_chunked, "_BLOCK_NUMBERS", block_numbers)
     monkeypatch.setattr(torch_chunked, "_MOST_STEP_NUMBERS", most_rows * 3 * 4)
-    exact, actual = (with_gradients(make(3, l, 3, 4), b) for b in ("reference", "torch"))
-    for name in exact:
-        assert relative_error(actual[name], exact[name]) < 1e-12, name
+    for seq_idx in (None, documents(3, l)):
+        exact, actual = (
+            with_gradients(make(3, l, 3, 4), b, seq_idx=seq_idx) for b in ("reference", "torch")
+        )
+        for name in exact:
+            assert relative_error(actual[name], exact[name]) < 1e-12, name
 
 
 def test_plan_covers_every_token_once():
@@ -151,7 +163,8 @@ def test_registered_as_torch_wants_it(shape: tuple[int, int, int, int], left_out
     """Schema, no aliases, autograd, fake tensors, and the same under AOT dispatch."""
     inputs = make(*shape, dtype=torch.float32)
     args = [None if name in left_out else inputs[name].requires_grad_() for name in NAMES]
-    torch.library.opcheck(torch.ops.blackmamba.selective_scan.default, (*args, True))
+    same = None if left_out else documents(*shape[:2]) == 0
+    torch.library.opcheck(torch.ops.blackmamba.selective_scan.default, (*args, same, True))
 
 
 def test_compiles_to_one_graph_with_the_same_bits():
@@ -173,7 +186,9 @@ def test_compiles_to_one_graph_with_the_same_bits():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_unwritten_memory_is_never_read(backend: str, nan_filled_memory: None):
-    for name, value in with_gradients(make(3, 70, 5, 4), backend).items():
+    for name, value in with_gradients(
+        make(3, 70, 5, 4, dtype=WIDEST[backend]), backend, seq_idx=documents(3, 70)
+    ).items():
         assert value.isfinite().all(), name
 
 
@@ -181,7 +196,7 @@ def test_unwritten_memory_is_never_read(backend: str, nan_filled_memory: None):
 @pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "initial_state"])
 def test_optional_inputs(backend: str, left_out: str):
     neutral = {"D": 0.0, "dt_bias": 0.0, "initial_state": 0.0}
-    inputs = make(2, 9, 3, 4)
+    inputs = make(2, 9, 3, 4, dtype=WIDEST[backend])
     without = {k: v for k, v in inputs.items() if k != left_out}
     y, state = run(without, backend)
     if left_out == "z":
@@ -196,7 +211,7 @@ def test_optional_inputs(backend: str, left_out: str):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_softplus_delta_is_taken_as_it_is(backend: str):
-    inputs = make(2, 9, 3, 4)
+    inputs = make(2, 9, 3, 4, dtype=WIDEST[backend])
     expected, _ = run(inputs, "reference")
     inputs["dt"] = torch.nn.functional.softplus(inputs["dt"] + inputs.pop("dt_bias"))
     y, _ = selective_scan(**inputs, backend=backend)  # pyright: ignore
@@ -208,7 +223,7 @@ def test_without_softplus_delta_is_taken_as_it_is(backend: str):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_halves_equal_one_scan_and_steps_equal_both(backend: str):
-    inputs = make(2, 21, 3, 4)
+    inputs = make(2, 21, 3, 4, dtype=WIDEST[backend])
     whole, last = run(inputs, backend)
     per_token = ("x", "dt", "B", "C", "z")
     first = inputs | {k: inputs[k][:, :8] for k in per_token}
@@ -240,10 +255,10 @@ def test_minus_infinite_dt_passes_the_state_through_bit_for_bit(backend: str):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_strided_and_repeated(backend: str):
-    y, state = run(make(0, 5, 3, 4), backend)
+    y, state = run(make(0, 5, 3, 4, dtype=WIDEST[backend]), backend)
     assert y.shape == (0, 5, 3)
     assert state.shape == (0, 3, 4)
-    inputs = make(2, 0, 3, 4)
+    inputs = make(2, 0, 3, 4, dtype=WIDEST[backend])
     y, state = run(inputs, backend)
     assert y.shape == (2, 0, 3)
     torch.testing.assert_close(state, inputs["initial_state"])
@@ -257,13 +272,52 @@ def test_empty_strided_and_repeated(backend: str):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_stays_in_its_row_and_after_its_token(backend: str):
-    inputs = make(2, 9, 3, 4)
+    inputs = make(2, 9, 3, 4, dtype=WIDEST[backend])
     inputs["x"][0, 4, 1] = torch.nan
     y, state = run(inputs, backend)
     assert y[0, 4:, 1].isnan().all()
     assert state[0, 1].isnan().all()
     assert y[1].isfinite().all()
     assert y[0, :4].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_documents_of_a_row_are_scans_of_their_own(backend: str):
+    inputs = make(1, 50, 3, 4, dtype=WIDEST[backend])
+    ends = [7, 8, 30, 50]
+    seq_idx = torch.zeros(1, 50, dtype=torch.int32)
+    for number, end in enumerate(ends[:-1]):
+        seq_idx[:, end:] = 5 - number  # any numbers that differ
+    together = with_gradients(inputs, backend, seq_idx=seq_idx)
+
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
+    outputs: list[Tensor] = []
+    begin, first, state = 0, leaves["initial_state"], leaves["initial_state"]
+    for end in ends:
+        part = {
+            k: v[:, begin:end] if k in ("x", "dt", "B", "C", "z") else v for k, v in leaves.items()
+        }
+        y, state = run(part | {"initial_state": first}, backend)
+        outputs.append(y)
+        begin, first = end, torch.zeros_like(first)
+    y = torch.cat(outputs, 1)
+    torch.testing.assert_close(together["y"], y)
+    torch.testing.assert_close(together["state"], state)
+    g = torch.Generator().manual_seed(7)
+    wy = torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)
+    ws = torch.randn(state.shape, generator=g, dtype=torch.float64).to(state.dtype)
+    ((y * wy).sum() + (state * ws).sum()).backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(together[f"grad_{name}"], leaf.grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_document_is_no_document(backend: str):
+    inputs = make(2, 40, 3, 4, dtype=WIDEST[backend])
+    plain = with_gradients(inputs, backend)
+    marked = with_gradients(inputs, backend, seq_idx=torch.full((2, 40), 3))
+    for name in plain:
+        assert torch.equal(plain[name], marked[name]), name
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -321,9 +375,13 @@ def test_bad_input_is_named():
         with pytest.raises(InputError, match=rf"selective_scan: {name} is torch.int64"):
             run(good | {name: good[name].long()}, "auto")
     with pytest.raises(
-        BackendError, match=r"backend='nothing': selective_scan has torch, reference"
+        BackendError, match=r"backend='nothing': selective_scan has native, torch, reference"
     ):
         run(good, "nothing")
+    with pytest.raises(InputError, match=r"seq_idx has shape \(2, 4\), must be \(2, 5\)"):
+        run(good, "auto", seq_idx=documents(2, 4))
+    with pytest.raises(InputError, match=r"seq_idx is torch.float32, must be an integer dtype"):
+        run(good, "auto", seq_idx=documents(2, 5).float())
     with pytest.raises(InputError, match=r"selective_state_update: x has shape"):
         selective_state_update(
             good["initial_state"], *([good["x"]] * 2), good["A"], good["B"], good["C"]

@@ -7,7 +7,7 @@ has an implementation of that name; a backend that is named, there or in a call,
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Generic, Literal, TypeVar, get_args
 
 import torch
@@ -35,11 +35,18 @@ class Implementations(Generic[F]):
     Args:
         operation: its name, for messages.
         functions: implementation by backend name; all take the same arguments.
+        forward_only: those without a gradient, which take no input that needs one.
     """
 
-    def __init__(self, operation: str, functions: Mapping[Backend, F]):
+    def __init__(
+        self,
+        operation: str,
+        functions: Mapping[Backend, F],
+        forward_only: Collection[Backend] = (),
+    ):
         self._operation = operation
         self._functions: dict[Backend, F] = dict(functions)
+        self._forward_only = frozenset(forward_only)
         _registered[operation] = tuple(self._functions)
 
     def pick(self, backend: Backend, *inputs: Tensor | None) -> F:
@@ -47,22 +54,31 @@ class Implementations(Generic[F]):
 
         Args:
             backend: a name, or "auto".
-            inputs: the tensors whose device and dtype decide.
+            inputs: the tensors whose device and dtype, and need of a gradient, decide.
         Raises:
             BackendError: no backend has this name, this operation has no such implementation, or
                 it cannot take the inputs.
         """
         name: Backend = _named(self._operation) if backend == "auto" else backend
         if name == "auto":
-            name = next(n for n in self._functions if _unfit(n, inputs) is None)
+            name = next(n for n in self._functions if self._unfit(n, inputs) is None)
             _log(self._operation, name)
         elif name not in self._functions:
             raise BackendError(
                 f"backend={backend!r}: {self._operation} has {', '.join(self._functions)}, or auto"
             )
-        elif (reason := _unfit(name, inputs)) is not None:
+        elif (reason := self._unfit(name, inputs)) is not None:
             raise BackendError(f"{self._operation}, backend={name!r}: {reason}")
         return self._functions[name]
+
+    def _unfit(self, name: Backend, inputs: tuple[Tensor | None, ...]) -> str | None:
+        if (
+            name in self._forward_only
+            and torch.is_grad_enabled()
+            and any(t is not None and t.requires_grad for t in inputs)
+        ):
+            return "it has no gradient, and an input requires one; call it under torch.no_grad()"
+        return _unfit(name, inputs)
 
 
 def available_backends(operation: str) -> tuple[Backend, ...]:

@@ -4,10 +4,13 @@ from torch import Tensor
 
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_shapes
+from blackmamba.ops.selective_state_update.native import selective_state_update_native
 from blackmamba.ops.selective_state_update.reference import selective_state_update_reference
 
 _IMPLEMENTATIONS = Implementations(
-    "selective_state_update", {"reference": selective_state_update_reference}
+    "selective_state_update",
+    {"native": selective_state_update_native, "reference": selective_state_update_reference},
+    forward_only=("native",),
 )
 
 
@@ -62,6 +65,5 @@ def selective_state_update(
         z=(z, (b, d)),
         dt_bias=(dt_bias, (d,)),
     )
-    return _IMPLEMENTATIONS.pick(backend, x, state)(
-        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus
-    )
+    run = _IMPLEMENTATIONS.pick(backend, state, x, dt, A, B, C, D, z, dt_bias)
+    return run(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
