@@ -174,7 +174,7 @@ def print_header(title: str) -> None:
 
 def print_row(name: str, *cells: str, width: int = 16) -> None:
     """One line of a table: its name, then cells aligned to the right."""
-    print(f"{name:<54}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
+    print(f"{name:<56}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
 
 
 def print_json(benchmark: str, **found: object) -> None:
@@ -194,7 +194,9 @@ def arguments(
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=repeats, help="timed calls (default 5)")
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help=f"timed calls (default {repeats})"
+    )
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
     if parts:
         parser.add_argument(
