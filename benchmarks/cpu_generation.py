@@ -26,6 +26,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from blackmamba import quantize
+from blackmamba.config import ModelConfig
+from blackmamba.generate.decoder import Decoder, cannot_decode
+from blackmamba.model import BlackMamba, State
+from blackmamba.model.moe import MoE
+from blackmamba.model.size import parameters
+from blackmamba.ops import native
+from blackmamba.presets import presets
 from measure import (
     PRODUCT,
     READ_BYTES,
@@ -43,17 +54,6 @@ from measure import (
     timed,
 )
 from peers import PeerDecoder, jamba_peer, mamba_peer, transformers_version
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
-from blackmamba import quantize
-from blackmamba.config import ModelConfig
-from blackmamba.generate.decoder import Decoder, cannot_decode
-from blackmamba.model import BlackMamba, State
-from blackmamba.model.moe import MoE
-from blackmamba.model.size import parameters
-from blackmamba.ops import native
-from blackmamba.presets import presets
 
 PARTS = ("bf16", "int8", "int4", "mamba-130m", "mamba-370m", "steady")
 MAMBA = {

@@ -4,6 +4,7 @@ python benchmarks/cpu_limits.py [--repeats 5]
 """
 
 import torch
+
 from measure import (
     PRODUCT,
     READ_BYTES,

@@ -21,6 +21,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from blackmamba.config import ModelConfig
+from blackmamba.model import BlackMamba
+from blackmamba.model.size import parameters
 from measure import (
     PRODUCT,
     TINY_PRODUCT,
@@ -35,10 +39,6 @@ from measure import (
     timed,
 )
 from peers import mamba_peer, transformers_version
-
-from blackmamba.config import ModelConfig
-from blackmamba.model import BlackMamba
-from blackmamba.model.size import parameters
 
 PARTS = ("peer", "alone", "blackmamba")
 DENSE = ModelConfig(
