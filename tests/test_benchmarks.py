@@ -1,0 +1,83 @@
+"""The benchmark scripts run, at toy sizes; nothing here looks at a time."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not in this copy")
+# what transformers warns of is not ours to repair
+quiet = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture
+def script(request, monkeypatch):
+    """The module that the test's parameter names."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module(request.param)
+    for name in [path.stem for path in FOLDER.glob("*.py")]:
+        sys.modules.pop(name, None)
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("cpu_limits", {}),
+        ("cpu_operations", {}),
+        ("cpu_training", {"only": ["peer", "alone"]}),  # each part but the first starts a process
+        ("cpu_generation", {}),
+    ],
+    indirect=["script"],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_prints_one_line_of_json_at_the_end(script, options, capsys):
+    script.main(repeats=1, tiny=True, **options)
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert found["benchmark"] == script.__name__
+    assert found["tiny"] is True
+    assert found["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("script", ["cpu_training"], indirect=True)
+def test_training_of_experts(script):
+    found = script.alone("blackmamba", 1, True)
+    assert found["active"] < found["parameters"]
+    assert len(found["step_ms"]) == 1
+
+
+@pytest.mark.parametrize("script", ["cpu_generation"], indirect=True)
+def test_works_without_transformers(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["peers"], "transformers_version", lambda: "")
+    monkeypatch.setattr(script, "transformers_version", lambda: "")
+    script.main(repeats=1, tiny=True, only=["bf16", "mamba-130m"])
+    out = capsys.readouterr().out
+    assert "transformers is not installed" in out
+    assert list(json.loads(out.splitlines()[-1])["bf16"]["decode 1"]["tokens_s"]) == ["ours, bf16"]
+
+
+@pytest.mark.parametrize("script", ["cpu_generation"], indirect=True)
+def test_active_bytes_are_those_of_the_active_parameters(script):
+    config = script.presets["tiny"]
+    model = script.random_model(config, torch.float32)
+    assert script.active_bytes(model, 1) == pytest.approx(4 * script.parameters(config).active)
+    assert script.active_bytes(model, 1000) == pytest.approx(4 * script.parameters(config).total)
+
+
+@pytest.mark.parametrize("script", ["cpu_generation"], indirect=True)
+def test_allocations_are_seen(script):
+    ids = torch.zeros(3, 4, dtype=torch.int64)
+    assert script.allocations(lambda row: row.copy_(row), ids) == 0
+    assert script.allocations(lambda row: row.clone(), ids) == 3
+
+
+@pytest.mark.parametrize("script", ["measure"], indirect=True)
+def test_a_measured_rate_is_work_over_the_median_time(script):
+    assert script.Probe(lambda: None, 12.0, "").rate([1.0, 2.0, 30.0]) == 6.0
+    assert len(script.timed({"one": lambda: None, "two": lambda: None}, 4)["two"]) == 4
+    assert 0 < script.resident_bytes() <= script.resident_bytes(peak=True)
