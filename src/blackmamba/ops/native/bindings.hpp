@@ -13,9 +13,11 @@ void bind_decode(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_expert_mlp(nanobind::module_& m);
 void bind_linear_cross_entropy(nanobind::module_& m);
+void bind_quantized_expert_mlp(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
 void bind_selective_scan(nanobind::module_& m);
 void bind_selective_state_update(nanobind::module_& m);
+void bind_weight_product(nanobind::module_& m);
 
 inline void bind_all(nanobind::module_& m) {
   bind_activate(m);
@@ -24,9 +26,11 @@ inline void bind_all(nanobind::module_& m) {
   bind_elementwise(m);
   bind_expert_mlp(m);
   bind_linear_cross_entropy(m);
+  bind_quantized_expert_mlp(m);
   bind_rms_norm(m);
   bind_selective_scan(m);
   bind_selective_state_update(m);
+  bind_weight_product(m);
 }
 
 // Tensors come as addresses: the Python side has checked shapes, dtypes and strides.

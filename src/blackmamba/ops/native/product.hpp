@@ -6,6 +6,7 @@
 // however many vectors there are.
 #pragma once
 
+#include "native/product_quantized.hpp"
 #include "native/simd.hpp"
 #include "native/threads.hpp"
 #include "native/weights.hpp"
@@ -14,18 +15,21 @@ namespace bm {
 namespace {
 
 // Bytes of one prepared vector.
-BM_INLINE std::int64_t prepared_bytes(WeightKind, std::int64_t cols) {
+BM_INLINE std::int64_t prepared_bytes(WeightKind kind, std::int64_t cols) {
+  if (is_quantized(kind)) return quantized_length(kind, cols) * 4;
   return (cols + 2 * lanes) / (2 * lanes) * (2 * lanes) * 4;
 }
 
 // float32 weights: the numbers as they are. bfloat16: of every 2 lanes numbers first the even ones,
 // then the odd ones: that is how a word of two bfloat16 comes apart with one shift and one mask.
+// Quantised weights: see product_quantized.hpp.
 void prepare(WeightKind kind, const float* x, std::int64_t cols, void* prepared) {
   float* const out = static_cast<float*>(prepared);
   if (kind == WeightKind::float32) {
     std::memcpy(out, x, cols * sizeof(float));
     return;
   }
+  if (is_quantized(kind)) return prepare_quantized(kind, x, cols, out);
   std::int64_t c = 0;
   for (; c + 2 * lanes <= cols; c += 2 * lanes)
     for (int i = 0; i < lanes; ++i) {
@@ -115,8 +119,9 @@ void product_rows(const Weights& w, std::int64_t first, std::int64_t n_rows, con
       return float_product(static_cast<const bf16*>(w.data) + first * w.cols, w.cols, n_rows,
                            vectors, ldx, batch, y, ldy);
     case WeightKind::int8:
+      return quantized_product<std::int8_t>(w, first, n_rows, vectors, ldx, batch, y, ldy);
     case WeightKind::int4:
-      __builtin_unreachable();
+      return quantized_product<std::uint8_t>(w, first, n_rows, vectors, ldx, batch, y, ldy);
   }
 }
 

@@ -7,13 +7,18 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
+from blackmamba.ops.quantized_expert_mlp.native import quantized_expert_mlp_native
 from blackmamba.ops.quantized_expert_mlp.reference import quantized_expert_mlp_reference
 from blackmamba.ops.quantized_expert_mlp.torch_grouped import quantized_expert_mlp_grouped
 from blackmamba.ops.quantized_linear import QuantizedWeight, check_inference, check_weight
 
 _IMPLEMENTATIONS = Implementations(
     "quantized_expert_mlp",
-    {"torch": quantized_expert_mlp_grouped, "reference": quantized_expert_mlp_reference},
+    {
+        "native": quantized_expert_mlp_native,
+        "torch": quantized_expert_mlp_grouped,
+        "reference": quantized_expert_mlp_reference,
+    },
 )
 
 

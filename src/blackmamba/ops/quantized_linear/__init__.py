@@ -6,6 +6,7 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_floating, check_shapes
+from blackmamba.ops.quantized_linear.native import quantized_linear_native
 from blackmamba.ops.quantized_linear.reference import quantized_linear_reference
 from blackmamba.ops.quantized_linear.torch_dequantized import quantized_linear_dequantized
 from blackmamba.ops.quantized_linear.weights import (
@@ -35,7 +36,11 @@ __all__ = [
 
 _IMPLEMENTATIONS = Implementations(
     "quantized_linear",
-    {"torch": quantized_linear_dequantized, "reference": quantized_linear_reference},
+    {
+        "native": quantized_linear_native,
+        "torch": quantized_linear_dequantized,
+        "reference": quantized_linear_reference,
+    },
 )
 
 

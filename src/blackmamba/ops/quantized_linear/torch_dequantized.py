@@ -5,8 +5,8 @@ For one row the copy costs more than the product; that is what the native versio
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from blackmamba.ops.linear import linear
 from blackmamba.ops.quantized_linear.weights import QuantizedWeight, dequantize
 
 _CHUNK = 1 << 20  # numbers of the matrix at a time: little memory, and still in the cache
@@ -17,8 +17,8 @@ def quantized_linear_dequantized(x: Tensor, weight: QuantizedWeight, bias: Tenso
     o, i = weight.shape
     rows = max(1, _CHUNK // max(1, i))
     if o <= rows:
-        y = F.linear(x, dequantize(weight, x.dtype))
+        y = linear(x, dequantize(weight, x.dtype))
     else:
         parts = [weight[start : start + rows] for start in range(0, o, rows)]
-        y = torch.cat([F.linear(x, dequantize(part, x.dtype)) for part in parts], dim=-1)
+        y = torch.cat([linear(x, dequantize(part, x.dtype)) for part in parts], dim=-1)
     return y if bias is None else y + bias.to(x.dtype)
