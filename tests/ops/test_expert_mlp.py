@@ -4,6 +4,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import assert_within_budget, relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,6 +17,7 @@ from blackmamba.ops.expert_mlp import torch_grouped
 
 BACKENDS = available_backends("expert_mlp")
 WIDE_BACKENDS = [name for name in BACKENDS if name != "native"]  # those that take float64
+NATIVE = pytest.mark.skipif("native" not in BACKENDS, reason="the extension was not built")
 NAMES = ("x", "fc1", "fc2", "fc1_bias", "fc2_bias", "gate")
 
 
@@ -226,3 +229,91 @@ def test_bad_input_is_named():
         expert_mlp(x, ids, fc1, fc2, gated=False)
     with pytest.raises(InputError, match=r"activation='relu'"):
         expert_mlp(x, ids, fc1, fc2, activation="relu")  # pyright: ignore
+
+
+# ---- the native kernels ----------------------------------------------------------------------
+
+
+def with_gradients(tensors: dict[str, Tensor], ids: Tensor, backend: str, **options: object):
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in tensors.items()}
+    y = expert_mlp(expert_ids=ids, **leaves, **options, backend=backend)  # pyright: ignore
+    g = torch.Generator().manual_seed(3)
+    outer = torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)
+    grads = torch.autograd.grad(y, list(leaves.values()), outer)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+@NATIVE
+@settings(max_examples=40, deadline=None)
+@given(
+    t=st.integers(64, 150),
+    m=st.integers(1, 70),
+    f=st.integers(1, 70),
+    e=st.integers(1, 6),
+    assignment=st.sampled_from(["random", "all in one", "some empty"]),
+    gated=st.booleans(),
+    activation=st.sampled_from(["silu", "gelu"]),
+    absent=st.sets(st.sampled_from(["fc1_bias", "fc2_bias", "gate"])),
+)
+def test_native_matches_float64(
+    t: int,
+    m: int,
+    f: int,
+    e: int,
+    assignment: str,
+    gated: bool,
+    activation: str,
+    absent: set[str],
+):
+    tensors, _ = make(t, m, f, 2 * e, gated)
+    tensors = {k: v for k, v in tensors.items() if k not in absent}
+    ids = assignments(t, 2 * e)[assignment]
+    options = {"gated": gated, "activation": activation}
+    exact = with_gradients(tensors, ids, "reference", **options)
+    narrow = {k: v.float() for k, v in tensors.items()}
+    actual = with_gradients(narrow, ids, "native", **options)
+    for name, expected in exact.items():
+        assert actual[name].dtype == torch.float32
+        assert relative_error(actual[name], expected) < 5e-6, name
+
+
+@NATIVE
+def test_native_bits_nan_and_unwritten_memory(nan_filled_memory: None):
+    tensors, ids = make(100, 33, 20, 6, dtype=torch.float32)
+    ids[ids == 2] = 3  # an idle expert
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append(with_gradients(tensors, ids, "native"))
+    torch.set_num_threads(1)
+    for name, first in results[0].items():
+        assert first.isfinite().all(), name
+        assert all(torch.equal(first, r[name]) for r in results[1:]), name
+    assert results[0]["fc1"][2].count_nonzero() == 0
+    tensors["x"][7, 3] = torch.nan
+    bad = with_gradients(tensors, ids, "native")
+    assert bad["y"].isnan().any(1).nonzero().flatten().tolist() == [7]
+    assert bad["x"].isnan().any(1).nonzero().flatten().tolist() == [7]
+
+
+@NATIVE
+def test_native_is_registered_and_compiles():
+    tensors, ids = make(70, 5, 4, 3, dtype=torch.float32)
+    leaves = {k: v.requires_grad_() for k, v in tensors.items()}
+    args = (leaves["x"], ids, *(leaves[k] for k in ("fc1", "fc2", "fc1_bias", "fc2_bias", "gate")))
+    torch.library.opcheck(
+        torch.ops.blackmamba.expert_mlp.default,
+        (*args, True, True),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+    def loss(leaves: dict[str, Tensor]) -> Tensor:
+        return expert_mlp(expert_ids=ids, **leaves, backend="native").square().sum()  # pyright: ignore
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(
+        torch.autograd.grad(compiled(leaves), list(leaves.values())),
+        torch.autograd.grad(loss(leaves), list(leaves.values())),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected)

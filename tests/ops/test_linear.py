@@ -10,14 +10,15 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops import linear
 from blackmamba.ops.backend import available_backends
-from blackmamba.ops.linear import onednn, product
+from blackmamba.ops.linear import native, product, products
 
 BACKENDS = available_backends("linear")
 
 
 @pytest.fixture(autouse=True)
 def _small_products_too(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(onednn, "_LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(native, "_LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(products, "_LEAST_PRODUCTS", 1)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -32,14 +33,16 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 def test_matches_float64(
     backend: str, shape: tuple[int, int, int], biased: bool, dtype: torch.dtype
 ):
+    if backend == "native" and dtype == torch.float64:
+        pytest.skip("it takes float32 and bfloat16")
     t, k, n = shape
     inputs = [normal(2, t, k, dtype=dtype), normal(n, k, seed=1, dtype=dtype)]
     if biased:
         inputs.append(normal(n, seed=2, dtype=dtype))
     results = []
-    for cast in (dtype, torch.float64):
+    for cast, name in ((dtype, backend), (torch.float64, "reference")):
         leaves = [p.to(cast).requires_grad_() for p in inputs]
-        y = linear(*leaves, backend=backend)  # pyright: ignore
+        y = linear(*leaves, backend=name)  # pyright: ignore
         results.append([y.detach(), *torch.autograd.grad(y, leaves, normal(*y.shape).to(cast))])
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 0.02, torch.float64: 1e-13}[dtype]
     for actual, exact in zip(*results, strict=True):
@@ -49,12 +52,13 @@ def test_matches_float64(
 
 @settings(max_examples=60, deadline=None)
 @given(
+    use_native=st.booleans(),
     t=st.integers(0, 150),
-    k=st.integers(1, 150),
+    k=st.integers(1, 500),
     n=st.integers(1, 150),
     layouts=st.tuples(*[st.sampled_from(["rows", "columns", "part", "every other"])] * 2),
 )
-def test_product_in_any_layout(t: int, k: int, n: int, layouts: tuple[str, str]):
+def test_product_in_any_layout(use_native: bool, t: int, k: int, n: int, layouts: tuple[str, str]):
     def laid_out(x: Tensor, layout: str) -> Tensor:
         if layout == "columns":
             return x.t().contiguous().t()
@@ -63,7 +67,8 @@ def test_product_in_any_layout(t: int, k: int, n: int, layouts: tuple[str, str])
         return x.repeat_interleave(2, 0)[::2] if layout == "every other" else x
 
     a, b = normal(t, k), normal(n, k, seed=1)
-    actual = product(laid_out(a.float(), layouts[0]), laid_out(b.float(), layouts[1]))
+    args = laid_out(a.float(), layouts[0]), laid_out(b.float(), layouts[1])
+    actual = product(*args, use_native=use_native)
     assert actual.is_contiguous()
     assert actual.shape == (t, n)
     scale = max(1.0, (a @ b.t()).abs().max().item() if t else 1.0)
@@ -78,8 +83,65 @@ def test_gradients_beside_a_frozen_input(frozen: int):
         torch.autograd.grad(linear(*leaves, backend=b).square().sum(), kept)  # pyright: ignore
         for b in BACKENDS
     ]
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
+    for actual in results[:-1]:
+        torch.testing.assert_close(actual, results[-1])
+
+
+NATIVE = pytest.mark.skipif("native" not in BACKENDS, reason="the extension was not built")
+
+
+@NATIVE
+@settings(max_examples=60, deadline=None)
+@given(
+    t=st.integers(0, 40),
+    k=st.integers(0, 500),
+    n=st.integers(1, 150),
+    transposed=st.booleans(),
+    choice=st.sampled_from(["plain", "accumulate", "rows", "outer"]),
+)
+def test_multiply_with_all_it_can(t: int, k: int, n: int, transposed: bool, choice: str):
+    a, b, bias = normal(t, k), normal(n, k, seed=1), normal(n, seed=2)
+    out, scale = normal(t, n, seed=3), normal(max(t, k), seed=4)
+    g = torch.Generator().manual_seed(5)
+    rows, order = torch.randint(0, max(1, t), (t,), generator=g), torch.randperm(t, generator=g)
+    columns = torch.randint(0, max(1, k), (k,), generator=g)
+    options: dict[str, Tensor | bool]
+    if choice == "plain":
+        expected, options = a @ b.t() + bias, {"bias": bias}
+    elif choice == "accumulate":
+        expected, options = out + a @ b.t(), {"accumulate": True}
+    elif choice == "rows":
+        expected = torch.empty_like(out)
+        expected[order] = a[rows] @ b.t() * scale[order][:, None]
+        options = {"a_rows": rows, "out_rows": order, "out_scale": scale}
+    else:
+        expected = (a * scale[:k])[:, columns] @ b[:, columns].t()
+        options = {"left_tokens": columns, "left_scale": scale, "tokens": columns}
+    narrow = {
+        o: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for o, v in options.items()
+    }
+    actual, left, right = out.float(), a.float(), b.float()
+    if transposed:
+        left, right = left.t().contiguous().t(), right.t().contiguous().t()
+    native.multiply(left, right, actual, **narrow)  # pyright: ignore
+    if t:
+        assert (actual - expected).abs().max() < 3e-6 * max(1.0, expected.abs().max().item())
+
+
+@NATIVE
+@pytest.mark.parametrize("shape", [(2, 3000, 49), (700, 9000, 130), (40, 20, 700)], ids=str)
+def test_multiply_in_parts_and_on_threads(shape: tuple[int, int, int]):
+    t, k, n = shape
+    a, b, results = normal(t, k).float(), normal(n, k, seed=1).float(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = torch.full((t, n), torch.nan)
+        native.multiply(a, b, out)
+        results.append(out)
+    torch.set_num_threads(1)
+    assert relative_error(results[0], a.double() @ b.double().t()) < 2e-6
+    assert all(torch.equal(results[0], out) for out in results[1:])
 
 
 def test_nan_stays_in_its_row_and_precision_is_full():
@@ -95,7 +157,7 @@ def test_nan_stays_in_its_row_and_precision_is_full():
 def test_registered_and_compiles(biased: bool):
     x, weight = normal(2, 3, 5).float().requires_grad_(), normal(4, 5).float().requires_grad_()
     bias = normal(4).float().requires_grad_() if biased else None
-    torch.library.opcheck(torch.ops.blackmamba.linear.default, (x, weight, bias))
+    torch.library.opcheck(torch.ops.blackmamba.linear.default, (x, weight, bias, True))
     compiled = torch.compile(
         lambda x, w: linear(x, w, bias).square().sum(), backend="aot_eager", fullgraph=True
     )

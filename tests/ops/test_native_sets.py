@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from blackmamba.ops import activate, causal_conv1d, linear_cross_entropy, native, rms_norm
+from blackmamba.ops import (
+    activate,
+    causal_conv1d,
+    linear,
+    linear_cross_entropy,
+    native,
+    rms_norm,
+)
 
 SETS = ("baseline", "avx2", "avx512")
 
@@ -34,6 +41,10 @@ def gelu(backend: str, h: Tensor) -> Tensor:
     return activate(h, "gelu", gated=False, backend=backend)  # pyright: ignore
 
 
+def outer(backend: str, x: Tensor, weight: Tensor) -> Tensor:
+    return linear(x, weight, backend=backend)  # pyright: ignore
+
+
 def cross_entropy(backend: str, x: Tensor, weight: Tensor) -> Tensor:
     labels = torch.arange(len(x)) % len(weight)
     return linear_cross_entropy(x, weight, labels, backend=backend)  # pyright: ignore
@@ -45,6 +56,7 @@ CASES: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
     (norm, (normal(35, 83), normal(83))),
     (silu, (normal(5, 46),)),
     (gelu, (normal(5, 46),)),
+    (outer, (normal(130, 110), normal(90, 110))),
     (cross_entropy, (normal(9, 5), normal(75, 5))),
 ]
 

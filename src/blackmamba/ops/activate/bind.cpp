@@ -19,9 +19,10 @@ void bind_activate(nb::module_& m) {
   m.def(
       "activate_backward",
       [](Address h, Size h_row, Size t, Size f, bool gelu, bool gated, bool is_bf16, int n_threads,
-         Address grad_y, Size stride, Address grad_h) {
+         Address grad_y, Size y_row, Address grad_h, Address scale, Address dots) {
         BM_PICK(activate).backward({pointer<void>(h), h_row, t, f, gelu, gated, is_bf16, n_threads},
-                                   pointer<void>(grad_y), stride, pointer<void>(grad_h));
+                                   {pointer<void>(grad_y), y_row, pointer<void>(grad_h),
+                                    pointer<float>(scale), pointer<float>(dots)});
       },
       nb::call_guard<nb::gil_scoped_release>());
 }

@@ -87,21 +87,22 @@ void forward(const ActivateInputs& in, void* out) {
 }
 
 template <class T, class Act>
-void backward(const ActivateInputs& in, const void* grad_y, std::int64_t stride, void* grad_h) {
+void backward(const ActivateInputs& in, const ActivateGradients& grad) {
   each_row(in, [&](std::int64_t row) {
     const T* h = static_cast<const T*>(in.h) + row * in.h_row;
-    const T* gy = static_cast<const T*>(grad_y) + row * stride;
-    T* gh = static_cast<T*>(grad_h) + row * (in.gated ? 2 : 1) * in.f;
+    const T* gy = static_cast<const T*>(grad.y) + row * grad.y_row;
+    T* gh = static_cast<T*>(grad.h) + row * (in.gated ? 2 : 1) * in.f;
+    const float scale = grad.scale ? grad.scale[row] : 1.0f;
+    vec dot{};
     each_vector(in.f, [&](std::int64_t c, int n) {
       const Slope act = Act::slope(load_some(h + c, n));
-      const vec g = load_some(gy + c, n);
-      if (in.gated) {
-        store_some(gh + c, g * load_some(h + in.f + c, n) * act.derivative, n);
-        store_some(gh + in.f + c, g * act.value, n);
-      } else {
-        store_some(gh + c, g * act.derivative, n);
-      }
+      const vec unscaled = load_some(gy + c, n), g = unscaled * scale;
+      const vec up = in.gated ? load_some(h + in.f + c, n) : splat(1.0f);
+      dot += unscaled * up * act.value;  // zeros beyond n, as their gradient is
+      store_some(gh + c, g * up * act.derivative, n);
+      if (in.gated) store_some(gh + in.f + c, g * act.value, n);
     });
+    if (grad.dots) grad.dots[row] = sum(dot);
   });
 }
 
@@ -110,10 +111,9 @@ void run_forward(const ActivateInputs& in, void* y) {
   return in.gelu ? forward<float, Gelu>(in, y) : forward<float, Silu>(in, y);
 }
 
-void run_backward(const ActivateInputs& in, const void* grad_y, std::int64_t stride, void* grad_h) {
-  const auto run = in.is_bf16 ? (in.gelu ? backward<bf16, Gelu> : backward<bf16, Silu>)
-                              : (in.gelu ? backward<float, Gelu> : backward<float, Silu>);
-  run(in, grad_y, stride, grad_h);
+void run_backward(const ActivateInputs& in, const ActivateGradients& grad) {
+  if (in.is_bf16) return in.gelu ? backward<bf16, Gelu>(in, grad) : backward<bf16, Silu>(in, grad);
+  return in.gelu ? backward<float, Gelu>(in, grad) : backward<float, Silu>(in, grad);
 }
 
 }  // namespace

@@ -15,10 +15,17 @@ struct ActivateInputs {
   int n_threads;
 };
 
+struct ActivateGradients {
+  const void* y;         // gradient of y (t, f), its rows y_row numbers apart
+  std::int64_t y_row;
+  void* h;               // (t, 2f) or (t, f), contiguous
+  const float* scale;    // (t), multiplies each row of y's gradient first; or null
+  float* dots;           // (t), each row's product of y and its unscaled gradient; or null
+};
+
 struct Activate {
   void (*forward)(const ActivateInputs& in, void* y);  // y (t, f), contiguous
-  // grad_y (t, f), its rows stride numbers apart; grad_h as h, contiguous
-  void (*backward)(const ActivateInputs& in, const void* grad_y, std::int64_t stride, void* grad_h);
+  void (*backward)(const ActivateInputs& in, const ActivateGradients& grad);
 };
 
 BM_DECLARE(Activate, activate);

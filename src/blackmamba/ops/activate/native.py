@@ -13,16 +13,28 @@ def activate_native(h: Tensor, activation: str, gated: bool) -> Tensor:
     return _forward(h, activation == "gelu", gated)
 
 
-@torch.library.custom_op("blackmamba::activate", mutates_args=())
-def _forward(h: Tensor, gelu: bool, gated: bool) -> Tensor:
+def activate_rows(h: Tensor, gelu: bool, gated: bool) -> Tensor:
+    """The activation; not differentiable."""
     rows = native.rows(h)
     y = h.new_empty(_out_shape(h, gated))
     native.extension().activate(*_arguments(rows, gelu, gated), y.data_ptr())
     return y
 
 
-@torch.library.custom_op("blackmamba::activate_backward", mutates_args=())
-def _backward(grad_y: Tensor, h: Tensor, gelu: bool, gated: bool) -> Tensor:
+def activate_rows_backward(
+    grad_y: Tensor,
+    h: Tensor,
+    gelu: bool,
+    gated: bool,
+    scale: Tensor | None = None,
+    dots: Tensor | None = None,
+) -> Tensor:
+    """The gradient of h; not differentiable.
+
+    Args:
+        scale: a float32 for each row, multiplies its grad_y.
+        dots: a float32 for each row; written: the product of its output and unscaled grad_y.
+    """
     rows, grad_rows = native.rows(h), native.rows(grad_y)
     grad_h = h.new_empty(h.shape)
     native.extension().activate_backward(
@@ -30,8 +42,20 @@ def _backward(grad_y: Tensor, h: Tensor, gelu: bool, gated: bool) -> Tensor:
         grad_rows.data_ptr(),
         grad_rows.stride(0),
         grad_h.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if dots is None else dots.data_ptr(),
     )
     return grad_h
+
+
+@torch.library.custom_op("blackmamba::activate", mutates_args=())
+def _forward(h: Tensor, gelu: bool, gated: bool) -> Tensor:
+    return activate_rows(h, gelu, gated)
+
+
+@torch.library.custom_op("blackmamba::activate_backward", mutates_args=())
+def _backward(grad_y: Tensor, h: Tensor, gelu: bool, gated: bool) -> Tensor:
+    return activate_rows_backward(grad_y, h, gelu, gated)
 
 
 def _arguments(rows: Tensor, gelu: bool, gated: bool) -> tuple[int | bool, ...]:

@@ -1,7 +1,8 @@
 """A few tokens by kernels that read each chosen expert's weights once; many by grouped products.
 
-Up to 16 tokens the weights are what costs, and the kernels stream them. From there on the matrix
-products of torch are faster, and only what lies between them is native.
+Up to 16 tokens the weights are what costs, and the kernels stream them. From 64 on, float32 goes by
+the native products; bfloat16, and what lies between, by torch's, and only what lies between those
+products is native.
 """
 
 from typing import Literal
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops import native
+from blackmamba.ops.expert_mlp.native_grouped import expert_mlp_native_grouped
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 
 FEW = 16
+MANY = 64  # below, groups are so short that packing a weight costs more than it saves
 
 
 def expert_mlp_native(
@@ -27,6 +30,10 @@ def expert_mlp_native(
     gate: Tensor | None,
 ) -> Tensor:
     """`expert_mlp` of float32 or bfloat16; few tokens without gradients in float32 arithmetic."""
+    if len(x) >= MANY and x.dtype == torch.float32:
+        return expert_mlp_native_grouped(
+            x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate
+        )
     tensors = (x, fc1, fc2, fc1_bias, fc2_bias, gate)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if len(x) > FEW or learns or native.unfit(fc1, fc2) is not None or fc1.dtype != fc2.dtype:

@@ -5,13 +5,14 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_shapes
-from blackmamba.ops.linear.onednn import linear_onednn, product
+from blackmamba.ops.linear.products import linear_native, linear_onednn, product
 from blackmamba.ops.linear.reference import linear_reference
 
 __all__ = ["linear", "product"]
 
 _IMPLEMENTATIONS = Implementations(
-    "linear", {"torch": linear_onednn, "reference": linear_reference}
+    "linear",
+    {"native": linear_native, "torch": linear_onednn, "reference": linear_reference},
 )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blackmamba.ops import native
 from blackmamba.ops.checks import wide_dtype
+from blackmamba.ops.linear import native as linear_native
 from blackmamba.ops.linear import product
 
 _CHUNK_BYTES = 1 << 24  # of the logits held at a time
@@ -64,19 +65,21 @@ def _forward(
     narrow_weight = weight.to(x.dtype)
     narrow_bias = None if bias is None else bias.to(x.dtype)
     total = x.new_zeros((), dtype=wide)
+    softmax = _softmax_native if is_native else _softmax_torch
     rows = max(_LEAST_CHUNK, _CHUNK_BYTES // (x.dtype.itemsize * max(1, len(weight))))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
-        logits = product(x[part], narrow_weight, narrow_bias)
-        softmax = _softmax_native if is_native else _softmax_torch
+        logits = product(x[part], narrow_weight, narrow_bias, use_native=is_native)
         loss, g = softmax(logits, labels[part], ignore_index, any(needs))
         total += loss
         if needs_x:
-            grad_x[part] = product(g, narrow_weight.t())
-        if needs_weight:
+            grad_x[part] = product(g, narrow_weight.t(), use_native=is_native)
+        if needs_weight and is_native and linear_native.fits(g.t(), x.t()):
+            linear_native.multiply(g.t(), x[part].t(), grad_weight, accumulate=True)
+        elif needs_weight:
             for column in range(0, len(weight), _COLUMNS):
                 some = slice(column, column + _COLUMNS)
-                grad_weight[some] += product(g[:, some].t(), x[part].t())
+                grad_weight[some] += product(g[:, some].t(), x[part].t(), use_native=is_native)
         if needs_bias:
             grad_bias += g.sum(0, dtype=wide)
     return (

@@ -12,6 +12,7 @@ void bind_causal_conv1d(nanobind::module_& m);
 void bind_decode(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_expert_mlp(nanobind::module_& m);
+void bind_linear(nanobind::module_& m);
 void bind_linear_cross_entropy(nanobind::module_& m);
 void bind_quantized_expert_mlp(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
@@ -25,6 +26,7 @@ inline void bind_all(nanobind::module_& m) {
   bind_decode(m);
   bind_elementwise(m);
   bind_expert_mlp(m);
+  bind_linear(m);
   bind_linear_cross_entropy(m);
   bind_quantized_expert_mlp(m);
   bind_rms_norm(m);

@@ -1,0 +1,203 @@
+"""Tokens by the group: picked, scaled and put back by the native products themselves."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops.activate.native import activate_rows, activate_rows_backward
+from blackmamba.ops.linear.native import multiply
+
+
+def expert_mlp_native_grouped(
+    x: Tensor,
+    expert_ids: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    activation: str,
+    gated: bool,
+    fc1_bias: Tensor | None,
+    fc2_bias: Tensor | None,
+    gate: Tensor | None,
+) -> Tensor:
+    """`expert_mlp` of float32."""
+    fc1, fc2 = fc1.to(x.dtype), fc2.to(x.dtype)
+    fc1_bias, fc2_bias, gate = (
+        None if t is None else t.to(x.dtype) for t in (fc1_bias, fc2_bias, gate)
+    )
+    return _forward(x, expert_ids, fc1, fc2, fc1_bias, fc2_bias, gate, activation == "gelu", gated)[
+        0
+    ]
+
+
+@torch.library.custom_op("blackmamba::expert_mlp", mutates_args=())
+def _forward(
+    x: Tensor,
+    expert_ids: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_bias: Tensor | None,
+    gate: Tensor | None,
+    gelu: bool,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y; and for the gradient fc1's output, sorted by expert, that order and the groups' ends."""
+    order = expert_ids.argsort(stable=True)
+    ends = torch.bincount(expert_ids, minlength=len(fc1)).cumsum(0)
+    b1, b2, scale = _contiguous(fc1_bias), _contiguous(fc2_bias), _contiguous(gate)
+    h = x.new_empty(len(x), fc1.shape[1])
+    for j, group in _groups(ends):
+        bias = None if b1 is None else b1[j]
+        multiply(x, fc1[j], h[group], a_rows=order[group], bias=bias)
+    hidden = activate_rows(h, gelu, gated)
+    y = x.new_empty(x.shape)
+    for j, group in _groups(ends):
+        bias = None if b2 is None else b2[j]
+        multiply(hidden[group], fc2[j], y, out_rows=order[group], out_scale=scale, bias=bias)
+    return y, h, order, ends
+
+
+@torch.library.custom_op("blackmamba::expert_mlp_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    expert_ids: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_bias: Tensor | None,
+    gate: Tensor | None,
+    h: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    gelu: bool,
+    gated: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, fc1, fc2, fc1_bias, fc2_bias and gate; empty for those not needed."""
+    needs_x, needs_fc1, needs_fc2, needs_b1, needs_b2, needs_gate = needs
+    grads = _empty_gradients(x, fc1, fc2, fc1_bias, fc2_bias, gate, needs)
+    grad_x, grad_fc1, grad_fc2, grad_b1, grad_b2, grad_gate = grads
+    scale = _contiguous(gate)
+
+    grad_hidden = x.new_empty(len(x), fc2.shape[2])  # but for the gate
+    for j, group in _groups(ends):
+        multiply(grad_y, fc2[j].t(), grad_hidden[group], a_rows=order[group])
+    dots = x.new_empty(len(x))
+    grad_h = activate_rows_backward(
+        grad_hidden, h, gelu, gated, None if scale is None else scale[order], dots
+    )
+    hidden = activate_rows(h, gelu, gated) if needs_fc2 else h
+    for j, group in _groups(ends):
+        picked = order[group]
+        if needs_fc2:
+            multiply(
+                grad_y.t(), hidden[group].t(), grad_fc2[j], left_tokens=picked, left_scale=scale
+            )
+        if needs_fc1:
+            multiply(grad_h[group].t(), x.t(), grad_fc1[j], tokens=picked)
+        if needs_x:
+            multiply(grad_h[group], fc1[j].t(), grad_x, out_rows=picked)
+        if needs_b1:
+            grad_b1[j] = grad_h[group].sum(0)
+        if needs_b2:
+            g = grad_y[picked]
+            grad_b2[j] = (g if scale is None else g * scale[picked][:, None]).sum(0)
+    for j in _idle(ends):
+        for needed, grad in zip(needs[1:5], grads[1:5], strict=True):
+            if needed:
+                grad[j] = 0
+    if needs_gate:
+        grad_gate[order] = dots
+        if fc2_bias is not None:
+            grad_gate += (grad_y * fc2_bias[expert_ids]).sum(-1)
+    return grads
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Number and rows of each group that is not empty."""
+    start = 0
+    for j, end in enumerate(ends.tolist()):
+        if end > start:
+            yield j, slice(start, end)
+        start = end
+
+
+def _idle(ends: Tensor) -> list[int]:
+    """The experts without a token."""
+    busy = {j for j, _ in _groups(ends)}
+    return [j for j in range(len(ends)) if j not in busy]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _empty_gradients(
+    x: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_bias: Tensor | None,
+    gate: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    inputs = (x, fc1, fc2, fc1_bias, fc2_bias, gate)
+    return [
+        x.new_empty(t.shape if needed and t is not None else 0)
+        for t, needed in zip(inputs, needs, strict=True)
+    ]
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, expert_ids: Tensor, fc1: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[0], fc1.shape[1]),
+        expert_ids.new_empty(x.shape[0]),
+        expert_ids.new_empty(fc1.shape[0]),
+    )
+
+
+@_backward.register_fake
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    expert_ids: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_bias: Tensor | None,
+    gate: Tensor | None,
+    h: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    gelu: bool,
+    gated: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    return _empty_gradients(x, fc1, fc2, fc1_bias, fc2_bias, gate, needs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.gelu, ctx.gated = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 9
+    x_ids, others = ctx.needs_input_grad[:1], ctx.needs_input_grad[2:7]
+    needs = [*x_ids, *others]
+    found = _backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.gated, needs)
+    x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
+    return x, None, *rest, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,38 @@
+// Arguments and entries of the matrix product's kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "native/targets.hpp"
+
+namespace bm {
+
+// Number (i, j) lies at data + rows[i] * row + columns[j] * column; null rows: rows[i] = i, and so
+// columns.
+struct Operand {
+  const float* data;
+  std::int64_t row, column;
+  const std::int64_t *rows, *columns;
+};
+
+// c = a b^T: c (m, n), a (m, k), b (n, k).
+struct Product {
+  Operand a, b;
+  float* c;                   // row c_rows[i] at c + c_rows[i] * c_row, its numbers side by side
+  std::int64_t c_row;
+  const std::int64_t* c_rows;  // null: i
+  const float* bias;           // (n), or null
+  const float* row_scale;      // row i is multiplied by row_scale[c_rows[i]]; or null
+  const float* k_scale;        // a's column j is multiplied by k_scale[a.columns[j]]; or null
+  std::int64_t m, n, k;
+  bool accumulate;             // c += instead; then no bias and no row_scale
+  int n_threads;
+};
+
+struct Linear {
+  void (*multiply)(const Product& p);
+};
+
+BM_DECLARE(Linear, linear);
+
+}  // namespace bm

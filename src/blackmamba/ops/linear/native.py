@@ -1,0 +1,68 @@
+"""Products of float32 in C++: any layout, picked rows, results added to what is there."""
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops import native
+
+_LEAST_PRODUCTS = 1 << 20  # multiply-adds; below, the library's call costs less
+
+
+def fits(a: Tensor, b: Tensor) -> bool:
+    """Whether `multiply` can, and should, multiply these."""
+    return (
+        native.missing() is None
+        and a.device.type == "cpu"
+        and a.dtype == b.dtype == torch.float32
+        and a.numel() * len(b) >= _LEAST_PRODUCTS
+    )
+
+
+def multiply(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+    a_rows: Tensor | None = None,
+    out_rows: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    tokens: Tensor | None = None,
+    left_tokens: Tensor | None = None,
+    left_scale: Tensor | None = None,
+) -> None:
+    """out = a (t, k) times b (n, k) transposed; all are float32 on CPU, in any layout.
+
+    Index tensors are int64 and contiguous; nothing checks them.
+
+    Args:
+        out: (t, n), its rows contiguous; written.
+        bias: (n,), contiguous, added.
+        accumulate: add to out instead; then neither bias nor out_scale.
+        a_rows: (t,), which rows of a to take.
+        out_rows: (t,), which rows of out to write, each once.
+        out_scale: multiplies row out_rows[i] by out_scale[out_rows[i]].
+        tokens: (k,), which columns of b to take.
+        left_tokens: (k,), which columns of a to take.
+        left_scale: multiplies a's column left_tokens[j] by left_scale[left_tokens[j]].
+    """
+    t = len(a) if a_rows is None else len(a_rows)
+    k = a.shape[1] if left_tokens is None else len(left_tokens)
+    native.extension().product(
+        (a.data_ptr(), a.stride(0), a.stride(1), _address(a_rows), _address(left_tokens)),
+        (b.data_ptr(), b.stride(0), b.stride(1), 0, _address(tokens)),
+        out.data_ptr(),
+        out.stride(0),
+        _address(out_rows),
+        _address(bias),
+        _address(out_scale),
+        _address(left_scale),
+        (t, len(b), k),
+        accumulate,
+        torch.get_num_threads(),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
