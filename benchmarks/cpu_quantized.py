@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def main(pairs: int, batches: list[int], repeats: int) -> None:
             active = active_bytes(model)
             decoder = Decoder(model, model.initial_state(1))
             ids = torch.zeros(1, dtype=torch.int64)
-            show(f"{pairs} pairs of 1.5B, {name}", active, lambda d=decoder: d.step(ids), 1)
+            show(f"{pairs} pairs of 1.5B, {name}", active, partial(decoder.step, ids), 1)
     machine = {
         "machine": platform.machine(), "native": native.describe(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,

@@ -15,7 +15,7 @@ from blackmamba.config import ModelConfig
 from blackmamba.errors import BackendError, InputError
 from blackmamba.generate.decoder import Decoder, cannot_decode
 from blackmamba.generate.engine import generate
-from blackmamba.model import BlackMamba
+from blackmamba.model import BlackMamba, quantize
 from blackmamba.ops import native
 from blackmamba.presets import presets
 
@@ -54,6 +54,22 @@ def random_model(
 def read(model: BlackMamba, batch_size: int, length: int = 5):
     ids = torch.randint(0, model.config.vocab_size, (batch_size, length))
     return model.prefill(ids)[1]
+
+
+@needs_native
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 6])
+@pytest.mark.parametrize("what", ["experts", "all"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_quantised_models(variant: str, bits: int, what: str, batch_size: int):
+    model = quantize(random_model(PATTERNS[1], **VARIANTS[variant]), bits, what=what)  # pyright: ignore
+    state = read(model, batch_size)
+    decoder = Decoder(model, state)
+    for _ in range(4):
+        next_ids = torch.randint(0, model.config.vocab_size, (batch_size,))
+        expected, state = model.step(next_ids, state)
+        assert relative_error(decoder.step(next_ids), expected) < 2e-5
 
 
 @needs_native

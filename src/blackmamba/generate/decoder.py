@@ -23,7 +23,7 @@ from blackmamba.model.mamba import Mamba
 from blackmamba.model.mlp import MLP
 from blackmamba.model.moe import MoE
 from blackmamba.model.norm import LayerNorm, RMSNorm
-from blackmamba.model.quantized import QuantizedStorage
+from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
 from blackmamba.model.router import Router
 from blackmamba.model.state import LayerState, MambaState
 from blackmamba.ops import native
@@ -32,7 +32,7 @@ from blackmamba.ops.backend import ENVIRONMENT_VARIABLE, forced_backend
 # Modules whose arithmetic the kernels know. Any other, a wrapped or a derived one, may differ.
 _KNOWN = (
     BlackMamba, nn.ModuleList, nn.Embedding, Layer, Mamba, MLP, MoE, Router, RMSNorm, LayerNorm,
-    Linear, nn.Linear,
+    Linear, nn.Linear, QuantizedStorage, QuantizedLinear, QuantizedEmbedding,
 )  # fmt: skip
 _REPLACED = {"forward", "step"}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # weights.hpp
