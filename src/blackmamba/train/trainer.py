@@ -35,6 +35,7 @@ from blackmamba.train.checkpoints import (
 from blackmamba.train.config import RunConfig, check_resumable
 from blackmamba.train.evaluation import Validation, validate
 from blackmamba.train.interrupt import StopRequest
+from blackmamba.train.memory import keep_freed_memory
 from blackmamba.train.metrics import (
     METRICS_FILE,
     MetricsLog,
@@ -81,6 +82,7 @@ def run(
     """
     out, settings, progress = Path(out), config.train, progress or Progress()
     device = _pick_device(settings.device)
+    keep_freed_memory(device)
     if settings.tensorboard:
         check_tensorboard()
     checkpoint = _enter(out, config, resume)
