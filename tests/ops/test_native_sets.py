@@ -16,6 +16,8 @@ from blackmamba.ops import (
     linear_cross_entropy,
     native,
     rms_norm,
+    selective_scan,
+    selective_state_update,
 )
 
 SETS = ("baseline", "avx2", "avx512")
@@ -50,6 +52,17 @@ def cross_entropy(backend: str, x: Tensor, weight: Tensor) -> Tensor:
     return linear_cross_entropy(x, weight, labels, backend=backend)  # pyright: ignore
 
 
+def scan(backend: str, *inputs: Tensor) -> Tensor:
+    x, dt, A, B, C, D, z = inputs
+    wide = torch.promote_types(A.dtype, torch.float32)
+    y, state = selective_scan(
+        *(x, dt, -A.to(wide).exp(), B, C, D, z),
+        dt_softplus=True,
+        backend=backend,  # pyright: ignore
+    )
+    return torch.cat((y.flatten(), state.flatten().to(y.dtype)))
+
+
 CASES: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
     (conv, (normal(2, 67, 21), normal(21, 4), normal(21))),
     (conv, (normal(2, 9, 40), normal(40, 3), normal(40))),
@@ -58,6 +71,16 @@ CASES: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
     (gelu, (normal(5, 46),)),
     (outer, (normal(130, 110), normal(90, 110))),
     (cross_entropy, (normal(9, 5), normal(75, 5))),
+    *(
+        (
+            scan,
+            (
+                *(normal(2, 37, d), normal(2, 37, d) - 1, normal(d, n)),
+                *(normal(2, 37, n), normal(2, 37, n) + 1, normal(d), normal(2, 37, d)),
+            ),
+        )
+        for d, n in ((21, 16), (5, 7))
+    ),
 ]
 
 
@@ -74,7 +97,20 @@ def main() -> None:
             for actual, exact in zip(*results, strict=True):
                 error = (actual.double() - exact).abs().max() / exact.abs().max()
                 assert error < tolerance, (function.__name__, dtype, error)
+    one_token()
     print(native.extension().target())  # noqa: T201
+
+
+def one_token() -> None:
+    """The scan's single step, which has no gradient."""
+    for n in (9, 16):
+        inputs = (normal(3, 21, n), normal(3, 21), normal(3, 21) - 1, -normal(21, n).exp())
+        inputs += (normal(3, n), normal(3, n) + 1, normal(21), normal(3, 21))
+        actual = selective_state_update(*inputs, dt_softplus=True, backend="native")
+        wide = [t.double() for t in inputs]
+        exact = selective_state_update(*wide, dt_softplus=True, backend="reference")
+        for a, e in zip(actual, exact, strict=True):
+            assert (a - e).abs().max() / e.abs().max() < 2e-6, n
 
 
 @pytest.mark.skipif(native.missing() is not None, reason="the extension was not built")

@@ -94,15 +94,20 @@ struct Ahead {
   std::int64_t width;       // bytes of a vector
 
   explicit Ahead(const void* nothing) : row(0), column(0), columns(1), width(0) {
-    for (int i = 0; i < 4; ++i) lines[i] = static_cast<const char*>(nothing), steps[i] = 0;
+    for (int i = 0; i < 4; ++i) clear(i, nothing);
   }
+  void clear(int i, const void* nothing) {
+    lines[i] = static_cast<const char*>(nothing), steps[i] = 0;
+  }
+  // Moves the last two tensors to another pass over the block: a processor waits for only some 20
+  // lines at a time.
   Ahead split(const void* nothing) {
-    Ahead out = *this;
+    Ahead other = *this;
     for (int i = 0; i < 2; ++i) {
-      out.lines[i] = lines[i + 2], out.steps[i] = steps[i + 2];
-      out.lines[i+2] = lines[i+2]=static_cast<const char*>(nothing), out.steps[i+2] = steps[i+2]=0;
+      other.lines[i] = lines[i + 2], other.steps[i] = steps[i + 2];
+      other.clear(i + 2, nothing), clear(i + 2, nothing);
     }
-    return out;
+    return other;
   }
 };
 
@@ -518,10 +523,12 @@ void backward_task(const Scan& s, const float* starts, const Rows& grad_y, const
         }
         const float* const before = starts + start_offset(s, row.row, c, group.d0 + j);
         const int64_t states = (w + j) * n;
-        Ahead next2 = next.split(memory), here2 = here.split(memory);
-        const auto block = [&](int64_t k, const Ahead& first) {
+        const bool several = n > most_adjoints;
+        const Ahead next_2 = several ? next.split(memory) : idle;
+        const Ahead here_2 = several ? here.split(memory) : idle;
+        const auto block = [&](int64_t k, const Ahead& lines) {
           return Block{n,     W,     delta + j,               drive + j,
-                       B + k, C + k, A2 + states + k * lanes, sums + j, first};
+                       B + k, C + k, A2 + states + k * lanes, sums + j, lines};
         };
         const auto adjoint = [&](int64_t k) {
           const int64_t at = k * lanes;
@@ -531,10 +538,10 @@ void backward_task(const Scan& s, const float* starts, const Rows& grad_y, const
         over_states<most_adjoints>(n, [&](auto count, int64_t k) {
           const int64_t at = states + k * lanes;
           for (int i = 0; i < documents; ++i)
-            recompute<count.value>(block(k, k == 0 ? next : k == count.value ? next2 : idle), adjoint(k), before + k * lanes, begins[i],
+            recompute<count.value>(block(k, k == 0 ? next : k == most_adjoints ? next_2 : idle), adjoint(k), before + k * lanes, begins[i],
                                    begins[i + 1], i > 0 || fresh, k > 0);
           for (int i = documents - 1; i >= 0; --i) {
-            retreat<count.value>(block(k, k == 0 ? here : k == count.value ? here2 : idle), adjoint(k), carry + at, grad_A + at, begins[i],
+            retreat<count.value>(block(k, k == 0 ? here : k == most_adjoints ? here_2 : idle), adjoint(k), carry + at, grad_A + at, begins[i],
                                  begins[i + 1], k > 0);
             // nothing goes back into the document before
             if (i > 0 || fresh) std::memset(carry + at, 0, count.value * lanes * 4);

@@ -2,13 +2,15 @@
 //
 // What the arithmetic allows. Per (b, l, d, n) the forward pass takes 18 operations, a multiply-add
 // counting as 2:
-//     exp(delta A)      13   times log2 A, rounding, its remainder; 5 multiply-adds; times 2^i
+//     exp(delta A)      13   times log2(e) A; rounding, the rest of it; 5 multiply-adds; times 2^i
 //     h' and C h'        5
 // and the backward pass, which computes every state again, 32:
-//     the state again   16,  C h' (the gate's gradient needs it) 2,  grad C 2
+//     the state again   16,  C h' (for the gate's gradient) 2,  grad C 2
 //     g = gy C + g'      2,  grad B 2,  B g 2,  decay g 1,  times h 1,  grad A 2,  grad delta 2
-// minus the constant work per (b, l, d): softplus, the gate, sums. At b=4, l=1024, d=1536, n=16 that
-// is 1.8 and 3.2 GFLOP, so at 505 GFLOP/s (two cores with AVX-512) no less than 3.6 + 6.4 ms.
+// The work per (b, l, d), softplus, gates and sums, is left out. At b=4, l=1024, d=1536, n=16 that is
+// 1.8 + 3.2 GFLOP: no less than 3.6 + 6.4 ms at the 505 GFLOP/s of two Zen 5 cores. What is lost
+// beside it: not all operations are multiply-adds (the processor's ports allow 70%), loads and stores
+// of decays, states and sums, and waiting for memory.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +52,9 @@ struct SelectiveScan {
                    const float* grad_final_state, const ScanGradients& out);
 };
 
-// Tokens whose states are kept in the cache at once. The forward pass keeps the state before each
-// such chunk, and the backward pass computes the others again.
+// Tokens whose states are in the cache at once: 16 of them with 8 states a channel fill half of a
+// first-level cache of 48 KB. The forward pass keeps the state before each such chunk, as many
+// numbers as x has at n = 16, and the backward pass computes the others again.
 constexpr std::int64_t scan_chunk = 16;
 
 BM_DECLARE(SelectiveScan, selective_scan);
