@@ -74,6 +74,7 @@ def main() -> None:
             for actual, exact in zip(*results, strict=True):
                 error = (actual.double() - exact).abs().max() / exact.abs().max()
                 assert error < tolerance, (function.__name__, dtype, error)
+    assert native.keep_memory() in (True, False)
     print(native.extension().target())  # noqa: T201
 
 

@@ -24,6 +24,7 @@ from blackmamba.config import ModelConfig
 from blackmamba.data import PreparedData, Tokenizer, WindowSampler, prepare
 from blackmamba.errors import ConfigError, DataError, TrainingError
 from blackmamba.model import BlackMamba, Trace
+from blackmamba.ops import native
 from blackmamba.train.checkpoints import (
     Checkpoint,
     Counters,
@@ -81,6 +82,7 @@ def run(
     """
     out, settings, progress = Path(out), config.train, progress or Progress()
     device = _pick_device(settings.device)
+    native.keep_memory()
     if settings.tensorboard:
         check_tensorboard()
     checkpoint = _enter(out, config, resume)

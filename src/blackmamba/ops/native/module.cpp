@@ -1,6 +1,11 @@
 // The extension module: what the processor has, and every operation's bindings.
 #include <nanobind/nanobind.h>
 
+#if defined(__linux__)
+#include <malloc.h>
+#endif
+
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 
@@ -38,6 +43,14 @@ Target chosen() {
   return limit;
 }
 
+bool keep_memory() {
+#if defined(__GLIBC__)
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, INT_MAX) == 1;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 Target target() {
@@ -53,5 +66,7 @@ NB_MODULE(_native, m) {
   m.def("threading", &bm::threading, "Whose threads the kernels run on.");
   m.def("scratch_allocations", &bm::scratch_allocations,
         "How often the kernels' own memory had to grow so far.");
+  m.def("keep_memory", &bm::keep_memory,
+        "Keep freed memory in the process from now on; whether the C library can.");
   bm::bind_all(m);
 }
