@@ -15,7 +15,7 @@ from blackmamba.ops.linear import native as linear_native
 from blackmamba.ops.linear import product
 
 _CHUNK_BYTES = 1 << 24  # of the logits held at a time
-_LEAST_CHUNK = 512  # tokens; fewer make the products of long vocabularies slow
+_LEAST_CHUNK = 1024  # tokens; fewer make the products of long vocabularies slow
 _COLUMNS = 2048  # of the vocabulary, whose weights' gradient is added up while in cache
 
 
