@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from blackmamba.ops import native
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not in this copy")
 # what transformers warns of is not ours to repair
@@ -31,6 +33,11 @@ def script(request, monkeypatch):
         ("cpu_operations", {}),
         ("cpu_training", {"only": ["peer", "alone"]}),  # each part but the first starts a process
         ("cpu_generation", {}),
+        pytest.param(
+            "cpu_quantized",
+            {},
+            marks=pytest.mark.skipif(native.missing() is not None, reason=str(native.missing())),
+        ),
     ],
     indirect=["script"],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -13,7 +13,8 @@ if sys.argv[1] == "keep":
     keep_freed_memory(torch.device("cpu"))
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(1 << 24)
+for _ in range(3):
+    torch.ones(1 << 24)
 before = faults()
 for _ in range(5):
     torch.ones(1 << 24)  # 64 MiB, 16,384 pages
@@ -29,4 +30,4 @@ def test_the_same_memory_is_used_again():
         )
         return int(done.stdout)
 
-    assert faults("keep") < 1000 < faults("leave")
+    assert faults("keep") < 20_000 < faults("leave")

