@@ -35,7 +35,7 @@ struct Grouping {
 
 Grouping grouping(const Scan& s) {
   const int64_t blocks = divide_up(s.d, pad);
-  const int64_t blocks_each = std::clamp<int64_t>(divide_up(s.b * blocks, 64), 1, 8);
+  const int64_t blocks_each = std::clamp<int64_t>(divide_up(s.b * blocks, 48), 1, 8);
   const int64_t count = divide_up(blocks, blocks_each);
   const int64_t wanted = s.n_threads > 1 ? divide_up(4 * s.n_threads, std::max<int64_t>(s.b, 1)) : 1;
   // at most 2^15 states in a task: a few times this has to stay in the cache
