@@ -317,3 +317,23 @@ def test_native_is_registered_and_compiles():
         strict=True,
     ):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(512,), (100, 156, 0, 256), (1, 511), (511, 1), (64, 128, 65, 63, 192), (600, 0, 0)],
+    ids=str,
+)
+def test_groups_of_bfloat16_rows_in_whole_runs(sizes: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(sum(sizes), 24, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(len(sizes), 40, 24, generator=generator).bfloat16().requires_grad_()
+    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    grad = torch.randn(sum(sizes), 40, generator=generator).bfloat16()
+    out = torch_grouped._call_per_group(rows, weight, ends)
+    actual = (out, *torch.autograd.grad(out, (rows, weight), grad))
+    parts = zip(rows.double().split(sizes), weight.double(), strict=True)
+    expected = torch.cat([r @ w.t() for r, w in parts])
+    exact = (expected, *torch.autograd.grad(expected, (rows, weight), grad.double()))
+    for a, e in zip(actual, exact, strict=True):
+        assert relative_error(a, e) < 4e-3  # half a unit in bfloat16's last place

@@ -71,12 +71,24 @@ def _one_call(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return grouped(rows, weight.transpose(1, 2), offs=ends)
 
 
+# Of bfloat16 rows on a CPU, products take this many times a whole number. oneDNN compiles a program
+# for every shape that it meets, and groups have another size in every step.
+_RUN = 64
+
+
 @torch.library.custom_op("blackmamba::grouped_linear", mutates_args=())
 def _call_per_group(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows[group j] @ weight[j]^T for each group j; on a GPU this waits for `ends`."""
     out = rows.new_empty(len(rows), weight.shape[1])
     for j, group in _groups(ends):
-        out[group] = product(rows[group], weight[j])
+        if not _wants_whole_runs(rows):
+            out[group] = product(rows[group], weight[j])
+            continue
+        window = _window(group, len(rows))
+        if window.start == group.start:  # the next groups write over what is too much
+            torch.mm(rows[window], weight[j].t(), out=out[window])
+        else:
+            out[group] = (rows[window] @ weight[j].t())[group.start - window.start :]
     return out
 
 
@@ -85,8 +97,33 @@ def _grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """left[group j]^T @ right[group j] for each group j; zeros for an empty group."""
     out = left.new_zeros(len(ends), left.shape[1], right.shape[1])
     for j, group in _groups(ends):
-        out[j] = product(left[group].t(), right[group].t())
+        if not _wants_whole_runs(left):
+            out[j] = product(left[group].t(), right[group].t())
+            continue
+        window = _window(group, len(left))
+        if left.shape[1] < right.shape[1]:
+            torch.mm(_alone(left, group, window).t(), right[window], out=out[j])
+        else:
+            torch.mm(left[window].t(), _alone(right, group, window), out=out[j])
     return out
+
+
+def _wants_whole_runs(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and len(rows) >= 8 * _RUN
+
+
+def _window(group: slice, n_rows: int) -> slice:
+    """A whole number of runs that holds the group: from its first row on where there is room."""
+    length = min(n_rows, -(-(group.stop - group.start) // _RUN) * _RUN)
+    start = min(group.start, n_rows - length)
+    return slice(start, start + length)
+
+
+def _alone(rows: Tensor, group: slice, window: slice) -> Tensor:
+    """rows[window] with zeros outside of the group."""
+    alone = rows.new_zeros(window.stop - window.start, rows.shape[1])
+    alone[group.start - window.start : group.stop - window.start] = rows[group]
+    return alone
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
