@@ -321,7 +321,15 @@ def test_native_is_registered_and_compiles():
 
 @pytest.mark.parametrize(
     "sizes",
-    [(512,), (100, 156, 0, 256), (1, 511), (511, 1), (64, 128, 65, 63, 192), (600, 0, 0)],
+    [
+        (512,),
+        (100, 156, 0, 256),
+        (1, 511),
+        (511, 1),
+        (64, 128, 65, 63, 192),
+        (600, 0, 0),
+        (600, 2, 3, 1),
+    ],
     ids=str,
 )
 def test_groups_of_bfloat16_rows_in_whole_runs(sizes: tuple[int, ...]):

@@ -88,7 +88,9 @@ def _call_per_group(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         if window.start == group.start:  # the next groups write over what is too much
             torch.mm(rows[window], weight[j].t(), out=out[window])
         else:
-            out[group] = (rows[window] @ weight[j].t())[group.start - window.start :]
+            before = group.start - window.start
+            size = group.stop - group.start
+            out[group] = (rows[window] @ weight[j].t())[before : before + size]
     return out
 
 
