@@ -43,6 +43,7 @@ from blackmamba.ops import (
     selective_state_update,
 )
 from blackmamba.ops.backend import available_backends
+from blackmamba.train.memory import keep_freed_memory
 from measure import (
     PRODUCT,
     TINY_PRODUCT,
@@ -92,6 +93,7 @@ OPERATIONS = (
 def main(repeats: int = 7, tiny: bool = False, only: Sequence[str] = OPERATIONS) -> None:
     """Time every case of the operations that `only` names, its implementations in turn."""
     print_header("Operations on the CPU")
+    keep_freed_memory(torch.device("cpu"))  # as training does
     limit = product(torch.float32, TINY_PRODUCT if tiny else PRODUCT)
     print_row("case", *COLUMNS, "of the limit", width=19)
     rows: list[dict[str, object]] = []

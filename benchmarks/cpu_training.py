@@ -1,6 +1,7 @@
 """A training step on the CPU: dense Mamba of the 130M shape against transformers', and BlackMamba.
 
-A step is the loss, its gradients and a fused AdamW update, all in float32, from random weights.
+A step is the loss, its gradients and a fused AdamW update, all in float32, from random weights. The
+process keeps freed memory, as `blackmamba train` makes it; transformers runs in the same process.
 
     python benchmarks/cpu_training.py [--repeats 5] [--only peer alone blackmamba]
 
@@ -25,6 +26,7 @@ import torch
 from blackmamba.config import ModelConfig
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import parameters
+from blackmamba.train.memory import keep_freed_memory
 from measure import (
     PRODUCT,
     TINY_PRODUCT,
@@ -50,6 +52,7 @@ BLACKMAMBA = dataclasses.replace(DENSE, layers=("mamba", "moe") * 12, n_experts=
 def main(repeats: int = 5, tiny: bool = False, only: Sequence[str] = PARTS) -> None:
     """Measure the parts that `only` names and print what they give."""
     print_header("Training on the CPU, float32")
+    keep_freed_memory(torch.device("cpu"))
     found: dict[str, object] = {"repeats": repeats, "tiny": tiny}
     if "peer" in only:
         found["peer"] = against_peer(repeats, tiny)
@@ -127,6 +130,7 @@ def in_fresh_process(which: str, repeats: int, tiny: bool) -> dict[str, Any]:
 
 def alone(which: str, repeats: int, tiny: bool) -> dict[str, Any]:
     """Tokens/s and memory of a step at batch 4 x 512, in turn with products."""
+    keep_freed_memory(torch.device("cpu"))
     config, (batch, length) = _config(which, tiny), (2, 16) if tiny else (4, 512)
     limit = product(torch.float32, TINY_PRODUCT if tiny else PRODUCT)
     step = training_step(BlackMamba(config), batch, length)
