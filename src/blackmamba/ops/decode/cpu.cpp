@@ -23,12 +23,13 @@ class Crew {
  public:
   // Every member says how many there are before anything else; all say the same.
   void enter(int n_members) { n_members_.store(n_members, std::memory_order_relaxed); }
+  int size() const { return n_members_.load(std::memory_order_relaxed); }
 
   // f(i) for i = 0 .. n_tasks - 1, each by some member; returns when all are done. Every member
   // must call it. before() runs once on each member that gets a task.
   template <class Before, class F>
   void each(std::int64_t n_tasks, const Before& before, const F& f) {
-    const int n_members = n_members_.load(std::memory_order_relaxed);
+    const int n_members = size();
     if (n_members == 1) {
       before();
       for (std::int64_t i = 0; i < n_tasks; ++i) f(i);
@@ -157,7 +158,7 @@ class Step {
     crew_.each(p_.batch, [&](std::int64_t b) {
       apply_norm(p_.final_norm, at_.x + b * m, at_.normed + b * m, m);
     });
-    const Blocks blocks(p_.v, p_.head.weights.row_bytes());
+    const Blocks blocks(p_.v, p_.head.weights.row_bytes(), crew_.size(), p_.batch);
     const void* x = nullptr;
     crew_.each(
         blocks.count, [&] { x = prepared(p_.head.weights, at_.normed, m, p_.batch); },
@@ -191,7 +192,7 @@ class Step {
   void mamba(const Mamba& l) {
     const std::int64_t d = p_.d, m = p_.m, low = p_.r + 2 * p_.n;
     // [x | z]: the convolution of a channel needs only its own row, the gate too
-    const Blocks in(2 * d, l.in_proj.weights.row_bytes());
+    const Blocks in(2 * d, l.in_proj.weights.row_bytes(), crew_.size(), p_.batch);
     const void* x = nullptr;
     crew_.each(
         in.count, [&] { x = prepared(l.in_proj.weights, at_.normed, m, p_.batch); },
@@ -204,7 +205,7 @@ class Step {
               row[c] = c < d ? convolve(l, b, c, row[c]) : silu_of(row[c]);
           }
         });
-    const Blocks mid(low, l.x_proj.weights.row_bytes());
+    const Blocks mid(low, l.x_proj.weights.row_bytes(), crew_.size(), p_.batch);
     crew_.each(
         mid.count, [&] { x = prepared(l.x_proj.weights, at_.xz, 2 * d, p_.batch); },
         [&](std::int64_t i) {
@@ -264,7 +265,7 @@ class Step {
 
   // the residual stream plus W from + bias
   void add_product(const Linear& l, const float* from, std::int64_t width) {
-    const Blocks blocks(p_.m, l.weights.row_bytes());
+    const Blocks blocks(p_.m, l.weights.row_bytes(), crew_.size(), p_.batch);
     const void* x = nullptr;
     crew_.each(
         blocks.count, [&] { x = prepared(l.weights, from, width, p_.batch); },
@@ -289,7 +290,7 @@ class Step {
     crew_.each(1, [&](std::int64_t) { sort(l, in); });
     const int n_experts = l.n_experts > 0 ? l.n_experts : 1;
 
-    const Blocks rows(f, l.fc1.weights.row_bytes());
+    const Blocks rows(f, l.fc1.weights.row_bytes(), crew_.size(), p_.batch);
     const void* x = nullptr;
     const auto prepare_in = [&] { x = prepared(l.fc1.weights, at_.sorted, m, p_.batch); };
     crew_.each(n_experts * rows.count, prepare_in, [&](std::int64_t i) {
@@ -312,7 +313,7 @@ class Step {
       }
     });
 
-    const Blocks out_rows(m, l.fc2.weights.row_bytes());
+    const Blocks out_rows(m, l.fc2.weights.row_bytes(), crew_.size(), p_.batch);
     const auto prepare_hidden = [&] { x = prepared(l.fc2.weights, at_.hidden, f, p_.batch); };
     crew_.each(n_experts * out_rows.count, prepare_hidden, [&](std::int64_t i) {
       const std::int64_t e = i / out_rows.count, first = out_rows.first(i % out_rows.count);

@@ -35,7 +35,7 @@ void few_tokens(const FewTokens& c) {
   for (std::int64_t i = 0; i < n; ++i) read_row(c, order[i], sorted + i * m);
 
   const void* x = prepared(c.fc1, sorted, m, static_cast<int>(n));
-  const Blocks rows(f, c.fc1.row_bytes());
+  const Blocks rows(f, c.fc1.row_bytes(), c.n_threads, c.n_tokens);
   parallel_for(c.n_threads, c.n_experts * rows.count, [&](std::int64_t i) {
     const std::int64_t e = i / rows.count, first = rows.first(i % rows.count);
     const std::int64_t size = rows.size(i % rows.count), start = begin[e];
@@ -59,7 +59,7 @@ void few_tokens(const FewTokens& c) {
   });
 
   x = prepared(c.fc2, hidden, f, static_cast<int>(n));
-  const Blocks out_rows(m, c.fc2.row_bytes());
+  const Blocks out_rows(m, c.fc2.row_bytes(), c.n_threads, c.n_tokens);
   parallel_for(c.n_threads, c.n_experts * out_rows.count, [&](std::int64_t i) {
     const std::int64_t e = i / out_rows.count, first = out_rows.first(i % out_rows.count);
     const std::int64_t size = out_rows.size(i % out_rows.count), start = begin[e];

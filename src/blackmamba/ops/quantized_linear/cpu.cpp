@@ -23,7 +23,7 @@ void few_vectors(const FewVectors& c) {
     stride = i;
   }
   const void* const x = prepared(c.weights, in, stride, t);
-  const Blocks blocks(o, c.weights.row_bytes());
+  const Blocks blocks(o, c.weights.row_bytes(), c.n_threads, t);
   parallel_for(c.n_threads, blocks.count, [&](std::int64_t block) {
     const std::int64_t first = blocks.first(block), n = blocks.size(block);
     float* const out = scratch<float>(Slot::a, t * n);
