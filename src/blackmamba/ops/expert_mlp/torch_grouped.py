@@ -73,7 +73,7 @@ def _one_call(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 # Of bfloat16 rows on a CPU, products take this many times a whole number. oneDNN compiles a program
 # for every shape that it meets, and groups have another size in every step.
-_RUN = 64
+_RUN = 16
 
 
 @torch.library.custom_op("blackmamba::grouped_linear", mutates_args=())
@@ -111,7 +111,7 @@ def _grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 
 
 def _wants_whole_runs(rows: Tensor) -> bool:
-    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and len(rows) >= 8 * _RUN
+    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and len(rows) >= 16 * _RUN
 
 
 def _window(group: slice, n_rows: int) -> slice:
