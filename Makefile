@@ -51,9 +51,9 @@ bench: $(BENCH_INSTALLED)
 	for script in benchmarks/cpu_*.py; do $(BIN)/python $$script || exit 1; done
 
 # src/ comes before the installed extension on the path, so that this copy is the one that is used
-native:
-	cmake -S . -B $(NATIVE_BUILD) -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
-	cmake --build $(NATIVE_BUILD)
+native: $(INSTALLED)
+	$(BIN)/cmake -S . -B $(NATIVE_BUILD) -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
+	$(BIN)/cmake --build $(NATIVE_BUILD)
 	cp $(NATIVE_BUILD)/_native.*.so src/blackmamba/
 
 # A copy of the package with a sanitized extension, its tests in one process. Memory that Python and
@@ -61,8 +61,8 @@ native:
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= $(wildcard tests/ops/test_native*.py) tests/generate/test_decoder.py
 sanitize: $(INSTALLED)
-	cmake -S . -B $(SANITIZED) -DBLACKMAMBA_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
-	cmake --build $(SANITIZED) -j 2
+	$(BIN)/cmake -S . -B $(SANITIZED) -DBLACKMAMBA_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
+	$(BIN)/cmake --build $(SANITIZED) -j 2
 	rm -rf $(SANITIZED)/package && mkdir $(SANITIZED)/package
 	cp -r src/blackmamba $(SANITIZED)/package/ && rm -f $(SANITIZED)/package/blackmamba/*.so
 	cp $(SANITIZED)/_native.*.so $(SANITIZED)/package/blackmamba/
