@@ -50,11 +50,11 @@ fix: $(INSTALLED)
 bench: $(BENCH_INSTALLED)
 	for script in benchmarks/cpu_*.py; do $(BIN)/python $$script || exit 1; done
 
-# src/ comes before the installed extension on the path, so that this copy is the one that is used
+# Quicker than to install again: the new extension takes the place of the installed one
 native: $(INSTALLED)
 	$(BIN)/cmake -S . -B $(NATIVE_BUILD) -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
 	$(BIN)/cmake --build $(NATIVE_BUILD)
-	cp $(NATIVE_BUILD)/_native.*.so src/blackmamba/
+	cp $(NATIVE_BUILD)/_native.*.so "$$($(BIN)/python -c 'from blackmamba import _native; print(_native.__file__)')"
 
 # A copy of the package with a sanitized extension, its tests in one process. Memory that Python and
 # torch keep until the end counts as leaked, so leaks are not looked for.
@@ -66,6 +66,7 @@ sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED)/package && mkdir $(SANITIZED)/package
 	cp -r src/blackmamba $(SANITIZED)/package/ && rm -f $(SANITIZED)/package/blackmamba/*.so
 	cp $(SANITIZED)/_native.*.so $(SANITIZED)/package/blackmamba/
+	cp tests/sanitized/sitecustomize.py $(SANITIZED)/package/
 	PYTHONPATH=$(SANITIZED)/package OMP_NUM_THREADS=2 HYPOTHESIS_PROFILE=small \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \

@@ -1,0 +1,7 @@
+"""On the path of `make sanitize` alone: forget where the installed package is, so that the copy with
+the sanitized extension is the one that this process and its children import.
+"""
+
+import sys
+
+sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
