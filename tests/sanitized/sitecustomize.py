@@ -1,5 +1,6 @@
-"""On the path of `make sanitize` alone: forget where the installed package is, so that the copy with
-the sanitized extension is the one that this process and its children import.
+"""On the path of `make sanitize` alone: forget where the installed package is.
+
+So the copy with the sanitized extension is the one that this process and its children import.
 """
 
 import sys
