@@ -148,7 +148,7 @@ def test_allocates_nothing_after_the_first_step():
     decoder, ids = Decoder(model, model.initial_state(5)), torch.arange(5)
     address = decoder.step(ids).data_ptr()
     scratch = native.extension().scratch_allocations()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         for _ in range(50):
             assert decoder.step(ids).data_ptr() == address
     assert native.extension().scratch_allocations() == scratch
