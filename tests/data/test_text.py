@@ -184,7 +184,7 @@ def test_sources_must_be_a_list(sources: list[str] | str):
         ("a.txt", b""),
         ("a.jsonl", b""),
         ("a.parquet", b""),
-        ("a.txt.gz", gzip.compress(b"")),
+        ("a.txt.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_empty_file(tmp_path: Path, name: str, content: bytes):
