@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe_machine() -> list[tuple[str, str]]:
     """Name and value of everything that decides what runs here."""
-    from blackmamba.ops import native
+    from blackmamba.ops import gpu, native
     from blackmamba.ops.backend import describe_backends
 
     rows = [
@@ -85,6 +85,7 @@ def describe_machine() -> list[tuple[str, str]]:
     else:
         rows.append(("GPU", "none that torch can use"))
     rows.append(("native kernels", native.describe()))
+    rows.append(("triton kernels", gpu.missing() or "run"))
     rows += [(f"operation {op}", text) for op, text in describe_backends()]
     return rows
 

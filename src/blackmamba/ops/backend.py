@@ -7,20 +7,21 @@ has an implementation of that name; a backend that is named, there or in a call,
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from blackmamba.errors import BackendError
-from blackmamba.ops import native
+from blackmamba.ops import gpu, native
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "torch", "native"]
+Backend = Literal["auto", "reference", "torch", "native", "triton"]
 """reference: the definition. torch: faster, in plain PyTorch. Both run on any device.
-native: C++ for the CPU, float32 and bfloat16, where the extension was built."""
+native: C++ for the CPU, float32 and bfloat16, where the extension was built.
+triton: kernels for the GPU, float32, bfloat16 and float16; "auto" takes them for tensors on one."""
 
 ENVIRONMENT_VARIABLE = "BLACKMAMBA_BACKEND"
 
@@ -61,7 +62,8 @@ class Implementations(Generic[F]):
         """
         name: Backend = _named(self._operation) if backend == "auto" else backend
         if name == "auto":
-            name = next(n for n in self._functions if self._unfit(n, inputs) is None)
+            on_gpu = gpu.on_gpu(*inputs)
+            name = next(n for n in _of(self._functions, on_gpu) if self._unfit(n, inputs) is None)
             _log(self._operation, name)
         elif name not in self._functions:
             raise BackendError(
@@ -91,7 +93,8 @@ def available_backends(operation: str) -> tuple[Backend, ...]:
         raise BackendError(
             f"operation={operation!r}: must be one of {', '.join(sorted(_registered))}"
         )
-    return tuple(name for name in _registered[operation] if _unfit(name, ()) is None)
+    names = _of(_registered[operation], torch.cuda.is_available())
+    return tuple(name for name in names if _unfit(name, ()) is None)
 
 
 def describe_backends() -> list[tuple[str, str]]:
@@ -127,9 +130,16 @@ def _named(operation: str) -> Backend:
     return forced if forced in _registered[operation] else "auto"
 
 
+def _of(names: Iterable[Backend], on_gpu: bool) -> list[Backend]:
+    """Without "triton" where there is no GPU: interpreted kernels run only when named."""
+    return [name for name in names if on_gpu or name != "triton"]
+
+
 def _unfit(name: Backend, inputs: tuple[Tensor | None, ...]) -> str | None:
     """Why this backend cannot take the inputs; None if it can."""
-    return native.unfit(*inputs) if name == "native" else None
+    if name == "native":
+        return native.unfit(*inputs)
+    return gpu.unfit(*inputs) if name == "triton" else None
 
 
 def _log(operation: str, name: str) -> None:
