@@ -169,7 +169,31 @@ def test_registered_as_torch_wants_it():
     rows, weight = (torch.randn(s, generator=g, requires_grad=True) for s in ((7, 3), (4, 5, 3)))
     left, ends = torch.randn(7, 5, generator=g), torch.tensor([2, 2, 7, 7], dtype=torch.int32)
     torch.library.opcheck(torch.ops.blackmamba.grouped_linear.default, (rows, weight, ends))
-    torch.library.opcheck(torch.ops.blackmamba.grouped_outer.default, (left, rows.detach(), ends))
+    for dtype in (torch.float32, torch.float64):
+        torch.library.opcheck(
+            torch.ops.blackmamba.grouped_outer.default, (left, rows.detach(), ends, dtype)
+        )
+
+
+@pytest.mark.parametrize("t", [7, 300])
+def test_wide_weights_and_their_gradients(t: int):
+    """Mixed precision: the products are of bfloat16, the weights and their gradients float32."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(t, 32, generator=g).bfloat16()
+    fc1, fc2 = torch.randn(4, 48, 32, generator=g) / 5, torch.randn(4, 32, 24, generator=g) / 5
+    ids = torch.randint(0, 3, (t,), generator=g)  # the last expert idles
+    found: list[list[torch.Tensor]] = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [
+            w.clone().to(torch.promote_types(dtype, w.dtype)).requires_grad_() for w in (fc1, fc2)
+        ]
+        y = expert_mlp(x.to(dtype), ids, *leaves, backend="torch")
+        y.double().square().sum().backward()
+        found.append([leaf.grad for leaf in leaves if leaf.grad is not None])
+    for wide, exact in zip(*found, strict=True):
+        assert wide.dtype == torch.float32
+        assert relative_error(wide, exact) < 0.03
+        assert not wide[3].any()
 
 
 # torch 2.13 instantiates autograd functions itself while it traces them

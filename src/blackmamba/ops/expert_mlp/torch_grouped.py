@@ -39,11 +39,11 @@ def expert_mlp_grouped(
     ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # of each group
 
     product = _product(x, fc1, fc2)
-    h = product(_reorder(x, order, place), fc1.to(x.dtype), ends)
+    h = product(_reorder(x, order, place), fc1, ends)
     if fc1_bias is not None:
         h = h + F.embedding(sorted_ids, fc1_bias.to(x.dtype))
     h = activate(h, activation, gated)
-    y = product(h, fc2.to(x.dtype), ends)
+    y = product(h, fc2, ends)
     if fc2_bias is not None:
         y = y + F.embedding(sorted_ids, fc2_bias.to(x.dtype))
     y = _reorder(y, place, order)
@@ -57,6 +57,8 @@ def _row(bias: Tensor | None, chosen: int, dtype: torch.dtype) -> Tensor | None:
 def _product(x: Tensor, fc1: Tensor, fc2: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A function of sorted rows (t, in), weights (e, out, in) and group ends to (t, out).
 
+    The weights are cast to the rows' dtype, their gradient is of their own.
+
     torch's grouped product takes bfloat16 rows of a multiple of 16 bytes on CUDA; elsewhere one
     product per group is as fast (measured on CPU, 1 to 2,048 tokens), and takes any dtype.
     """
@@ -68,7 +70,7 @@ def _product(x: Tensor, fc1: Tensor, fc2: Tensor) -> Callable[[Tensor, Tensor, T
 
 def _one_call(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     grouped = getattr(F, "grouped_mm", None) or torch._grouped_mm
-    return grouped(rows, weight.transpose(1, 2), offs=ends)
+    return grouped(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
 
 
 # Of bfloat16 rows on a CPU, products take this many times a whole number. oneDNN compiles a program
@@ -81,32 +83,41 @@ def _call_per_group(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows[group j] @ weight[j]^T for each group j; on a GPU this waits for `ends`."""
     out = rows.new_empty(len(rows), weight.shape[1])
     for j, group in _groups(ends):
+        of_group = weight[j].to(rows.dtype)  # one by one: the cast numbers are still in the cache
         if not _wants_whole_runs(rows):
-            out[group] = product(rows[group], weight[j])
+            out[group] = product(rows[group], of_group)
             continue
         window = _window(group, len(rows))
         if window.start == group.start:  # the next groups write over what is too much
-            torch.mm(rows[window], weight[j].t(), out=out[window])
+            torch.mm(rows[window], of_group.t(), out=out[window])
         else:
             before = group.start - window.start
             size = group.stop - group.start
-            out[group] = (rows[window] @ weight[j].t())[before : before + size]
+            out[group] = (rows[window] @ of_group.t())[before : before + size]
     return out
 
 
 @torch.library.custom_op("blackmamba::grouped_outer", mutates_args=())
-def _grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """left[group j]^T @ right[group j] for each group j; zeros for an empty group."""
-    out = left.new_zeros(len(ends), left.shape[1], right.shape[1])
+def _grouped_outer(left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """left[group j]^T @ right[group j] for each group j, in dtype; zeros for an empty group."""
+    out = left.new_empty(len(ends), left.shape[1], right.shape[1], dtype=dtype)
+    narrow = left.new_empty(out.shape[1:]) if dtype != left.dtype else None
+    idle = set(range(len(ends)))
     for j, group in _groups(ends):
+        idle.remove(j)
         if not _wants_whole_runs(left):
             out[j] = product(left[group].t(), right[group].t())
             continue
         window = _window(group, len(left))
+        to = out[j] if narrow is None else narrow
         if left.shape[1] < right.shape[1]:
-            torch.mm(_alone(left, group, window).t(), right[window], out=out[j])
+            torch.mm(_alone(left, group, window).t(), right[window], out=to)
         else:
-            torch.mm(left[window].t(), _alone(right, group, window), out=out[j])
+            torch.mm(left[window].t(), _alone(right, group, window), out=to)
+        if narrow is not None:
+            out[j] = narrow
+    for j in idle:
+        out[j] = 0
     return out
 
 
@@ -143,8 +154,8 @@ def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 @_grouped_outer.register_fake
-def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+def _(left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1], dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -157,7 +168,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]
     grad_rows = (
         _call_per_group(g, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
     )
-    grad_weight = _grouped_outer(g, rows, ends) if ctx.needs_input_grad[1] else None
+    grad_weight = _grouped_outer(g, rows, ends, weight.dtype) if ctx.needs_input_grad[1] else None
     return grad_rows, grad_weight, None
 
 
