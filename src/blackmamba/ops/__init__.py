@@ -16,7 +16,7 @@ from blackmamba.ops.quantized_linear import (
     quantize_weight,
     quantized_linear,
 )
-from blackmamba.ops.rms_norm import rms_norm
+from blackmamba.ops.rms_norm import add_rms_norm, rms_norm
 from blackmamba.ops.selective_scan import selective_scan
 from blackmamba.ops.selective_state_update import selective_state_update
 from blackmamba.ops.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_choice
@@ -25,6 +25,7 @@ __all__ = [
     "QuantizedWeight",
     "SinkhornResult",
     "activate",
+    "add_rms_norm",
     "causal_conv1d",
     "dequantize",
     "expert_mlp",
