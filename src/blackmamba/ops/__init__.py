@@ -5,6 +5,7 @@ versions of it. `backend.py` says which one runs.
 """
 
 from blackmamba.ops.activate import activate
+from blackmamba.ops.adamw import AdamWTensors, adamw_, adamw_factors
 from blackmamba.ops.causal_conv1d import causal_conv1d
 from blackmamba.ops.expert_mlp import expert_mlp
 from blackmamba.ops.linear import linear
@@ -22,9 +23,12 @@ from blackmamba.ops.selective_state_update import selective_state_update
 from blackmamba.ops.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_choice
 
 __all__ = [
+    "AdamWTensors",
     "QuantizedWeight",
     "SinkhornResult",
     "activate",
+    "adamw_",
+    "adamw_factors",
     "add_rms_norm",
     "causal_conv1d",
     "dequantize",
