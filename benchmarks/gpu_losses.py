@@ -159,7 +159,7 @@ def loss(preset: str, t: int, limit: Limits, repeats: int, tiny: bool) -> dict[s
 
 
 def optimizer(preset: str, limit: Limits, repeats: int) -> dict[str, Any]:
-    """AdamW over a whole model, with clipping and what each way of keeping weights costs besides."""
+    """AdamW over a whole model, with clipping and what each way of keeping weights costs."""
     with torch.device("meta"):
         shapes = [p.shape for p in BlackMamba(presets[preset]).parameters()]
     n = sum(s.numel() for s in shapes)
