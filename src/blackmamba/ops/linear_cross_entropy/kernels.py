@@ -13,7 +13,7 @@ _WARPS = 8
 
 
 @triton.jit
-def _softmax_kernel(
+def _softmax_cross_entropy_kernel(
     logits_ptr, labels_ptr, losses_ptr, v, ignored,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def softmax_cross_entropy_(
     t, v = logits.shape
     if t:
         block = min(_BLOCK, triton.next_power_of_2(v))
-        _softmax_kernel[(t,)](
+        _softmax_cross_entropy_kernel[(t,)](
             logits, labels, losses, v, ignored,
             BLOCKS=triton.cdiv(v, block), BLOCK=block, GRADIENT=gradient,
             num_warps=min(_WARPS, max(1, block // 256)),
@@ -80,7 +80,7 @@ def softmax_cross_entropy_(
 
 
 @triton.jit
-def _scale_kernel(x_ptr, factor_ptr, y_ptr, n, BLOCK: tl.constexpr):
+def _loss_scale_kernel(x_ptr, factor_ptr, y_ptr, n, BLOCK: tl.constexpr):
     # Owns BLOCK numbers; nothing stays on chip. Bytes: read once, written once. Bound: memory.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
@@ -93,5 +93,5 @@ def scaled(x: Tensor, factor: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        _scale_kernel[(triton.cdiv(x.numel(), 2048),)](x, factor, y, x.numel(), BLOCK=2048)
+        _loss_scale_kernel[(triton.cdiv(x.numel(), 2048),)](x, factor, y, x.numel(), BLOCK=2048)
     return y

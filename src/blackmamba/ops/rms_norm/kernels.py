@@ -17,7 +17,7 @@ _PROGRAMS = 1024  # of the backward pass at least; each leaves a row of the weig
 
 
 @triton.jit
-def _forward_kernel(
+def _rms_norm_forward_kernel(
     x_ptr, update_ptr, weight_ptr, sum_ptr, y_ptr, t, m, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _rms_norm_backward_kernel(
     grad_y_ptr, grad_sum_ptr, x_ptr, weight_ptr, grad_x_ptr, grad_update_ptr, partial_ptr,
     t, m, eps, ROWS: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr,
     HAS_SUM: tl.constexpr, HAS_UPDATE: tl.constexpr,
@@ -84,7 +84,7 @@ def forward(
     y = torch.empty_like(x, dtype=out_dtype)
     if x.numel():
         block, rows = _tile(m)
-        _forward_kernel[(triton.cdiv(t, rows),)](
+        _rms_norm_forward_kernel[(triton.cdiv(t, rows),)](
             x, x if update is None else update, weight, total, y, t, m, eps,
             ROWS=rows, BLOCK=block, HAS_UPDATE=update is not None, num_warps=_warps(rows * block),
         )  # fmt: skip
@@ -111,7 +111,7 @@ def backward(
     turns = max(1, triton.next_power_of_2(t // (rows * _PROGRAMS) + 1) // 2)
     programs = triton.cdiv(t, rows * turns)
     partial = x.new_empty((programs, m), dtype=torch.float32)
-    _backward_kernel[(programs,)](
+    _rms_norm_backward_kernel[(programs,)](
         grad_y, x if grad_sum is None else grad_sum, x, weight, grad_x, grad_update, partial,
         t, m, eps, ROWS=rows, TURNS=turns, BLOCK=block,
         HAS_SUM=grad_sum is not None, HAS_UPDATE=has_update, num_warps=_warps(rows * block),
