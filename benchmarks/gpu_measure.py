@@ -34,6 +34,7 @@ def timed(contenders: Mapping[str, Call], repeats: int, warmup: int = 3) -> dict
     """
     flush = torch.empty(1 << 31 if DEVICE.type == "cuda" else 1, dtype=torch.uint8, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    warmup = warmup if DEVICE.type == "cuda" else 0
     for turn in range(warmup + repeats):
         for name, run in contenders.items():
             flush.zero_()

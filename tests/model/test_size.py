@@ -101,6 +101,6 @@ def test_training_takes_three_times_the_products_and_scans():
     for name in presets:
         forward = flops_per_token(presets[name], 1023)  # the middle of a row of 2047
         ratio = training_flops_per_token(presets[name], 2047) / (3 * forward)
-        assert ratio == pytest.approx(1, rel=0.01 if name.endswith("b") else 0.05), name
+        assert ratio == pytest.approx(1, rel=0.01 if name.endswith("b") else 0.06), name
     untied = dataclasses.replace(config, tie_embeddings=False)
     assert training_flops_per_token(untied, 2048) == found
