@@ -1,6 +1,7 @@
 """What kernels may change: nothing that shows in a loss curve, and nothing between documents."""
 
 import itertools
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
 ]
+logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
 STEPS = 200
 MODEL = ModelConfig(
@@ -71,7 +73,7 @@ def test_float32_kernels_draw_the_references_curve(reference: torch.Tensor):
     losses = curve(torch.float32)
     assert losses[-20:].mean() < 0.6 * losses[0]
     difference = ((losses - reference) / reference).abs()
-    print(f"float32: largest difference {difference.max():.2%}, last loss {losses[-1]:.4f}")
+    logger.info("float32: largest difference %.3g, end %.4f", difference.max(), losses[-1])
     assert difference.max() < 0.005
 
 
@@ -81,7 +83,7 @@ def test_float32_kernels_draw_the_references_curve(reference: torch.Tensor):
 def test_bfloat16_kernels_draw_the_references_curve(weights: str, reference: torch.Tensor):
     losses = curve(torch.bfloat16, weights)
     difference = ((smooth(losses) - smooth(reference)) / smooth(reference)).abs()
-    print(f"bfloat16, {weights}: largest difference of ten-step means {difference.max():.2%}")
+    logger.info("bfloat16, %s: largest difference of means %.3g", weights, difference.max())
     # a single batch's loss moves by more, with the choice of experts at near ties
     assert difference.max() < 0.005
 
