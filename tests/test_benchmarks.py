@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blackmamba.ops import native
+from blackmamba.ops import gpu, native
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not in this copy")
@@ -33,6 +33,12 @@ def script(request, monkeypatch):
         ("cpu_operations", {}),
         ("cpu_training", {"only": ["peer", "alone"]}),  # each part but the first starts a process
         ("cpu_generation", {}),
+        ("gpu_training", {}),
+        pytest.param(
+            "gpu_losses",
+            {},
+            marks=pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing())),
+        ),
         pytest.param(
             "cpu_quantized",
             {},

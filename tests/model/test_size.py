@@ -1,11 +1,18 @@
 """Closed formulas against built models, and the sizes in the released models' names."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from blackmamba.config import ModelConfig
 from blackmamba.model import BlackMamba
-from blackmamba.model.size import flops_per_token, parameters, state_bytes
+from blackmamba.model.size import (
+    flops_per_token,
+    parameters,
+    state_bytes,
+    training_flops_per_token,
+)
 from blackmamba.presets import presets
 
 ODD = ModelConfig(
@@ -82,3 +89,18 @@ def test_flops_agree_with_torch_counts_of_the_products(monkeypatch: pytest.Monke
     d, n, k = config.d_inner, config.d_state, config.d_conv
     elsewhere = config.n_layers * (2 * k * d + 8 * d * n + 5 * d)
     assert sum(by_op.values()) == n_tokens * (flops_per_token(config, 0) - elsewhere)
+
+
+def test_training_takes_three_times_the_products_and_scans():
+    config = presets["blackmamba-1.5b"]
+    d, n = config.d_inner, config.d_state
+    scans = 15 * 3 * (8 * d * n + 5 * d)
+    found = training_flops_per_token(config, 2048)
+    assert found == 6 * 343_694_712 + scans
+    # the same within what formulas of products count beside parameters: norms, biases, convolution
+    for name in presets:
+        forward = flops_per_token(presets[name], 1023)  # the middle of a row of 2047
+        ratio = training_flops_per_token(presets[name], 2047) / (3 * forward)
+        assert ratio == pytest.approx(1, rel=0.01 if name.endswith("b") else 0.06), name
+    untied = dataclasses.replace(config, tie_embeddings=False)
+    assert training_flops_per_token(untied, 2048) == found

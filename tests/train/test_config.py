@@ -223,7 +223,7 @@ def test_what_only_watches_may_change(small: Callable[..., RunConfig]):
         small(
             steps=99, evaluate_every=1, evaluate_batch_size=2, evaluate_seq_len=3, log_every=1,
             checkpoint_every=1, keep_checkpoints=9, max_bad_steps=1, tensorboard=True,
-            device="auto",
+            device="auto", recompute="cheap", capture=True,
         ),
     )  # fmt: skip
 

@@ -45,7 +45,11 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, u: Tensor, state: AttentionState | None, lengths: Tensor | None
+        self,
+        u: Tensor,
+        state: AttentionState | None,
+        lengths: Tensor | None,
+        seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, AttentionState]:
         """Read a piece of each sequence.
 
@@ -53,6 +57,8 @@ class Attention(nn.Module):
             u: (b, l, m).
             state: keys and values of what came before, None for nothing.
             lengths: (b,) int64, rows are right-padded; a pad is overwritten by the next token.
+            seq_idx: (b, l), integers: which document of its row each token is of: it sees no other,
+                and positions begin anew. Then there is neither a state nor lengths.
         Returns:
             (b, l, m) and the new memory.
         """
@@ -60,12 +66,17 @@ class Attention(nn.Module):
         fresh = state is None or state.keys.shape[2] == 0
         past = u.new_zeros(b, dtype=torch.int64) if state is None else state.lengths
         positions_bl = past[:, None] + torch.arange(l, device=u.device)
+        starts_bl = None if seq_idx is None else _starts(seq_idx)
+        if starts_bl is not None:
+            positions_bl = positions_bl - starts_bl
         q = self._rotate(self._heads(self.q_proj(u), self.n_heads), positions_bl)
         k = self._rotate(self._heads(self.k_proj(u), self.n_kv_heads), positions_bl)
         v = self._heads(self.v_proj(u), self.n_kv_heads)
 
         if fresh:
             keys, values, mask = k, v, None
+            if starts_bl is not None:  # a document begins where another has not
+                mask = (starts_bl[:, :, None] == starts_bl[:, None]).tril()[:, None]
         else:
             assert state is not None
             keys = _append(state.keys, k, positions_bl)
@@ -73,7 +84,12 @@ class Attention(nn.Module):
             seen = torch.arange(keys.shape[2], device=u.device)
             mask = (seen <= positions_bl[:, :, None])[:, None]  # (b, 1, l, s)
         y = F.scaled_dot_product_attention(
-            q, keys, values, mask, is_causal=fresh, enable_gqa=self.n_heads != self.n_kv_heads
+            q,
+            keys,
+            values,
+            mask,
+            is_causal=mask is None,
+            enable_gqa=self.n_heads != self.n_kv_heads,
         )
         y = self.out_proj(y.transpose(1, 2).reshape(b, l, -1))
         return y, AttentionState(keys, values, past + (l if lengths is None else lengths))
@@ -95,6 +111,13 @@ class Attention(nn.Module):
         first, second = x.to(wide).split(half, dim=-1)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def _starts(seq_idx: Tensor) -> Tensor:
+    """(b, l): where in its row the document of each token begins."""
+    places = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    begins = seq_idx != seq_idx.roll(1, dims=1)
+    return (begins * places).cummax(dim=1).values  # the first token is at place 0 either way
 
 
 def _append(cache: Tensor, new: Tensor, positions_bl: Tensor) -> Tensor:

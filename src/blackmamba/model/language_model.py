@@ -6,10 +6,13 @@ Source: BlackMamba (arXiv 2402.01771), figure 1. The layer pattern of the config
 same class the paper's three other networks: dense transformer, MoE transformer and dense Mamba.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import InputError
@@ -18,8 +21,10 @@ from blackmamba.model.layer import Layer, Trace
 from blackmamba.model.norm import final_norm
 from blackmamba.model.quantize import store_quantized
 from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
-from blackmamba.model.state import State
+from blackmamba.model.recompute import Recompute
+from blackmamba.model.state import LayerState, State
 from blackmamba.ops import linear, linear_cross_entropy, quantized_linear
+from blackmamba.ops.checks import check_any_integers, check_shapes
 
 _KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
 
@@ -105,25 +110,39 @@ class BlackMamba(nn.Module):
             self.requires_grad_(False)
             self.eval()
 
-    def forward(self, input_ids: Tensor, *, trace: Trace | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, *, seq_idx: Tensor | None = None, trace: Trace | None = None
+    ) -> Tensor:
         """Logits of the next token at every position, each row read from its beginning.
 
         Args:
             input_ids: (b, l) int64, each within 0 .. vocab_size - 1; neither b nor l may be 0.
+            seq_idx: (b, l), any integer dtype, for rows of several documents one after the other:
+                which one each token is of, by a number that no other in its row has. Each is read
+                as if it stood alone (but that Sinkhorn, in training mode, balances the experts over
+                all tokens). None: a row is one document.
             trace: filled with what went on inside.
         Returns:
             (b, l, v) in the compute dtype.
         Raises:
             InputError: a wrong shape or dtype, an empty batch, an id out of range.
         """
-        return self._logits(self._features(input_ids, trace))
+        return self._logits(self._features(input_ids, seq_idx, trace))
 
-    def loss(self, input_ids: Tensor, labels: Tensor, *, trace: Trace | None = None) -> Tensor:
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        seq_idx: Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:
         """Mean cross-entropy in nats over the labels that are not -100, without all logits at once.
 
         Args:
             input_ids: (b, l) int64.
             labels: (b, l) int64: the token that follows each position, or -100 to leave it out.
+            seq_idx: see `forward`; the label of a document's last token is the caller's choice.
             trace: filled with what went on inside.
         Returns:
             A float32 scalar; NaN if every label is -100, as there is nothing to average.
@@ -137,7 +156,7 @@ class BlackMamba(nn.Module):
                 f"{tuple(input_ids.shape)}"
             )
         self._check_range("labels", labels.where(counted, labels.new_zeros(())))
-        x = self._features(input_ids, trace)
+        x = self._features(input_ids, seq_idx, trace)
         total = linear_cross_entropy(
             x.flatten(0, 1), self._head_weight(), labels.flatten(), bias=self._head_bias()
         )
@@ -207,13 +226,14 @@ class BlackMamba(nn.Module):
             least = 1 if logits == "last" else 0
             if low < least or high > l:
                 raise InputError(f"lengths={lengths.tolist()}: each must be {least} .. {l}")
-        x, state = self._run(input_ids, state, lengths, trace)
+        x, update, state = self._run(input_ids, state, lengths, None, trace)
         if logits == "none":
             return None, state
         if logits == "last":
             ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths
-            x = x[torch.arange(b, device=x.device), ends - 1]
-        return self._logits(self._normed(x)), state
+            last = torch.arange(b, device=x.device), ends - 1
+            x, update = x[last], update[last]
+        return self._logits(self._normed(x, update)), state
 
     def step(self, next_ids: Tensor, state: State) -> tuple[Tensor, State]:
         """Read one token of each sequence.
@@ -234,7 +254,7 @@ class BlackMamba(nn.Module):
         layers = list(state.layers)
         for i, layer in enumerate(self._stack()):
             x, layers[i] = layer.step(x, layers[i])
-        return self._logits(self._normed(x)), State(state.batch_size, tuple(layers))
+        return self._logits(self._normed(x, None)), State(state.batch_size, tuple(layers))
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode.
@@ -249,30 +269,58 @@ class BlackMamba(nn.Module):
             )
         return super().train(mode)
 
+    @property
+    def recompute(self) -> Recompute:
+        """What training computes twice so as not to keep it; see `Recompute`. "none" at first."""
+        return self._stack()[0].recompute
+
+    @recompute.setter
+    def recompute(self, what: Recompute) -> None:
+        for layer in self._stack():
+            layer.recompute = what
+
     # ---- parts ------------------------------------------------------------------------------
 
     def _stack(self) -> list[Layer]:
         return list(self.layers)  # pyright: ignore[reportReturnType] # ModuleList forgets the type
 
-    def _features(self, input_ids: Tensor, trace: Trace | None) -> Tensor:
+    def _features(self, input_ids: Tensor, seq_idx: Tensor | None, trace: Trace | None) -> Tensor:
         self._check_ids(input_ids)
-        return self._normed(self._run(input_ids, None, None, trace)[0])
+        if seq_idx is not None:
+            check_any_integers("model", "seq_idx", seq_idx)
+            check_shapes("model", seq_idx=(seq_idx, input_ids.shape))
+        x, update, _ = self._run(input_ids, None, None, seq_idx, trace)
+        return self._normed(x, update)
 
     def _run(
-        self, input_ids: Tensor, state: State | None, lengths: Tensor | None, trace: Trace | None
-    ) -> tuple[Tensor, State]:
-        x = self._embed(input_ids)
+        self,
+        input_ids: Tensor,
+        state: State | None,
+        lengths: Tensor | None,
+        seq_idx: Tensor | None,
+        trace: Trace | None,
+    ) -> tuple[Tensor, Tensor, State]:
+        """The residual stream before the last layer, what that adds to it, and the new memory."""
+        x, update = self._embed(input_ids), None
         stack = self._stack()
-        layers = [None] * len(stack) if state is None else list(state.layers)
+        layers: list[LayerState] = [None] * len(stack) if state is None else list(state.layers)
         for i, layer in enumerate(stack):
-            x, layers[i] = layer(x, layers[i], lengths, trace)
-        return x, State(len(input_ids), tuple(layers))
+            x, update, layers[i] = self._through(layer)(
+                x, update, layers[i], lengths, seq_idx, trace
+            )
+        assert update is not None  # there is a layer
+        return x, update, State(len(input_ids), tuple(layers))
+
+    def _through(self, layer: Layer) -> Callable[..., tuple[Tensor, Tensor, LayerState]]:
+        if not (layer.recompute == "layers" and self.training and torch.is_grad_enabled()):
+            return layer
+        return partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.embedding(ids).to(self.residual_dtype)
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return self.final_norm(x, self.compute_dtype)
+    def _normed(self, x: Tensor, update: Tensor | None) -> Tensor:
+        return self.final_norm.add(x, update, self.compute_dtype)[1]
 
     def _logits(self, x: Tensor) -> Tensor:
         weight = self._head()

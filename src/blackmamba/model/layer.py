@@ -6,11 +6,16 @@ side:
     one part:       x <- x + part(norm(x))
     parallel pair:  x <- x + mixer(norm(x)) + feed_forward(feed_forward_norm(x))
 
+What a layer adds to the stream is handed on beside it and added where the next norm reads it: one
+pass over memory in place of two.
+
 Source: BlackMamba (arXiv 2402.01771) and the authors' code, where every layer adds to the raw
 stream; the equation as printed in the paper leaves the mixer's output out of the outer sum.
 """
 
 import dataclasses
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +26,7 @@ from blackmamba.model.mamba import Mamba
 from blackmamba.model.mlp import MLP
 from blackmamba.model.moe import MoE
 from blackmamba.model.norm import RMSNorm
+from blackmamba.model.recompute import Recompute, not_kept
 from blackmamba.model.router import Routing
 from blackmamba.model.state import LayerState
 
@@ -53,6 +59,7 @@ class Layer(nn.Module):
         super().__init__()
         self.index = index
         self.compute_dtype = compute_dtype
+        self.recompute: Recompute = "none"
         self.norm = RMSNorm(config.d_model, config.norm_eps, device=device, dtype=wide)
         self.mixer: Mamba | Attention | None = None
         if spec.mixer == "mamba":
@@ -78,36 +85,61 @@ class Layer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: LayerState, lengths: Tensor | None, trace: Trace | None
-    ) -> tuple[Tensor, LayerState]:
-        """The residual stream x (b, l, m) through this layer, and the mixer's new memory."""
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        state: LayerState,
+        lengths: Tensor | None,
+        seq_idx: Tensor | None,
+        trace: Trace | None,
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        """Read a piece of each sequence.
+
+        Args:
+            x: (b, l, m), the residual stream as it was before the last layer.
+            update: (b, l, m), what that layer adds to it; None: nothing.
+            state: the mixer's memory of what came before, None for nothing.
+            lengths: (b,) int64, rows are right-padded.
+            seq_idx: (b, l), integers: which document of its row each token is of.
+            trace: filled with what went on inside.
+        Returns:
+            x + update, what this layer adds to that, and the mixer's new memory.
+        """
+        x, y = self.norm.add(x, update, self.compute_dtype)
         update = None
         if self.mixer is not None:
-            update, state = self.mixer(self._normed(self.norm, x), state, lengths)
-        x, state = self._add(x, update, trace), state
+            with self._not_kept(y, self.norm, x):
+                update, state = self.mixer(y, state, lengths, seq_idx)
+        update = self._fed(x, y, update, trace)
         if trace is not None and trace.keep_hidden:
-            trace.hidden[self.index] = x
-        return x, state
+            trace.hidden[self.index] = x + update
+        return x, update, state
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """One token: x (b, m) through this layer, and the mixer's new memory."""
-        update = None
+        y, update = self.norm(x, self.compute_dtype), None
         if self.mixer is not None:
-            update, state = self.mixer.step(self._normed(self.norm, x), state)  # pyright: ignore[reportArgumentType] # its own kind of state
-        return self._add(x, update, None), state
+            update, state = self.mixer.step(y, state)  # pyright: ignore[reportArgumentType] # its own kind of state
+        return x + self._fed(x, y, update, None), state
 
-    def _add(self, x: Tensor, update: Tensor | None, trace: Trace | None) -> Tensor:
+    def _fed(self, x: Tensor, y: Tensor, update: Tensor | None, trace: Trace | None) -> Tensor:
+        """The mixer's update, and the feed-forward part of y = norm(x), or of its own norm of x."""
         if self.feed_forward is not None:
-            y = self._normed(self.feed_forward_norm or self.norm, x)
-            if isinstance(self.feed_forward, MoE):
-                y, routing = self.feed_forward(y)
-                if trace is not None:
-                    trace.routing[self.index] = routing
-            else:
-                y = self.feed_forward(y)
-            update = y if update is None else update + y
+            norm = self.norm
+            if self.feed_forward_norm is not None:
+                norm = self.feed_forward_norm
+                y = norm(x, self.compute_dtype)
+            with self._not_kept(y, norm, x):
+                if isinstance(self.feed_forward, MoE):
+                    fed, routing = self.feed_forward(y)
+                    if trace is not None:
+                        trace.routing[self.index] = routing
+                else:
+                    fed = self.feed_forward(y)
+            update = fed if update is None else update + fed
         assert update is not None  # a layer has at least one part
-        return x + update
+        return update
 
-    def _normed(self, norm: RMSNorm, x: Tensor) -> Tensor:
-        return norm(x, self.compute_dtype)
+    def _not_kept(self, y: Tensor, norm: RMSNorm, x: Tensor) -> AbstractContextManager[object]:
+        again = partial(norm, x, self.compute_dtype)
+        return not_kept(y, again, self.training and self.recompute == "cheap")

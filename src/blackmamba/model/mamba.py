@@ -57,7 +57,11 @@ class Mamba(nn.Module):
         )
 
     def forward(
-        self, u: Tensor, state: MambaState | None, lengths: Tensor | None
+        self,
+        u: Tensor,
+        state: MambaState | None,
+        lengths: Tensor | None,
+        seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, MambaState]:
         """Read a piece of each sequence.
 
@@ -65,6 +69,7 @@ class Mamba(nn.Module):
             u: (b, l, m).
             state: memory of what came before, None for nothing.
             lengths: (b,) int64, rows are right-padded; a pad neither decays nor feeds the state.
+            seq_idx: (b, l), integers: which document of its row each token is of.
         Returns:
             (b, l, m) and the new memory.
         """
@@ -75,6 +80,7 @@ class Mamba(nn.Module):
             self.conv_bias.to(x.dtype),
             initial_state=None if state is None else state.conv,
             lengths=lengths,
+            seq_idx=seq_idx,
         )
         dt, B, C = self.x_proj(x).split(self._split, dim=-1)
         dt = self.dt_proj(dt)
@@ -92,6 +98,7 @@ class Mamba(nn.Module):
             dt_bias=self.dt_bias,
             dt_softplus=True,
             initial_state=None if state is None else state.ssm,
+            seq_idx=seq_idx,
         )
         return self.out_proj(y), MambaState(conv, ssm)
 

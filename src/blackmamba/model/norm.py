@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from blackmamba.config import ModelConfig
-from blackmamba.ops import rms_norm
+from blackmamba.ops import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -22,6 +22,14 @@ class RMSNorm(nn.Module):
         """(..., m) to the same shape, in out_dtype; None: x's."""
         return rms_norm(x, self.weight, self.eps, out_dtype=out_dtype)
 
+    def add(
+        self, x: Tensor, update: Tensor | None, out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x + update in x's dtype (x itself if there is no update), and its norm in out_dtype."""
+        if update is None:
+            return x, self(x, out_dtype)
+        return add_rms_norm(x, update, self.weight, self.eps, out_dtype=out_dtype)
+
 
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm that works in the dtype of its parameters and gives back the input's."""
@@ -29,6 +37,13 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """(..., m) to the same shape, in out_dtype; None: the input's."""
         return super().forward(input.to(self.weight.dtype)).to(out_dtype or input.dtype)
+
+    def add(
+        self, x: Tensor, update: Tensor | None, out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x + update in x's dtype (x itself if there is no update), and its norm in out_dtype."""
+        total = x if update is None else (x + update).to(x.dtype)
+        return total, self(total, out_dtype)
 
 
 def final_norm(

@@ -12,10 +12,9 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blackmamba.config import ModelConfig
-from blackmamba.ops import sinkhorn_choice
+from blackmamba.ops import router_logits, sinkhorn_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x (t, m); the logits are computed in the router's own dtype, float32."""
-        logits = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        logits = router_logits(x, self.weight, self.bias)
         expert_ids = self._balanced(logits) if self.training else logits.argmax(dim=-1)
         chosen = logits.gather(1, expert_ids[:, None])[:, 0]
         return Routing(expert_ids, torch.sigmoid(chosen), logits)

@@ -85,6 +85,36 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     return total
 
 
+def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """FLOPs that training one token takes at least: what a utilisation is a share of.
+
+    6 for each active parameter (a multiply-add forward, two backward), three times what the scan of
+    each Mamba layer and the scores of each attention layer take forward. A table of embeddings that
+    no product reads does not count; neither does anything that is computed twice to save memory.
+
+    Args:
+        config: the model.
+        seq_len: tokens of a row; only attention layers depend on it.
+    Source:
+        6 N: Kaplan et al. 2020 (arXiv 2001.08361), section 2.1.
+    """
+    active = parameters(config).active
+    if not config.tie_embeddings:
+        active -= config.vocab_size * config.d_model
+    extra = 0
+    for spec in config.layer_specs:
+        if spec.mixer == "mamba":
+            extra += _scan_flops(config)
+        elif spec.mixer == "attention":  # a token sees half of its row
+            extra += 2 * (seq_len + 1) * config.n_heads * config.d_head
+    return 6 * active + 3 * extra
+
+
+def _scan_flops(config: ModelConfig) -> int:
+    """exp(dt A) 2, decay and drive 2 + 2, C.h 2 for each of d n; dt x, D x, gate for d."""
+    return 8 * config.d_inner * config.d_state + 5 * config.d_inner
+
+
 def _layer_flops(config: ModelConfig, spec: LayerSpec, context: int) -> int:
     m = config.d_model
     flops = 0
@@ -92,8 +122,7 @@ def _layer_flops(config: ModelConfig, spec: LayerSpec, context: int) -> int:
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
         flops += 2 * m * 2 * d + 2 * d * (r + 2 * n) + 2 * r * d + 2 * d * m  # products
         flops += 2 * k * d  # convolution
-        # scan: exp(dt A) 2, decay and drive 2 + 2, C.h 2 for each of d n; dt x, D x, gate for d
-        flops += 8 * d * n + 5 * d
+        flops += _scan_flops(config)
     elif spec.mixer == "attention":
         q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
         flops += 2 * m * (2 * q + 2 * kv) + 4 * (context + 1) * q

@@ -5,6 +5,7 @@ versions of it. `backend.py` says which one runs.
 """
 
 from blackmamba.ops.activate import activate
+from blackmamba.ops.adamw import AdamWTensors, adamw_, adamw_factors
 from blackmamba.ops.causal_conv1d import causal_conv1d
 from blackmamba.ops.expert_mlp import expert_mlp
 from blackmamba.ops.linear import linear
@@ -16,15 +17,20 @@ from blackmamba.ops.quantized_linear import (
     quantize_weight,
     quantized_linear,
 )
-from blackmamba.ops.rms_norm import rms_norm
+from blackmamba.ops.rms_norm import add_rms_norm, rms_norm
+from blackmamba.ops.router_logits import router_logits
 from blackmamba.ops.selective_scan import selective_scan
 from blackmamba.ops.selective_state_update import selective_state_update
 from blackmamba.ops.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_choice
 
 __all__ = [
+    "AdamWTensors",
     "QuantizedWeight",
     "SinkhornResult",
     "activate",
+    "adamw_",
+    "adamw_factors",
+    "add_rms_norm",
     "causal_conv1d",
     "dequantize",
     "expert_mlp",
@@ -34,6 +40,7 @@ __all__ = [
     "quantized_expert_mlp",
     "quantized_linear",
     "rms_norm",
+    "router_logits",
     "selective_scan",
     "selective_state_update",
     "sinkhorn",

@@ -9,7 +9,8 @@ from blackmamba.train.evaluation import Validation, validate
 from blackmamba.train.progress import Progress, RichProgress
 from blackmamba.train.recipe import load_recipe, recipe_names, write_recipe
 from blackmamba.train.report import RunResult
-from blackmamba.train.trainer import run, train_step
+from blackmamba.train.step import train_step
+from blackmamba.train.trainer import run
 
 __all__ = [
     "Progress",

@@ -16,6 +16,7 @@ _AT_LEAST = {
 _FREE_ON_RESUME = frozenset((
     "steps", "device", "evaluate_every", "evaluate_batch_size", "evaluate_seq_len",
     "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "tensorboard",
+    "recompute", "capture",
 ))  # fmt: skip
 
 
@@ -47,9 +48,22 @@ class TrainConfig:
     """Largest norm of all gradients together; 0: no limit."""
 
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Of the products; parameters, optimizer, scan state and loss are float32 either way.
+    """Of the products; optimizer, scan state and loss are float32 either way, parameters as
+    `weights` says.
     "auto": bfloat16 where the device has instructions for it, else float32; a run that is resumed
     goes on in the dtype that it began with."""
+    weights: Literal["float32", "master", "stochastic", "auto"] = "float32"
+    """How parameters are kept. "float32", cast for every product. "master": those of the products
+    in `dtype`, and a float32 copy in the optimizer, which is what it updates: the same memory and
+    fewer passes over it. "stochastic": in `dtype` alone, rounded at random: a quarter less memory.
+    "auto": "master" for bfloat16 on a GPU, else "float32"; a run that is resumed goes on as it
+    began. Norms, router, A_log, D and dt_bias are float32 in any case."""
+    recompute: Literal["none", "cheap", "layers"] = "none"
+    """What is computed again in the backward pass and so not kept for it. "cheap": outputs of norms
+    and convolutions. "layers": all inside of a layer, products too."""
+    capture: bool = False
+    """Record forward and backward pass as a CUDA graph at the first step and replay it: for models
+    so small that starting kernels takes longer than running them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto": the GPU if there is one."""
     seed: int = 0

@@ -11,7 +11,6 @@ RUN/
 import contextlib
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -44,11 +43,13 @@ from blackmamba.train.metrics import (
     expert_load,
     finite,
 )
+from blackmamba.train.mixed import narrow_weights
 from blackmamba.train.optimizer import build_optimizer
 from blackmamba.train.progress import Progress
 from blackmamba.train.recipe import write_recipe
 from blackmamba.train.report import RunResult, draw_loss, write_summary, xz_bits_per_byte
 from blackmamba.train.schedule import learning_rate
+from blackmamba.train.step import CapturedGradients, GradientsOfBatch, StepOutcome, train_step
 
 RECIPE, DATA, CHECKPOINTS, MODEL = "recipe.yaml", "data", "checkpoints", "model"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,14 +83,22 @@ def run(
     """
     out, settings, progress = Path(out), config.train, progress or Progress()
     device = _pick_device(settings.device)
+    if settings.capture and device.type != "cuda":
+        raise ConfigError("train.capture=true: there are graphs on a GPU only; set it to false")
     keep_freed_memory(device)
     if settings.tensorboard:
         check_tensorboard()
     checkpoint = _enter(out, config, resume)
     config = _with_dtype(config, checkpoint, device)
     data = _open_data(out, config, checkpoint)
-    model = _build(config, data.tokenizer, device)
-    optimizer = build_optimizer(model, settings)
+    settings = config.train
+    model = _build(config, data.tokenizer)
+    masters = (
+        narrow_weights(model, _DTYPES[settings.dtype]) if settings.weights != "float32" else {}
+    )
+    model.to(device).recompute = settings.recompute
+    optimizer = build_optimizer(model, settings, masters)
+    del masters  # they may be on the device by now
     counters = Counters()
     if checkpoint is not None:
         restore(checkpoint, model, optimizer)
@@ -132,6 +141,9 @@ class Trainer:
         self.config, self.out, self.data = config, out, data
         self.model, self.optimizer = model, optimizer
         self.counters, self.progress = counters, progress
+        self._device = model.embedding.weight.device
+        self._is_ahead = self._device.type != "cpu"
+        self._gradients = (CapturedGradients if config.train.capture else GradientsOfBatch)(model)
 
     def train(self) -> Validation:
         """All steps that are left; returns the validation after the last."""
@@ -139,76 +151,98 @@ class Trainer:
         sampler = WindowSampler(
             self.data.train.tokens, settings.seq_len, settings.batch_size, settings.seed
         )
-        validation = None
-        began = time.monotonic() - counters.seconds
+        validation: Validation | None = None
+        waiting: _Step | None = None  # on a GPU: runs, while the host prepares the next
+        self._since = time.monotonic()
+        began = self._since - counters.seconds
         self.progress.on_start(counters.step, settings.steps)
         with (
             MetricsLog(self.out, step=counters.step, tensorboard=settings.tensorboard) as metrics,
             StopRequest() as stop,
         ):
             while counters.step < settings.steps:
-                row = self._step(*sampler.batch(counters.step))
+                step = self._begin_step(*sampler.batch(counters.step))
                 is_last = counters.step == settings.steps
-                if is_last or _is_due(counters.step, settings.evaluate_every):
-                    validation = self._validate()
-                    row["validation"] = {
-                        "nats_per_token": finite(validation.nats_per_token),
-                        "bits_per_byte": finite(validation.bits_per_byte),
-                    }
-                counters.seconds = time.monotonic() - began
-                row["seconds"] = round(counters.seconds, 3)
-                metrics.write(row)
-                self.progress.on_step(row)
-
-                if counters.bad_in_a_row >= settings.max_bad_steps:
-                    raise TrainingError(
-                        f"step {counters.step}: loss or gradient was not finite for "
-                        f"{counters.bad_in_a_row} steps in a row; "
-                        f"try a train.lr below {settings.lr:g} or a longer train.warmup_steps"
-                    )
-                if is_last or stop.requested or _is_due(counters.step, settings.checkpoint_every):
+                is_validated = is_last or _is_due(counters.step, settings.evaluate_every)
+                is_saved = is_last or _is_due(counters.step, settings.checkpoint_every)
+                if waiting is not None:
+                    self._end_step(waiting, metrics, None, began)
+                waiting = step
+                if is_validated or is_saved or not self._is_ahead or stop.requested:
+                    validation = self._validate() if is_validated else None
+                    self._end_step(waiting, metrics, validation, began)
+                    waiting = None
+                is_stopping = waiting is None and stop.requested
+                if is_saved or is_stopping:
                     metrics.sync()
                     self._save()
-                if stop.requested and not is_last:
+                if is_stopping and not is_last:
                     raise KeyboardInterrupt(
                         f"saved and stopped after step {counters.step} of {settings.steps}; "
                         "--resume goes on from there"
                     )
         return validation or self._validate()
 
-    def _step(self, input_ids: Tensor, labels: Tensor) -> Row:
-        """One step, and its line of metrics."""
+    def _begin_step(self, input_ids: Tensor, labels: Tensor) -> "_Step":
+        """Start a step; on a GPU it is not done when this returns."""
         settings, counters = self.config.train, self.counters
-        begin = time.monotonic()
         lr = learning_rate(settings, counters.step)
         trace = Trace() if _is_due(counters.step + 1, settings.log_every) else None
-        device = self.model.embedding.weight.device
         outcome = train_step(
             self.model,
             self.optimizer,
-            input_ids.to(device),
-            labels.to(device),
+            _sent(input_ids, self._device),
+            _sent(labels, self._device),
             lr=lr,
             accumulate=settings.accumulate,
             grad_clip=settings.grad_clip,
             trace=trace,
+            gradients=self._gradients,
         )
         counters.step += 1
         counters.tokens += input_ids.numel()
-        counters.bad_steps += not outcome.is_finite
-        counters.bad_in_a_row = 0 if outcome.is_finite else counters.bad_in_a_row + 1
+        experts = expert_load(trace.routing) if trace is not None and trace.routing else None
+        return _Step(counters.step, counters.tokens, input_ids.numel(), lr, outcome, experts)
+
+    def _end_step(
+        self, step: "_Step", metrics: MetricsLog, validation: Validation | None, began: float
+    ) -> None:
+        """Wait for a step's numbers and write them down.
+
+        Raises:
+            TrainingError: too many in a row were not finite.
+        """
+        settings, counters, outcome = self.config.train, self.counters, step.outcome
         row: Row = {
-            "step": counters.step,
+            "step": step.number,
             "loss": finite(outcome.loss),
-            "lr": lr,
+            "lr": step.lr,
             "grad_norm": finite(outcome.grad_norm),
             "skipped": not outcome.is_finite,
-            "tokens": counters.tokens,
-            "tokens_per_s": round(input_ids.numel() / (time.monotonic() - begin), 1),
+            "tokens": step.tokens,
         }
-        if trace is not None and trace.routing:
-            row["experts"] = expert_load(trace.routing)
-        return row
+        now = time.monotonic()
+        row["tokens_per_s"] = round(step.n_tokens / (now - self._since), 1)
+        self._since = now
+        if step.experts is not None:
+            row["experts"] = step.experts
+        if validation is not None:
+            row["validation"] = {
+                "nats_per_token": finite(validation.nats_per_token),
+                "bits_per_byte": finite(validation.bits_per_byte),
+            }
+        counters.bad_steps += not outcome.is_finite
+        counters.bad_in_a_row = 0 if outcome.is_finite else counters.bad_in_a_row + 1
+        counters.seconds = now - began
+        row["seconds"] = round(counters.seconds, 3)
+        metrics.write(row)
+        self.progress.on_step(row)
+        if counters.bad_in_a_row >= settings.max_bad_steps:
+            raise TrainingError(
+                f"step {step.number}: loss or gradient was not finite for "
+                f"{counters.bad_in_a_row} steps in a row; "
+                f"try a train.lr below {settings.lr:g} or a longer train.warmup_steps"
+            )
 
     def _validate(self) -> Validation:
         settings = self.config.train
@@ -236,55 +270,18 @@ class Trainer:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepOutcome:
-    loss: float
-    """Mean nats per token, before the update."""
-    grad_norm: float
-    """Of all gradients together, before clipping."""
+class _Step:
+    """A step that was begun."""
 
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-def train_step(
-    model: BlackMamba,
-    optimizer: torch.optim.Optimizer,
-    input_ids: Tensor,
-    labels: Tensor,
-    *,
-    lr: float,
-    accumulate: int = 1,
-    grad_clip: float = 0.0,
-    trace: Trace | None = None,
-) -> StepOutcome:
-    """Update the weights once; leave them and the optimizer alone if something is not finite.
-
-    Args:
-        model: in training mode.
-        optimizer: of its parameters.
-        input_ids, labels: (b, l) int64; no label is -100, so that micro-batches weigh the same.
-        lr: learning rate of this step.
-        accumulate: micro-batches that b is cut into.
-        grad_clip: largest norm of all gradients together; 0: no limit.
-        trace: filled by the last micro-batch.
-    """
-    optimizer.zero_grad()
-    total = torch.zeros((), device=input_ids.device)
-    for ids, targets in zip(input_ids.chunk(accumulate), labels.chunk(accumulate), strict=True):
-        loss = model.loss(ids, targets, trace=trace) / accumulate
-        loss.backward()
-        total += loss.detach()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    outcome = StepOutcome(*torch.stack((total, norm)).tolist())  # waits for the device once
-    if outcome.is_finite:
-        if grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    return outcome
+    number: int
+    """From 1."""
+    tokens: int
+    """Read up to its end."""
+    n_tokens: int
+    """Its own."""
+    lr: float
+    outcome: StepOutcome
+    experts: dict[str, dict[str, float]] | None
 
 
 @contextlib.contextmanager
@@ -293,6 +290,11 @@ def _writing(out: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise TrainingError(f"{out}: cannot be written to ({error.strerror or error})") from None
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what runs there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -337,15 +339,15 @@ def _enter(out: Path, config: RunConfig, resume: bool) -> Checkpoint | None:
 def _with_dtype(
     config: RunConfig, checkpoint: Checkpoint | None, device: torch.device
 ) -> RunConfig:
-    """The configuration with a dtype in the place of "auto"."""
-    train = config.train
-    if train.dtype != "auto":
-        return config
-    if checkpoint is not None:
-        dtype = checkpoint.config.train.dtype
-    else:
+    """The configuration with what it stands for in the place of "auto"."""
+    train, begun = config.train, None if checkpoint is None else checkpoint.config.train
+    if train.dtype == "auto":
         dtype = "bfloat16" if _multiplies_bfloat16(device) else "float32"
-    return dataclasses.replace(config, train=dataclasses.replace(train, dtype=dtype))
+        train = dataclasses.replace(train, dtype=begun.dtype if begun else dtype)
+    if train.weights == "auto":
+        weights = "master" if device.type == "cuda" and train.dtype == "bfloat16" else "float32"
+        train = dataclasses.replace(train, weights=begun.weights if begun else weights)
+    return dataclasses.replace(config, train=train)
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
@@ -368,14 +370,13 @@ def _open_data(out: Path, config: RunConfig, checkpoint: Checkpoint | None) -> P
     return data
 
 
-def _build(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> BlackMamba:
-    """The untrained model: the same on every device, because it is made on the CPU."""
+def _build(config: RunConfig, tokenizer: Tokenizer) -> BlackMamba:
+    """The untrained model on the CPU: so it is the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)
-        model = BlackMamba(
+        return BlackMamba(
             fit_vocabulary(config.model, tokenizer), compute_dtype=_DTYPES[config.train.dtype]
         )
-    return model.to(device)
 
 
 def fit_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

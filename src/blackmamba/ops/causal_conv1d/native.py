@@ -155,8 +155,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, bias, before, _ = ctx.saved_tensors
-    x, weight, *rest = _backward(grad_y, *ctx.saved_tensors, ctx.silu)
+    saved = ctx.saved_tensors  # once: a checkpointed layer computes them when they are asked for
+    _, _, bias, before, _ = saved
+    x, weight, *rest = _backward(grad_y, *saved, ctx.silu)
     return (
         x,
         weight,

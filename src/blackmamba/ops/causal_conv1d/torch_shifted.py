@@ -132,8 +132,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, before = _backward(grad_y, *ctx.saved_tensors, ctx.silu)
-    return x, weight, None if ctx.saved_tensors[2] is None else bias, before, None, None
+    saved = ctx.saved_tensors  # once: a checkpointed layer computes them when they are asked for
+    x, weight, bias, before = _backward(grad_y, *saved, ctx.silu)
+    return x, weight, None if saved[2] is None else bias, before, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -8,11 +8,13 @@ from blackmamba.ops.linear_cross_entropy.chunked import (
     linear_cross_entropy_chunked,
     linear_cross_entropy_native,
 )
+from blackmamba.ops.linear_cross_entropy.gpu import linear_cross_entropy_triton
 from blackmamba.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 _IMPLEMENTATIONS = Implementations(
     "linear_cross_entropy",
     {
+        "triton": linear_cross_entropy_triton,
         "native": linear_cross_entropy_native,
         "torch": linear_cross_entropy_chunked,
         "reference": linear_cross_entropy_reference,

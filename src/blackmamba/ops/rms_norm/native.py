@@ -13,6 +13,14 @@ def rms_norm_native(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtyp
     return _forward(x, weight, eps, out_dtype)
 
 
+def add_rms_norm_native(
+    x: Tensor, update: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sum as torch has it, then its norm: the sum is still in the processor's cache."""
+    total = (x + update).to(x.dtype)
+    return total, _forward(total, weight, eps, out_dtype)
+
+
 @torch.library.custom_op("blackmamba::rms_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     x, wide = x.contiguous(), weight.float().contiguous()

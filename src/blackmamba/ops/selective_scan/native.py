@@ -67,8 +67,9 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore
-        grads = _run_backward(*(*grad_outputs, *ctx.saved_tensors, ctx.dt_softplus))
-        return *_of_present(grads, ctx.saved_tensors), None, None, None
+        saved = ctx.saved_tensors
+        grads = _run_backward(*(*grad_outputs, *saved, ctx.dt_softplus))
+        return *_of_present(grads, saved), None, None, None
 
 
 class _Call:
@@ -225,8 +226,9 @@ def _save_and_mark(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradients(ctx: Any, grad_y: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Any, ...]:
-    grads = _backward(grad_y, grad_final, *ctx.saved_tensors, ctx.dt_softplus)
-    return *_of_present(grads, ctx.saved_tensors), None, None, None
+    saved = ctx.saved_tensors  # once: a checkpointed layer computes them when they are asked for
+    grads = _backward(grad_y, grad_final, *saved, ctx.dt_softplus)
+    return *_of_present(grads, saved), None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save_and_mark)

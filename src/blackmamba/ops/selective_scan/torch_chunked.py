@@ -367,9 +367,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, grad_y: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *grads, grad_state = _backward(grad_y, grad_final, *ctx.saved_tensors, ctx.dt_softplus)
-    present = ctx.saved_tensors[:-2]
-    kept = [g if t is not None else None for g, t in zip(grads, present, strict=True)]
+    saved = ctx.saved_tensors  # once: a checkpointed layer computes them when they are asked for
+    *grads, grad_state = _backward(grad_y, grad_final, *saved, ctx.dt_softplus)
+    kept = [g if t is not None else None for g, t in zip(grads, saved[:-2], strict=True)]
     return *kept, grad_state.to(ctx.state_dtype), None, None
 
 

@@ -1,0 +1,109 @@
+"""Triton kernels of `router_logits`: few columns, so that reading x is all that takes time.
+
+Letters: t rows, m their width, e experts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 64
+_COLUMNS = 64  # of x at a time
+_PARTS = 128  # into which the backward pass cuts the rows; each leaves a gradient of the weight
+_WARPS = 4
+
+
+@triton.jit
+def _router_forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, t, m, e,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    # Owns ROWS rows and all experts. On chip: their sums. Bytes: x once, the weight once for each
+    # program (from the L2 cache), y once. Bound: device memory.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    experts = tl.arange(0, E)
+    total = tl.zeros((ROWS, E), tl.float32)
+    for block in range(BLOCKS):
+        columns = block * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < m
+        x = tl.load(
+            x_ptr + rows[:, None] * m + columns[None, :],
+            mask=(rows[:, None] < t) & inside[None, :], other=0.0,
+        )  # fmt: skip
+        w = tl.load(
+            weight_ptr + experts[None, :] * m + columns[:, None],
+            mask=(experts[None, :] < e) & inside[:, None], other=0.0,
+        )  # fmt: skip
+        total += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+    total += tl.load(bias_ptr + experts, mask=experts < e, other=0.0).to(tl.float32)[None, :]
+    at = rows[:, None] * e + experts[None, :]
+    mask = (rows[:, None] < t) & (experts[None, :] < e)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _router_backward_kernel(
+    grad_ptr, x_ptr, weight_ptr, grad_x_ptr, partial_ptr, t, m, e,
+    ROWS: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    # Owns TURNS times ROWS rows and BLOCK columns. On chip: the weight of those columns, and the
+    # sum over its rows of that weight's gradient, written once. Bytes: x and grad_x once, grad once
+    # for each block of columns. Bound: device memory.
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    experts = tl.arange(0, E)
+    inside = columns < m
+    of_weight = (experts[:, None] < e) & inside[None, :]
+    at_weight = experts[:, None] * m + columns[None, :]
+    w = tl.load(weight_ptr + at_weight, mask=of_weight, other=0.0).to(tl.float32)
+    total = tl.zeros((E, BLOCK), tl.float32)
+    for turn in range(TURNS):
+        group = tl.program_id(0).to(tl.int64) * TURNS + turn
+        rows = group * ROWS + tl.arange(0, ROWS)
+        in_rows = rows[:, None] < t
+        g = tl.load(
+            grad_ptr + rows[:, None] * e + experts[None, :],
+            mask=in_rows & (experts[None, :] < e), other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        at = rows[:, None] * m + columns[None, :]
+        mask = in_rows & inside[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        grad_x = tl.dot(g, w, input_precision="ieee")
+        tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        total += tl.dot(tl.trans(g), x, input_precision="ieee")
+    at_partial = tl.program_id(0).to(tl.int64) * e * m + at_weight
+    tl.store(partial_ptr + at_partial, total, mask=of_weight)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Contiguous tensors to (t, e) in weight's dtype."""
+    (t, m), e = x.shape, len(weight)
+    y = x.new_empty((t, e), dtype=weight.dtype)
+    if y.numel():
+        _router_forward_kernel[(triton.cdiv(t, _ROWS),)](
+            x, weight, bias, y, t, m, e,
+            ROWS=_ROWS, BLOCK=_COLUMNS, BLOCKS=triton.cdiv(m, _COLUMNS), E=_padded(e),
+            num_warps=_WARPS,
+        )  # fmt: skip
+    return y
+
+
+def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of weight."""
+    (t, m), e = x.shape, len(weight)
+    grad_x = torch.empty_like(x)
+    if not (t and e and m):
+        return grad_x.zero_(), torch.zeros_like(weight)
+    turns = max(1, triton.next_power_of_2(t // (_ROWS * _PARTS) + 1) // 2)
+    parts = triton.cdiv(t, _ROWS * turns)
+    partial = x.new_empty((parts, e, m), dtype=torch.float32)
+    _router_backward_kernel[(parts, triton.cdiv(m, _COLUMNS))](
+        grad, x, weight, grad_x, partial, t, m, e,
+        ROWS=_ROWS, TURNS=turns, BLOCK=_COLUMNS, E=_padded(e), num_warps=_WARPS,
+    )  # fmt: skip
+    return grad_x, partial.sum(0).to(weight.dtype)
+
+
+def _padded(e: int) -> int:
+    """A product has at least 16 columns."""
+    return max(16, triton.next_power_of_2(e))

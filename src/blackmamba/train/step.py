@@ -1,0 +1,202 @@
+"""One update of the weights: gradients of a batch, their norm, the optimizer.
+
+On a GPU the host waits for nothing here: whether a step is finite is decided where it is computed,
+and what the host wants to know of it is on its way while the next one begins.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from blackmamba.model import BlackMamba, Trace
+from blackmamba.train.mixed import MixedAdamW
+
+
+class StepOutcome:
+    """Loss and norm of a step; asking for them waits until they are known."""
+
+    def __init__(self, loss: Tensor, grad_norm: Tensor):
+        """Scalars on the device."""
+        numbers = torch.stack((loss.double(), grad_norm.double()))
+        self._event: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            numbers = host.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._numbers = numbers
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token, before the update."""
+        return self._known()[0]
+
+    @property
+    def grad_norm(self) -> float:
+        """Of all gradients together, before clipping."""
+        return self._known()[1]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there was an update."""
+        return all(map(math.isfinite, self._known()))
+
+    def _known(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._numbers.tolist()
+
+
+def train_step(
+    model: BlackMamba,
+    optimizer: torch.optim.Optimizer,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    lr: float,
+    accumulate: int = 1,
+    grad_clip: float = 0.0,
+    trace: Trace | None = None,
+    seq_idx: Tensor | None = None,
+    gradients: "GradientsOfBatch | None" = None,
+) -> StepOutcome:
+    """Update the weights once; leave them and the optimizer alone if something is not finite.
+
+    Args:
+        model: in training mode.
+        optimizer: of its parameters.
+        input_ids, labels: (b, l) int64; no label is -100, so that micro-batches weigh the same.
+        lr: learning rate of this step.
+        accumulate: micro-batches that b is cut into.
+        grad_clip: largest norm of all gradients together; 0: no limit.
+        trace: filled by the last micro-batch.
+        seq_idx: (b, l), see `BlackMamba.loss`.
+        gradients: what computes them; None: `GradientsOfBatch(model)`.
+    """
+    compute = gradients or GradientsOfBatch(model)
+    loss, found, norm = compute(input_ids, labels, seq_idx, accumulate, trace)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if isinstance(optimizer, MixedAdamW):
+        scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0) if grad_clip else 1.0
+        optimizer.update(found, gradient_scale=scale, go=loss.isfinite() & norm.isfinite())
+        return StepOutcome(loss, norm)
+    outcome = StepOutcome(loss, norm)
+    if outcome.is_finite:
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+        optimizer.step()
+    return outcome
+
+
+class GradientsOfBatch:
+    """Computes loss, gradients and their norm."""
+
+    def __init__(self, model: BlackMamba):
+        self._model = model
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        seq_idx: Tensor | None,
+        accumulate: int,
+        trace: Trace | None,
+    ) -> tuple[Tensor, dict[nn.Parameter, Tensor], Tensor]:
+        """Mean loss, gradient by parameter (also the parameters' own, if not narrower), norm."""
+        model = self._model
+        model.zero_grad()
+        total = torch.zeros((), device=input_ids.device)
+        wide: dict[nn.Parameter, Tensor] = {}
+        for i in range(accumulate):
+            part = slice(i * len(input_ids) // accumulate, (i + 1) * len(input_ids) // accumulate)
+            documents = None if seq_idx is None else seq_idx[part]
+            loss = model.loss(input_ids[part], labels[part], seq_idx=documents, trace=trace)
+            (loss / accumulate).backward()
+            total += loss.detach() / accumulate
+            if accumulate > 1:
+                self._add_wide(wide)
+        own = {p: p.grad for p in model.parameters() if p.grad is not None}
+        found = own | wide
+        return total, found, gradient_norm(list(found.values()))
+
+    def _add_wide(self, wide: dict[nn.Parameter, Tensor]) -> None:
+        """Move narrow gradients into float32 sums: many small numbers would be lost in 16 bits."""
+        for parameter in self._model.parameters():
+            gradient = parameter.grad
+            if gradient is None or gradient.dtype == torch.float32:
+                continue
+            if parameter in wide:
+                wide[parameter] += gradient
+            else:
+                wide[parameter] = gradient.float()
+            parameter.grad = None
+
+
+class CapturedGradients(GradientsOfBatch):
+    """The same as a CUDA graph: recorded at the first batch, replayed for all of its shape.
+
+    Every result is overwritten by the next call. Its memory is its own, beside what is used outside
+    of it.
+    """
+
+    def __init__(self, model: BlackMamba):
+        super().__init__(model)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        seq_idx: Tensor | None,
+        accumulate: int,
+        trace: Trace | None,
+    ) -> tuple[Tensor, dict[nn.Parameter, Tensor], Tensor]:
+        """As the graph recorded it: the same number of micro-batches and the same shapes."""
+        inputs = (input_ids, labels, seq_idx)
+        if self._graph is None:
+            self._record(inputs, accumulate)
+        assert self._graph is not None
+        assert self._accumulate == accumulate
+        for own, given in zip(self._inputs, inputs, strict=True):
+            assert (own is None) == (given is None)
+            if own is not None and given is not None:
+                assert own.shape == given.shape
+                own.copy_(given)
+        self._graph.replay()
+        if trace is not None:
+            trace.routing.update(self._trace.routing)
+        return self._results
+
+    def _record(self, inputs: Sequence[Tensor | None], accumulate: int) -> None:
+        self._inputs = [None if t is None else t.clone() for t in inputs]
+        self._accumulate, self._trace = accumulate, Trace()
+        input_ids, labels, seq_idx = self._inputs
+        assert input_ids is not None
+        assert labels is not None
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled and loaded before the recording
+            for _ in range(2):
+                super().__call__(input_ids, labels, seq_idx, accumulate, None)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._model.zero_grad()
+        torch.cuda.empty_cache()  # what the graph uses is its own
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._results = super().__call__(input_ids, labels, seq_idx, accumulate, self._trace)
+        self._graph = graph
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all together, in float32 or wider: a scalar on the device."""
+    if all(g.dtype == torch.float32 for g in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms: list[Tensor] = []
+    for dtype in sorted({g.dtype for g in gradients}, key=str):
+        own = [g for g in gradients if g.dtype == dtype]
+        norms += torch._foreach_norm(own, 2, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))

@@ -1,0 +1,144 @@
+"""What kernels may change: nothing that shows in a loss curve, and nothing between documents."""
+
+import itertools
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blackmamba.config import ModelConfig
+from blackmamba.data import WindowSampler
+from blackmamba.model import BlackMamba
+from blackmamba.ops.backend import ENVIRONMENT_VARIABLE
+from blackmamba.train import TrainConfig, train_step
+from blackmamba.train.mixed import narrow_weights
+from blackmamba.train.optimizer import build_optimizer
+from blackmamba.train.schedule import learning_rate
+from blackmamba.train.step import CapturedGradients
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+logger = logging.getLogger(__name__)
+ROOT = Path(__file__).parents[2]
+STEPS = 200
+MODEL = ModelConfig(
+    layers=("mamba", "moe", "mamba", "moe"), d_model=128, vocab_size=256, n_experts=4, d_expert=192
+)
+TRAIN = TrainConfig(steps=STEPS, batch_size=8, seq_len=256, lr=2e-3, warmup_steps=20)
+
+
+def text() -> np.ndarray:
+    """This package's own sources as bytes: half a megabyte of English and Python."""
+    files = sorted((ROOT / "src").rglob("*.py"))
+    return np.frombuffer(b"\0".join(path.read_bytes() for path in files), np.uint8)
+
+
+def curve(dtype: torch.dtype, weights: str = "float32", capture: bool = False) -> torch.Tensor:
+    """The losses of STEPS steps on the GPU."""
+    torch.manual_seed(0)
+    model = BlackMamba(MODEL, compute_dtype=dtype)
+    masters = {} if weights == "float32" else narrow_weights(model, dtype)
+    model.cuda().train()
+    optimizer = build_optimizer(model, TRAIN, masters)
+    sampler = WindowSampler(text(), TRAIN.seq_len, TRAIN.batch_size, seed=0)
+    gradients = CapturedGradients(model) if capture else None
+    outcomes = [
+        train_step(
+            model, optimizer, *(t.cuda() for t in sampler.batch(step)),
+            lr=learning_rate(TRAIN, step), grad_clip=1.0, gradients=gradients,
+        )
+        for step in range(STEPS)
+    ]  # fmt: skip
+    return torch.tensor([outcome.loss for outcome in outcomes])
+
+
+@pytest.fixture(scope="module")
+def reference() -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT_VARIABLE, "reference")
+        return curve(torch.float32)
+
+
+def smooth(losses: torch.Tensor, window: int = 10) -> torch.Tensor:
+    return losses.unfold(0, window, 1).mean(1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_float32_kernels_draw_the_references_curve(reference: torch.Tensor):
+    losses = curve(torch.float32)
+    assert losses[-20:].mean() < 0.6 * losses[0]
+    difference = ((losses - reference) / reference).abs()
+    logger.info("float32: largest difference %.3g, end %.4f", difference.max(), losses[-1])
+    assert difference.max() < 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("weights", ["float32", "master"])
+def test_bfloat16_kernels_draw_the_references_curve(weights: str, reference: torch.Tensor):
+    losses = curve(torch.bfloat16, weights)
+    difference = ((smooth(losses) - smooth(reference)) / smooth(reference)).abs()
+    logger.info("bfloat16, %s: largest difference of means %.3g", weights, difference.max())
+    # a single batch's loss moves by more, with the choice of experts at near ties
+    assert difference.max() < 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_captured_run_is_the_same_bit_for_bit():
+    assert torch.equal(curve(torch.bfloat16, "master", True), curve(torch.bfloat16, "master"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)], ids=str
+)
+def test_packed_documents_have_the_loss_of_documents_alone(dtype: torch.dtype, allowed: float):
+    torch.manual_seed(0)
+    model = BlackMamba(MODEL, compute_dtype=dtype).cuda().eval()
+    cuts = (0, 1, 4, 67, 300, 301, 700, 1024)
+    tokens = torch.from_numpy(text()[: 2 * 1025].astype(np.int64)).view(2, 1025).cuda()
+    ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    seq_idx = torch.zeros_like(ids, dtype=torch.int32)
+    for i, (start, end) in enumerate(itertools.pairwise(cuts)):
+        seq_idx[:, start:end] = i
+    results: list[tuple[float, torch.Tensor]] = []
+    packed = model.loss(ids, labels, seq_idx=seq_idx)
+    alone = sum(
+        model.loss(ids[:, a:b].contiguous(), labels[:, a:b].contiguous()) * (b - a)
+        for a, b in itertools.pairwise(cuts)
+    ) / ids.shape[1]  # fmt: skip
+    for loss in (packed, alone):
+        assert isinstance(loss, torch.Tensor)
+        model.zero_grad()
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((loss.item(), gradient))
+    assert results[0][0] == pytest.approx(results[1][0], rel=allowed)
+    error = (results[0][1] - results[1][1]).norm() / results[1][1].norm()
+    assert error < (1e-4 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_step_waits_for_nothing(capture: bool):
+    """After the first steps, which compile and load kernels."""
+    torch.manual_seed(0)
+    model = BlackMamba(MODEL, compute_dtype=torch.bfloat16)
+    masters = narrow_weights(model, torch.bfloat16)
+    optimizer = build_optimizer(model.cuda().train(), TRAIN, masters)
+    ids = torch.randint(0, 256, (4, 128), device="cuda")
+    gradients = CapturedGradients(model) if capture else None
+    for _ in range(3):
+        train_step(model, optimizer, ids, ids, lr=1e-3, grad_clip=1.0, gradients=gradients)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcome = train_step(
+            model, optimizer, ids, ids, lr=1e-3, grad_clip=1.0, gradients=gradients
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert outcome.is_finite

@@ -1,0 +1,62 @@
+"""The router's product: Triton's kernels against float64."""
+
+import pytest
+import torch
+from numerics import largest_difference
+
+from blackmamba.errors import InputError
+from blackmamba.ops import gpu, router_logits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(DEVICE)
+
+
+def logits_and_gradients(inputs: tuple[torch.Tensor, ...], backend: str) -> list[torch.Tensor]:
+    leaves = [p.detach().requires_grad_() for p in inputs]
+    y = router_logits(*leaves, backend=backend)  # pyright: ignore
+    return [y.detach(), *torch.autograd.grad(y, leaves, normal(*y.shape, seed=9).to(y.dtype))]
+
+
+@TRITON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("t", "m", "e"), [(0, 8, 3), (1, 1, 1), (7, 70, 8), (130, 64, 17), (200, 33, 4)]
+)
+def test_is_as_near_as_its_dtype(
+    t: int, m: int, e: int, dtype: torch.dtype, nan_filled_memory: None
+):
+    inputs = normal(t, 2 * m).to(dtype)[:, ::2], normal(e, m, seed=1).float(), normal(e).float()
+    actual = logits_and_gradients(inputs, "triton")
+    eager = logits_and_gradients(inputs, "reference")
+    exact = logits_and_gradients(tuple(p.double() for p in inputs), "reference")
+    for name, *values in zip(("y", "x", "weight", "bias"), actual, eager, exact, strict=True):
+        assert (values[0].dtype, values[0].shape) == (values[1].dtype, values[1].shape), name
+        if values[0].numel():
+            # sums of float32 products; the interpreter cuts bfloat16 off
+            rounding = 2 * torch.finfo(values[0].dtype).eps
+            error = largest_difference(values[0], values[2])
+            assert error <= rounding * 4 * max(1.0, values[2].abs().max().item()), name
+    assert all(map(torch.equal, actual, logits_and_gradients(inputs, "triton")))
+
+
+@TRITON
+def test_registration_and_many_experts():
+    x, weight, bias = normal(5, 9).bfloat16(), normal(3, 9).float(), normal(3).float()
+    for leaf in (x, weight, bias):
+        leaf.requires_grad_()
+    torch.library.opcheck(torch.ops.blackmamba.router_logits_triton.default, (x, weight, bias))
+    many = normal(100, 9).float(), normal(100).float()
+    expected = router_logits(x, *many, backend="reference")
+    assert torch.equal(router_logits(x, *many, backend="triton"), expected)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match=r"weight has shape \(3, 4\), must be \(3, 5\)"):
+        router_logits(normal(2, 5), normal(3, 4), normal(3))
+    x, weight = normal(2, 5), normal(3, 5)
+    assert router_logits(x.float(), weight, normal(3)).dtype == torch.float64
