@@ -7,6 +7,7 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
+from blackmamba.ops.expert_mlp.gpu import expert_mlp_gpu
 from blackmamba.ops.expert_mlp.native import expert_mlp_native
 from blackmamba.ops.expert_mlp.reference import expert_mlp_reference
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
@@ -15,6 +16,7 @@ _IMPLEMENTATIONS = Implementations(
     "expert_mlp",
     {
         "native": expert_mlp_native,
+        "triton": expert_mlp_gpu,
         "torch": expert_mlp_grouped,
         "reference": expert_mlp_reference,
     },

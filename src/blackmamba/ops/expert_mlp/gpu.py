@@ -1,0 +1,179 @@
+"""Routed experts on the GPU: a counting sort, torch's grouped products, Triton between them.
+
+Nothing waits for the device: how many tokens an expert has is known there alone. Kept for the
+gradient are the input, fc1's output and the order of the tokens; the rest is computed again.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
+
+_TOKENS = 512  # of a program that counts
+
+
+def expert_mlp_gpu(
+    x: Tensor,
+    expert_ids: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    activation: Literal["silu", "gelu"],
+    gated: bool,
+    fc1_bias: Tensor | None,
+    fc2_bias: Tensor | None,
+    gate: Tensor | None,
+) -> Tensor:
+    """`expert_mlp`; without these kernels where experts are not gated, have biases or are not of
+    whole 16 bytes, and in other dtypes than bfloat16, which torch's grouped products take."""
+    if (
+        fc1_bias is not None
+        or fc2_bias is not None
+        or not gated
+        or x.dtype != torch.bfloat16
+        or any(size % 8 for size in (*fc1.shape[1:], fc2.shape[2]))
+        or 0 in x.shape
+    ):
+        return expert_mlp_grouped(
+            x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate
+        )
+    fc1, fc2 = fc1.to(x.dtype), fc2.to(x.dtype)
+    return _forward(x, expert_ids, fc1, fc2, gate, activation == "gelu")[0]
+
+
+def sort_by_expert(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """The tokens in the order of their experts, (t,) int32, and each group's end, (e,) int32."""
+    from blackmamba.ops.expert_mlp import kernels
+
+    t = len(expert_ids)
+    padded = max(2, 1 << (n_experts - 1).bit_length())
+    n_blocks = -(-t // _TOKENS)
+    new = expert_ids.new_empty
+    counts, ends = new(n_blocks, padded, dtype=torch.int32), new(padded, dtype=torch.int32)
+    order = new(t, dtype=torch.int32)
+    kernels.count_kernel[(n_blocks,)](expert_ids, counts, t, E=padded, BLOCK=_TOKENS)
+    kernels.place_kernel[(n_blocks,)](
+        expert_ids, counts, order, ends, t, n_blocks, E=padded, BLOCK=_TOKENS, BLOCKS=16
+    )
+    return order, ends[:n_experts]
+
+
+def _product() -> Callable[..., Tensor]:
+    return getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+
+def _gathered(x: Tensor, order: Tensor) -> Tensor:
+    from blackmamba.ops.expert_mlp import kernels
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = x.new_empty(x.shape)
+    kernels.gather_kernel[(len(x),)](x, order, out, x.shape[1], x.stride(0), BLOCK=1024)
+    return out
+
+
+def _scattered(x: Tensor, order: Tensor, scale: Tensor | None) -> Tensor:
+    from blackmamba.ops.expert_mlp import kernels
+
+    out = torch.empty_like(x)
+    kernels.scatter_kernel[(len(x),)](
+        x, order, x if scale is None else scale, out, x.shape[1],
+        HAS_SCALE=scale is not None, BLOCK=1024,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("blackmamba::expert_mlp_gpu", mutates_args=())
+def _forward(
+    x: Tensor, expert_ids: Tensor, fc1: Tensor, fc2: Tensor, gate: Tensor | None, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y; and for the gradient fc1's output, sorted by expert, that order and the groups' ends."""
+    from blackmamba.ops.expert_mlp import kernels
+
+    order, ends = sort_by_expert(expert_ids, len(fc1))
+    h = _product()(_gathered(x, order), fc1.transpose(1, 2), offs=ends)
+    f = fc2.shape[2]
+    hidden = x.new_empty(len(x), f)
+    kernels.activate_kernel[(len(x), -(-f // 1024))](h, hidden, f, GELU=gelu, BLOCK=1024)
+    y = _product()(hidden, fc2.transpose(1, 2), offs=ends)
+    return _scattered(y, order, None if gate is None else gate.contiguous()), h, order, ends
+
+
+@torch.library.custom_op("blackmamba::expert_mlp_gpu_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    gate: Tensor | None,
+    h: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    gelu: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, fc1, fc2 and gate; empty for those not needed."""
+    from blackmamba.ops.expert_mlp import kernels
+
+    product, f = _product(), fc2.shape[2]
+    grad_y = _gathered(grad_y, order)
+    grad = product(grad_y, fc2, offs=ends)
+    grad_h, hidden = torch.empty_like(h), torch.empty_like(grad)
+    grad_gate = x.new_empty(0) if gate is None else gate.new_empty(len(x))
+    kernels.activate_backward_kernel[(len(x),)](
+        grad, h, order, x if gate is None else gate.contiguous(), grad_h, hidden, grad_gate, f,
+        GELU=gelu, HAS_GATE=gate is not None, BLOCK=1024,
+    )  # fmt: skip
+    needs_x, needs_fc1, needs_fc2, _ = needs
+    none = x.new_empty(0)
+    return [
+        _scattered(product(grad_h, fc1, offs=ends), order, None) if needs_x else none,
+        product(grad_h.t(), _gathered(x, order), offs=ends) if needs_fc1 else none,
+        product(grad_y.t(), hidden, offs=ends) if needs_fc2 else none,
+        grad_gate,
+    ]
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, expert_ids: Tensor, fc1: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    t, int32 = x.shape[0], torch.int32
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(t, fc1.shape[1]),
+        expert_ids.new_empty(t, dtype=int32),
+        expert_ids.new_empty(fc1.shape[0], dtype=int32),
+    )
+
+
+@_backward.register_fake
+def _(
+    grad_y: Tensor, x: Tensor, fc1: Tensor, fc2: Tensor, gate: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    needs = rest[-1]
+    shapes = [t.shape if needed else (0,) for t, needed in zip((x, fc1, fc2), needs, strict=False)]
+    grad_gate = x.new_empty(0) if gate is None else gate.new_empty(x.shape[0])
+    return [*(x.new_empty(shape) for shape in shapes), grad_gate]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, fc1, fc2, gate, ctx.gelu = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, fc1, fc2, gate, *output[1:])
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 6
+    x_ids, others = ctx.needs_input_grad[:1], ctx.needs_input_grad[2:5]
+    needs = [*x_ids, *others]
+    found = _backward(grad_y, *ctx.saved_tensors, ctx.gelu, needs)
+    x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
+    return x, None, *rest, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,149 @@
+"""Triton kernels between the grouped products of the routed experts.
+
+Letters: t tokens, m d_model, f d_expert, e experts.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def count_kernel(ids, counts, t, E: tl.constexpr, BLOCK: tl.constexpr):
+    """counts[i, j]: how many of block i's tokens go to expert j.
+
+    Owns BLOCK tokens. Moves their ids once. Bound by its launch.
+    """
+    i = tl.program_id(0)
+    k = i * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(ids + k, k < t, other=E)
+    j = tl.arange(0, E)
+    tl.store(counts + i * E + j, tl.sum((expert[:, None] == j[None, :]).to(tl.int32), 0))
+
+
+@triton.jit
+def place_kernel(
+    ids, counts, order, ends, t, n_blocks,
+    E: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """order: the tokens sorted by expert, those of one in their order; ends: of each group.
+
+    Owns BLOCK tokens. Each program sums all counts for itself: n_blocks * e numbers out of the L2
+    cache. Bound by its launch.
+    """
+    i = tl.program_id(0)
+    k = i * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, E)
+    earlier, total = tl.zeros([E], tl.int32), tl.zeros([E], tl.int32)
+    for first in range(0, n_blocks, BLOCKS):
+        b = first + tl.arange(0, BLOCKS)
+        inside = (b < n_blocks)[:, None] & (j >= 0)[None, :]
+        here = tl.load(counts + b[:, None] * E + j[None, :], inside, other=0)
+        total += tl.sum(here, 0)
+        earlier += tl.sum(tl.where((b < i)[:, None], here, 0), 0)
+    end = tl.cumsum(total, 0)
+    if i == 0:
+        tl.store(ends + j, end)
+    expert = tl.load(ids + k, k < t, other=E)
+    mine = (expert[:, None] == j[None, :]).to(tl.int32)
+    rank = tl.cumsum(mine, 0) - 1 + (end - total + earlier)[None, :]
+    place = tl.sum(mine * rank, 1)
+    tl.store(order + place, k, k < t)
+
+
+@triton.jit
+def gather_kernel(x, order, out, m, stride, BLOCK: tl.constexpr):
+    """out[i] = x[order[i]].
+
+    Owns a row of out. Moves it once each way. Bound by bytes.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    source = tl.load(order + i).to(tl.int64) * stride
+    for first in range(0, m, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        tl.store(out + i * m + k, tl.load(x + source + k, k < m), k < m)
+
+
+@triton.jit
+def scatter_kernel(x, order, scale, out, m, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    """out[order[i]] = x[i] scale[order[i]].
+
+    Owns a row of x. Moves it once each way. Bound by bytes.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    place = tl.load(order + i).to(tl.int64)
+    factor = 1.0
+    if HAS_SCALE:
+        factor = tl.load(scale + place).to(tl.float32)
+    for first in range(0, m, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        v = tl.load(x + i * m + k, k < m, other=0.0)
+        if HAS_SCALE:
+            v = (v.to(tl.float32) * factor).to(out.dtype.element_ty)
+        tl.store(out + place * m + k, v, k < m)
+
+
+@triton.jit
+def _gelu_parts(g):
+    """Phi(g), and the normal density at g."""
+    return 0.5 * (1 + tl.erf(g * 0.7071067811865476)), 0.3989422804014327 * tl.exp2(
+        -0.5 * LOG2E * g * g
+    )
+
+
+@triton.jit
+def activate_kernel(h, out, f, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    """out = act(g) u of [g | u] = h.
+
+    Owns BLOCK numbers of a row. Moves 3 f numbers a row. Bound by bytes.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < f
+    g = tl.load(h + row * 2 * f + k, inside, other=0.0).to(tl.float32)
+    u = tl.load(h + row * 2 * f + f + k, inside, other=0.0).to(tl.float32)
+    if GELU:
+        below, _ = _gelu_parts(g)
+        a = g * below
+    else:
+        a = g / (1 + tl.exp2(-LOG2E * g))
+    tl.store(out + row * f + k, (a * u).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def activate_backward_kernel(
+    grad, h, order, gate, grad_h, hidden, grad_gate, f,
+    GELU: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of y = gate W act(g) u: gradients of g, u and gate, and gate act(g) u for the gradient of W.
+
+    `grad` is W^T times the gradient of y, so that its product with act(g) u is the gate's gradient.
+    Owns a row. Moves 6 f numbers a row. Bound by bytes.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(order + row).to(tl.int64)
+    factor = 1.0
+    if HAS_GATE:
+        factor = tl.load(gate + token).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, f, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        inside = k < f
+        g = tl.load(h + row * 2 * f + k, inside, other=0.0).to(tl.float32)
+        u = tl.load(h + row * 2 * f + f + k, inside, other=0.0).to(tl.float32)
+        d = tl.load(grad + row * f + k, inside, other=0.0).to(tl.float32)
+        if GELU:
+            below, density = _gelu_parts(g)
+            a, slope = g * below, below + g * density
+        else:
+            s = 1 / (1 + tl.exp2(-LOG2E * g))
+            a, slope = g * s, s * (1 + g * (1 - s))
+        total += d * a * u
+        d *= factor
+        kind = grad_h.dtype.element_ty
+        tl.store(grad_h + row * 2 * f + k, (d * u * slope).to(kind), inside)
+        tl.store(grad_h + row * 2 * f + f + k, (d * a).to(kind), inside)
+        tl.store(hidden + row * f + k, (factor * a * u).to(kind), inside)
+    if HAS_GATE:
+        tl.store(grad_gate + token, tl.sum(total, 0))
