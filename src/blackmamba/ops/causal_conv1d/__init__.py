@@ -7,6 +7,7 @@ from torch import Tensor
 
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
+from blackmamba.ops.causal_conv1d.gpu import causal_conv1d_gpu
 from blackmamba.ops.causal_conv1d.native import causal_conv1d_native
 from blackmamba.ops.causal_conv1d.reference import causal_conv1d_reference
 from blackmamba.ops.causal_conv1d.torch_shifted import causal_conv1d_shifted
@@ -22,6 +23,7 @@ _IMPLEMENTATIONS = Implementations(
     "causal_conv1d",
     {
         "native": causal_conv1d_native,
+        "triton": causal_conv1d_gpu,
         "torch": causal_conv1d_shifted,
         "reference": causal_conv1d_reference,
     },
