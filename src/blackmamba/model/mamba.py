@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from blackmamba.config import ModelConfig
 from blackmamba.model.linear import Linear
 from blackmamba.model.state import MambaState
-from blackmamba.ops import causal_conv1d, selective_scan, selective_state_update
+from blackmamba.ops import causal_conv1d, mamba_mixer, selective_scan, selective_state_update
+from blackmamba.ops.causal_conv1d import last_inputs
 
 
 class Mamba(nn.Module):
@@ -68,7 +69,11 @@ class Mamba(nn.Module):
         Returns:
             (b, l, m) and the new memory.
         """
-        x, z = self.in_proj(u).chunk(2, dim=-1)
+        xz = self.in_proj(u)
+        if state is None and lengths is None and isinstance(self.x_proj, Linear):  # pyright: ignore[reportUnnecessaryIsInstance] # or a quantised one
+            y, state = self._mix(xz)
+            return self.out_proj(y), state
+        x, z = xz.chunk(2, dim=-1)
         x, conv = causal_conv1d(
             x,
             self.conv_weight.to(x.dtype),
@@ -94,6 +99,15 @@ class Mamba(nn.Module):
             initial_state=None if state is None else state.ssm,
         )
         return self.out_proj(y), MambaState(conv, ssm)
+
+    def _mix(self, xz: Tensor) -> tuple[Tensor, MambaState]:
+        """All between in_proj and out_proj, of whole sequences: (b, l, 2 d) to (b, l, d)."""
+        d, memory = self._conv_shape
+        parameters = (self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight)
+        y, ssm = mamba_mixer(
+            xz, *(p.to(xz.dtype) for p in parameters), self.dt_bias, self.decay_rates(), self.D
+        )
+        return y, MambaState(last_inputs(xz[..., :d], None, memory), ssm)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Read one token of each sequence: u (b, m) to (b, m), and the new memory."""
