@@ -370,6 +370,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
     const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
     scaled4(g, *reinterpret_cast<const float4*>(f.after + state), 1.f);
+    if (!p.active) g[0] = g[1] = g[2] = g[3] = 0.f;  // nothing of it goes into the block's sums
     float sum_D[4] = {}, sum_bias[4] = {};
     const bool odd = p.q & 1, high = p.q & 2;
     const bool c_low = p.lane & 4, c_middle = p.lane & 8, c_high = p.lane & 16;
