@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from blackmamba.config import ModelConfig
 from blackmamba.model.linear import Linear
 from blackmamba.model.state import MambaState
-from blackmamba.ops import causal_conv1d, selective_scan, selective_state_update
+from blackmamba.ops import causal_conv1d, mamba_mixer, selective_scan, selective_state_update
+from blackmamba.ops.causal_conv1d import last_inputs
 
 
 class Mamba(nn.Module):
@@ -73,7 +74,11 @@ class Mamba(nn.Module):
         Returns:
             (b, l, m) and the new memory.
         """
-        x, z = self.in_proj(u).chunk(2, dim=-1)
+        xz = self.in_proj(u)
+        if state is None and lengths is None and isinstance(self.x_proj, Linear):  # pyright: ignore[reportUnnecessaryIsInstance] # or a quantised one
+            y, state = self._mix(xz)
+            return self.out_proj(y), state
+        x, z = xz.chunk(2, dim=-1)
         x, conv = causal_conv1d(
             x,
             self.conv_weight.to(x.dtype),
@@ -101,6 +106,21 @@ class Mamba(nn.Module):
             seq_idx=seq_idx,
         )
         return self.out_proj(y), MambaState(conv, ssm)
+
+    def _mix(self, xz: Tensor) -> tuple[Tensor, MambaState]:
+        """All between in_proj and out_proj, of whole sequences: (b, l, 2 d) to (b, l, d)."""
+        d, memory = self._conv_shape
+        y, ssm = mamba_mixer(
+            xz,
+            self.conv_weight.to(xz.dtype),
+            self.conv_bias.to(xz.dtype),
+            self.x_proj.weight.to(xz.dtype),
+            self.dt_proj.weight.to(xz.dtype),
+            self.dt_bias,
+            self.decay_rates(),
+            self.D,
+        )
+        return y, MambaState(last_inputs(xz[..., :d], None, memory), ssm)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Read one token of each sequence: u (b, m) to (b, m), and the new memory."""

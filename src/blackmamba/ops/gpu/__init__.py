@@ -1,7 +1,8 @@
 """Kernels in Triton, for NVIDIA and AMD GPUs: whether they can run, and what they share.
 
 An operation keeps them in kernels.py, which alone imports triton, and only when it is first run;
-gpu.py beside it is what Python and autograd see. Under TRITON_INTERPRET=1 they run on the CPU too,
+gpu.py beside it is what Python and autograd see. cuda.py here compiles the few kernels that are in
+CUDA C++; each has a counterpart in Triton. Under TRITON_INTERPRET=1 they run on the CPU too,
 slowly, step by step, for tests.
 """
 
