@@ -134,6 +134,7 @@ def test_adamw(has_master: bool):
             assert relative_error(actual.master, expected.master) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("run", ["norm", "loss", "router", "adamw"])
 def test_nothing_waits_for_the_device(run: str):
     x, weight = normal(64, M).requires_grad_(), normal(V, M, seed=1).requires_grad_()
