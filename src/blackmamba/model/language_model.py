@@ -18,6 +18,7 @@ from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import InputError
 from blackmamba.model.init import initialise
 from blackmamba.model.layer import Layer, Trace
+from blackmamba.model.mamba import Mamba
 from blackmamba.model.norm import final_norm
 from blackmamba.model.quantize import store_quantized
 from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
@@ -278,6 +279,8 @@ class BlackMamba(nn.Module):
     def recompute(self, what: Recompute) -> None:
         for layer in self._stack():
             layer.recompute = what
+            if isinstance(layer.mixer, Mamba):
+                layer.mixer.recompute = what
 
     # ---- parts ------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Letters: b batch, l sequence, m d_model, d d_inner, r dt_rank, n d_state, k d_co
 Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.4, figure 3 and algorithm 2.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from blackmamba.config import ModelConfig
 from blackmamba.model.linear import Linear
+from blackmamba.model.recompute import Recompute, not_kept
 from blackmamba.model.state import MambaState
 from blackmamba.ops import causal_conv1d, selective_scan, selective_state_update
 
@@ -45,6 +47,7 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d, n, device=device, dtype=wide))
         self.D = nn.Parameter(torch.empty(d, device=device, dtype=wide))
         self.out_proj = Linear(d, m, bias=config.linear_bias, **options)
+        self.recompute: Recompute = "none"
         self._split = (r, n, n)
         self._conv_shape = (d, k - 1)
         self._ssm_shape = (d, n)
@@ -73,21 +76,36 @@ class Mamba(nn.Module):
         Returns:
             (b, l, m) and the new memory.
         """
-        x, z = self.in_proj(u).chunk(2, dim=-1)
-        x, conv = causal_conv1d(
-            x,
-            self.conv_weight.to(x.dtype),
-            self.conv_bias.to(x.dtype),
+        before, z = self.in_proj(u).chunk(2, dim=-1)
+        convolve = partial(
+            causal_conv1d,
+            before,
+            self.conv_weight.to(before.dtype),
+            self.conv_bias.to(before.dtype),
             initial_state=None if state is None else state.conv,
             lengths=lengths,
             seq_idx=seq_idx,
         )
+        x, conv = convolve()
+        with not_kept(x, lambda: convolve()[0], self.training and self.recompute == "cheap"):
+            y, ssm = self._scan(x, z, state, lengths, seq_idx)
+        return self.out_proj(y), MambaState(conv, ssm)
+
+    def _scan(
+        self,
+        x: Tensor,
+        z: Tensor,
+        state: MambaState | None,
+        lengths: Tensor | None,
+        seq_idx: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x and the gate z (b, l, d), in the tokens' own time, to y (b, l, d) and the SSM's h."""
         dt, B, C = self.x_proj(x).split(self._split, dim=-1)
         dt = self.dt_proj(dt)
         if lengths is not None:  # softplus(-inf) = 0: exp(0 A) = 1 and 0 B x = 0 leave h as it is
-            pad = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
+            pad = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
             dt = dt.masked_fill(pad[:, :, None], -torch.inf)
-        y, ssm = selective_scan(
+        return selective_scan(
             x,
             dt,
             self.decay_rates(),
@@ -100,7 +118,6 @@ class Mamba(nn.Module):
             initial_state=None if state is None else state.ssm,
             seq_idx=seq_idx,
         )
-        return self.out_proj(y), MambaState(conv, ssm)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Read one token of each sequence: u (b, m) to (b, m), and the new memory."""
