@@ -375,7 +375,8 @@ def test_bad_input_is_named():
         with pytest.raises(InputError, match=rf"selective_scan: {name} is torch.int64"):
             run(good | {name: good[name].long()}, "auto")
     with pytest.raises(
-        BackendError, match=r"backend='nothing': selective_scan has native, torch, reference"
+        BackendError,
+        match=r"backend='nothing': selective_scan has native, triton, torch, ref",
     ):
         run(good, "nothing")
     with pytest.raises(InputError, match=r"seq_idx has shape \(2, 4\), must be \(2, 5\)"):

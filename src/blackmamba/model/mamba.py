@@ -5,7 +5,6 @@ Letters: b batch, l sequence, m d_model, d d_inner, r dt_rank, n d_state, k d_co
 Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.4, figure 3 and algorithm 2.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from blackmamba.config import ModelConfig
 from blackmamba.model.linear import Linear
-from blackmamba.model.recompute import Recompute, not_kept
 from blackmamba.model.state import MambaState
-from blackmamba.ops import causal_conv1d, selective_scan, selective_state_update
+from blackmamba.ops import causal_conv1d, mamba_mixer, selective_scan, selective_state_update
+from blackmamba.ops.causal_conv1d import last_inputs
+from blackmamba.ops.recompute import Recompute
 
 
 class Mamba(nn.Module):
@@ -76,36 +76,25 @@ class Mamba(nn.Module):
         Returns:
             (b, l, m) and the new memory.
         """
-        before, z = self.in_proj(u).chunk(2, dim=-1)
-        convolve = partial(
-            causal_conv1d,
-            before,
-            self.conv_weight.to(before.dtype),
-            self.conv_bias.to(before.dtype),
+        xz = self.in_proj(u)
+        if state is None and lengths is None and isinstance(self.x_proj, Linear):  # pyright: ignore[reportUnnecessaryIsInstance] # or a quantised one
+            y, state = self._mix(xz, seq_idx)
+            return self.out_proj(y), state
+        x, z = xz.chunk(2, dim=-1)
+        x, conv = causal_conv1d(
+            x,
+            self.conv_weight.to(x.dtype),
+            self.conv_bias.to(x.dtype),
             initial_state=None if state is None else state.conv,
             lengths=lengths,
             seq_idx=seq_idx,
         )
-        x, conv = convolve()
-        with not_kept(x, lambda: convolve()[0], self.training and self.recompute == "cheap"):
-            y, ssm = self._scan(x, z, state, lengths, seq_idx)
-        return self.out_proj(y), MambaState(conv, ssm)
-
-    def _scan(
-        self,
-        x: Tensor,
-        z: Tensor,
-        state: MambaState | None,
-        lengths: Tensor | None,
-        seq_idx: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """x and the gate z (b, l, d), in the tokens' own time, to y (b, l, d) and the SSM's h."""
         dt, B, C = self.x_proj(x).split(self._split, dim=-1)
         dt = self.dt_proj(dt)
         if lengths is not None:  # softplus(-inf) = 0: exp(0 A) = 1 and 0 B x = 0 leave h as it is
-            pad = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+            pad = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
             dt = dt.masked_fill(pad[:, :, None], -torch.inf)
-        return selective_scan(
+        y, ssm = selective_scan(
             x,
             dt,
             self.decay_rates(),
@@ -118,6 +107,22 @@ class Mamba(nn.Module):
             initial_state=None if state is None else state.ssm,
             seq_idx=seq_idx,
         )
+        return self.out_proj(y), MambaState(conv, ssm)
+
+    def _mix(self, xz: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
+        """All between in_proj and out_proj, of whole sequences: (b, l, 2 d) to (b, l, d)."""
+        d, memory = self._conv_shape
+        parameters = (self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight)
+        y, ssm = mamba_mixer(
+            xz,
+            *(p.to(xz.dtype) for p in parameters),
+            self.dt_bias,
+            self.decay_rates(),
+            self.D,
+            seq_idx=seq_idx,
+            recompute=self.training and self.recompute == "cheap",
+        )
+        return y, MambaState(last_inputs(xz[..., :d], None, memory, None, seq_idx), ssm)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Read one token of each sequence: u (b, m) to (b, m), and the new memory."""

@@ -10,6 +10,7 @@ from blackmamba.ops.causal_conv1d import causal_conv1d
 from blackmamba.ops.expert_mlp import expert_mlp
 from blackmamba.ops.linear import linear
 from blackmamba.ops.linear_cross_entropy import linear_cross_entropy
+from blackmamba.ops.mamba_mixer import mamba_mixer
 from blackmamba.ops.quantized_expert_mlp import quantized_expert_mlp
 from blackmamba.ops.quantized_linear import (
     QuantizedWeight,
@@ -37,6 +38,7 @@ __all__ = [
     "global_norm",
     "linear",
     "linear_cross_entropy",
+    "mamba_mixer",
     "quantize_weight",
     "quantized_expert_mlp",
     "quantized_linear",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
+from blackmamba.ops.causal_conv1d.gpu import causal_conv1d_gpu
 from blackmamba.ops.causal_conv1d.native import causal_conv1d_native
 from blackmamba.ops.causal_conv1d.reference import causal_conv1d_reference
 from blackmamba.ops.causal_conv1d.torch_shifted import causal_conv1d_shifted
@@ -22,6 +23,7 @@ _IMPLEMENTATIONS = Implementations(
     "causal_conv1d",
     {
         "native": causal_conv1d_native,
+        "triton": causal_conv1d_gpu,
         "torch": causal_conv1d_shifted,
         "reference": causal_conv1d_reference,
     },
@@ -87,17 +89,20 @@ def causal_conv1d(
     before = None if initial_state is None else initial_state.to(x.dtype)
     run = _IMPLEMENTATIONS.pick(backend, x, weight, bias)
     y = run(x, weight, bias, before, seq_idx, activation)
-    return y, _last_inputs(x, before, k - 1, lengths, seq_idx)
+    return y, last_inputs(x, before, k - 1, lengths, seq_idx)
 
 
-def _last_inputs(
+def last_inputs(
     x: Tensor,
     before: Tensor | None,
     memory: int,
-    lengths: Tensor | None,
-    seq_idx: Tensor | None,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> Tensor:
-    """(b, d, memory): the last real inputs, reaching back into `before` where x is too short."""
+    """(b, d, memory): the final state; reaches back into `before` where x (b, l, d) is too short.
+
+    The arguments are those of `causal_conv1d`, with memory = k - 1.
+    """
     b, l, d = x.shape
     plain = lengths is None and seq_idx is None
     if plain and l >= memory:

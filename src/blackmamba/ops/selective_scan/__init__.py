@@ -4,6 +4,7 @@ from torch import Tensor
 
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_any_integers, check_dims, check_floating, check_shapes
+from blackmamba.ops.selective_scan.gpu import selective_scan_gpu
 from blackmamba.ops.selective_scan.native import selective_scan_native
 from blackmamba.ops.selective_scan.reference import selective_scan_reference
 from blackmamba.ops.selective_scan.torch_chunked import selective_scan_chunked
@@ -12,6 +13,7 @@ _IMPLEMENTATIONS = Implementations(
     "selective_scan",
     {
         "native": selective_scan_native,
+        "triton": selective_scan_gpu,
         "torch": selective_scan_chunked,
         "reference": selective_scan_reference,
     },

@@ -1,0 +1,177 @@
+"""The kernels of convolution and scan with the two small products between them, and their gradient.
+
+The backward pass writes the gradients of x and z into halves of one tensor, those of dt, B and C
+into columns of another, and adds what comes to x from x_proj in that product itself: nothing is
+copied or added up by a kernel of its own.
+
+Letters: b batch, l sequence, d d_inner, n d_state, r dt_rank, k d_conv.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops.causal_conv1d import gpu as conv
+from blackmamba.ops.selective_scan import gpu as scan
+
+
+def mamba_mixer_gpu(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    seq_idx: Tensor | None,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    """`mamba_mixer`; the products in xz's dtype, all else in float32."""
+    inputs = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    y, final_state, *_ = _forward(*inputs, seq_idx, keep, keep and not recompute)
+    return y, final_state
+
+
+def _parts(columns: Tensor, r: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dt, B and C, of columns (b, l, r + 2 n)."""
+    return columns[..., :r], columns[..., r : r + n], columns[..., r + n :]
+
+
+@torch.library.custom_op("blackmamba::mamba_mixer", mutates_args=())
+def _forward(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    seq_idx: Tensor | None,
+    keep: bool,
+    keep_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the final state and, if `keep`, for the backward pass: x behind the convolution (only if
+    `keep_x`), x_proj's product, dt, and states."""
+    (d, r), n = dt_proj.shape, A.shape[1]
+    z = xz[..., d:]
+    x = conv._forward(xz[..., :d], conv_weight, conv_bias, None, seq_idx, True)
+    columns = torch.mm(x.flatten(0, 1), x_proj.t()).view(*x.shape[:2], len(x_proj))
+    low, B, C = _parts(columns, r, n)
+    dt = torch.mm(low.flatten(0, 1), dt_proj.t()).view(x.shape)
+    y, final_state, starts = scan._forward(x, dt, A, B, C, D, z, dt_bias, None, seq_idx, True, keep)
+    kept = (columns, dt) if keep else (x.new_empty(0), x.new_empty(0))
+    return y, final_state, x if keep_x else x.new_empty(0), *kept, starts
+
+
+@torch.library.custom_op("blackmamba::mamba_mixer_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    grad_final: Tensor | None,
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    seq_idx: Tensor | None,
+    x: Tensor,
+    columns: Tensor,
+    dt: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the eight inputs."""
+    (d, r), n = dt_proj.shape, A.shape[1]
+    inputs = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    grads = tuple(t.new_empty(t.shape) for t in inputs)
+    g_xz, g_conv_weight, g_conv_bias, g_x_proj, g_dt_proj, g_dt_bias, g_A, g_D = grads
+    _, B, C = _parts(columns, r, n)
+    if not x.numel():
+        x = conv._forward(xz[..., :d], conv_weight, conv_bias, None, seq_idx, True)
+    g_columns, g_x, g_dt = (t.new_empty(t.shape) for t in (columns, x, dt))
+    g_low, g_B, g_C = _parts(g_columns, r, n)
+    scan.backward_into(
+        (g_x, g_dt, g_A, g_B, g_C, g_D, g_xz[..., d:], g_dt_bias, g_A),
+        grad_y,
+        grad_final,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        xz[..., d:],
+        dt_bias,
+        None,
+        seq_idx,
+        starts,
+        True,
+    )
+    x_td, columns_tc, g_columns_tc = (t.flatten(0, 1) for t in (x, columns, g_columns))
+    g_dt_td = g_dt.flatten(0, 1)
+    torch.mm(g_dt_td, dt_proj, out=g_low.flatten(0, 1))
+    torch.mm(g_dt_td.t(), columns_tc[:, :r], out=g_dt_proj)
+    torch.mm(g_columns_tc.t(), x_td, out=g_x_proj)
+    g_x.flatten(0, 1).addmm_(g_columns_tc, x_proj)
+    conv.backward_into(
+        (g_xz[..., :d], g_conv_weight, g_conv_bias, g_conv_bias),
+        g_x,
+        xz[..., :d],
+        conv_weight,
+        conv_bias,
+        None,
+        seq_idx,
+        True,
+    )
+    return grads
+
+
+# ---- what autograd, torch.compile and fake tensors need to know ----------------------------------
+
+
+@_forward.register_fake
+def _(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    seq_idx: Tensor | None,
+    keep: bool,
+    keep_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = xz.new_empty(*xz.shape[:2], len(A))
+    y, final_state, starts = scan._outputs(x, A, keep)
+    columns = xz.new_empty(*xz.shape[:2], len(x_proj))
+    kept = (columns, torch.empty_like(x)) if keep else (xz.new_empty(0), xz.new_empty(0))
+    return y, final_state, x if keep_x else xz.new_empty(0), *kept, starts
+
+
+@_backward.register_fake
+def _(grad_y: Tensor, grad_final: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in rest[:8])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None, *_: Any) -> Any:
+    saved = ctx.saved_tensors  # once: a checkpointed layer computes them when they are asked for
+    if grad_y is None:
+        grad_y = torch.zeros_like(saved[11])  # dt
+    return *_backward(grad_y, grad_final, *saved), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,507 @@
+"""The selective scan on the GPU: plans, launches of kernels.py, and what autograd needs to know.
+
+Letters: b batch, l sequence, d d_inner, n d_state.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops import gpu
+
+SPAN = 16
+"""Tokens between the states that the forward pass keeps for the backward pass."""
+
+
+def selective_scan_gpu(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan`, computed in float32; x, dt, z, B and C are read as they lie in memory."""
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, final_state, _ = _forward(*inputs, seq_idx, dt_softplus, keep)
+    return y, final_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a pass is cut into programs."""
+
+    block: int
+    """Channels of a program."""
+    warps: int
+    n_chunks: int
+    chunk: int
+    """Tokens of a chunk, a multiple of SPAN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What was chosen by measuring on an H100."""
+
+    block: int
+    """Channels of a program."""
+    numbers: int
+    """Of [channels, states], how many a thread holds."""
+    resident: int
+    """Warps that a multiprocessor holds at once."""
+    extra: float
+    """What the pass over the chunks that finds what they leave behind costs, as a share of the main
+    pass."""
+    registers: int | None = None
+    """The most that a thread may use."""
+
+
+FORWARD = Tuning(block=16, numbers=4, resident=32, extra=0.65)
+BACKWARD = Tuning(block=16, numbers=4, resident=16, extra=0.22, registers=128)
+TILES = 1
+
+
+def plan(b: int, l: int, d: int, n_padded: int, processors: int, tuning: Tuning) -> Plan:
+    """The number of chunks that is expected to take the least time.
+
+    A multiprocessor with fewer than 16 warps is not busy all the time; one that has more than it
+    holds at once runs them one after another.
+    """
+    warps = max(1, min(16, tuning.block * n_padded // (32 * tuning.numbers)))
+    programs = b * math.ceil(d / tuning.block)
+    enough, resident = max(1, 16 // warps), max(1, tuning.resident // warps)
+    spans = max(1, math.ceil(l / SPAN))
+    best, n_chunks = math.inf, 1
+    for candidate in range(1, min(64, max(1, spans // 4)) + 1):
+        load = math.ceil(programs * candidate / processors)
+        busy = max(math.ceil(load / resident) * min(load, resident), enough) / candidate
+        time = busy * (1 + tuning.extra * (candidate - 1) / candidate)
+        if time < best * 0.98:
+            best, n_chunks = time, candidate
+    chunk = math.ceil(spans / n_chunks) * SPAN
+    return Plan(tuning.block, warps, max(1, math.ceil(l / chunk)), chunk)
+
+
+def _processors(tensor: Tensor) -> int:
+    if tensor.device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def _padded(n: int) -> int:
+    """A power of two: the states of a channel with their padding."""
+    return max(4, 1 << (n - 1).bit_length())
+
+
+def _kernels() -> Any:
+    """kernels.py, whose language Python's types do not describe; triton is imported only now."""
+    from blackmamba.ops.selective_scan import kernels
+
+    return kernels
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous."""
+    return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _strides(tensor: Tensor) -> tuple[int, int]:
+    return tensor.stride(0), tensor.stride(1)
+
+
+class _Call:
+    """What all passes are launched with alike."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        seq_idx: Tensor | None,
+        dt_softplus: bool,
+    ):
+        self.b, self.l, self.d = x.shape
+        self.n = A.shape[1]
+        self.n_padded = _padded(self.n)
+        self.l_padded = math.ceil(self.l / SPAN) * SPAN
+        self.x, self.dt = _rows(x), _rows(dt)
+        self.z = None if z is None else _rows(z)
+        self.A = A.float().contiguous()
+        self.D = None if D is None else D.contiguous()
+        self.dt_bias = None if dt_bias is None else dt_bias.contiguous()
+        self.flags = {
+            "N": self.n_padded,
+            "HAS_Z": z is not None,
+            "HAS_BIAS": dt_bias is not None,
+            "SOFTPLUS": dt_softplus,
+            "HAS_SEQ": seq_idx is not None,
+        }
+        self.packed = x.new_empty(self.b, self.l_padded, 2, self.n_padded, dtype=torch.float32)
+        self.resets = (
+            self.packed
+            if seq_idx is None
+            else x.new_empty(self.b, self.l_padded, dtype=torch.float32)
+        )
+        tokens = max(1, 512 // self.n_padded)
+        _kernels().pack_kernel[(math.ceil(self.l_padded / tokens), self.b)](
+            B,
+            C,
+            B if seq_idx is None else seq_idx,
+            self.packed,
+            self.resets,
+            self.l,
+            self.l_padded,
+            self.n,
+            *B.stride(),
+            *C.stride(),
+            *((0, 0) if seq_idx is None else seq_idx.stride()),
+            N=self.n_padded,
+            T=tokens,
+            HAS_SEQ=seq_idx is not None,
+        )
+
+    def plan(self, tuning: Tuning) -> Plan:
+        return plan(self.b, self.l, self.d, self.n_padded, _processors(self.x), tuning)
+
+    def sizes(self, plan: Plan) -> tuple[int, int, int, int, int, int]:
+        return self.l, self.d, self.n, self.l_padded, plan.n_chunks, plan.chunk
+
+    def grid(self, plan: Plan) -> tuple[int]:
+        return (math.ceil(self.d / plan.block) * plan.n_chunks * self.b,)
+
+    def even(self, plan: Plan) -> bool:
+        return self.d % plan.block == 0 and self.l % SPAN == 0
+
+    def states(self, plan: Plan) -> Tensor:
+        return self.packed.new_empty(self.b, plan.n_chunks, self.d, self.n_padded)
+
+    def carry(self, ends: Tensor, decays: Tensor, first: Tensor | None, back: bool) -> Tensor:
+        """What each chunk begins with (or, backwards, ends with), of what each leaves."""
+        carried = torch.empty_like(ends)
+        size = self.d * self.n_padded
+        _kernels().carry_kernel[(math.ceil(size / 256), self.b)](
+            ends,
+            decays,
+            ends if first is None else first,
+            carried,
+            ends.shape[1],
+            size,
+            BACK=back,
+            HAS_FIRST=first is not None,
+            BLOCK=256,
+            num_warps=4,
+        )
+        return carried
+
+    def padded_state(self, state: Tensor) -> Tensor:
+        """(b, d, n) to contiguous float32 (b, d, N)."""
+        return torch.nn.functional.pad(state.float(), (0, self.n_padded - self.n)).contiguous()
+
+
+def _outputs(x: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (b, l, d), n = x.shape, A.shape[1]
+    final_state = x.new_empty(b, d, n, dtype=torch.float32)
+    starts = (b, math.ceil(l / SPAN), d, _padded(n)) if keep else (0,)
+    return x.new_empty(x.shape), final_state, final_state.new_empty(starts)
+
+
+@torch.library.custom_op("blackmamba::selective_scan_gpu", mutates_args=())
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state and, if `keep`, the states before every SPAN tokens."""
+    y, final_state, starts = _outputs(x, A, keep)
+    if final_state.numel() == 0 or x.shape[1] == 0:
+        if initial_state is None:
+            return y, final_state.zero_(), starts
+        return y, final_state.copy_(initial_state), starts
+    call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
+    cut = call.plan(FORWARD)
+    flags = call.flags | {
+        "BD": cut.block,
+        "S": SPAN,
+        "HAS_D": D is not None,
+        "KEEP": keep,
+        "EVEN": call.even(cut),
+        "AHEAD": True,
+        "num_warps": cut.warps,
+    }
+    first = None if initial_state is None else call.padded_state(initial_state)
+    z_ = call.x if call.z is None else call.z
+    last = (
+        final_state
+        if call.n == call.n_padded
+        else final_state.new_empty(*final_state.shape[:2], call.n_padded)
+    )
+
+    def launch(local: bool, ends: Tensor, decays: Tensor) -> None:
+        _kernels().forward_kernel[call.grid(cut)](
+            call.x,
+            call.dt,
+            call.A,
+            call.packed,
+            call.A if call.D is None else call.D,
+            z_,
+            call.A if call.dt_bias is None else call.dt_bias,
+            call.resets,
+            call.A if first is None or local else first,
+            y,
+            starts,
+            ends,
+            decays,
+            *call.sizes(cut),
+            *_strides(call.x),
+            *_strides(call.dt),
+            *_strides(z_),
+            HAS_FIRST=first is not None and not local,
+            LOCAL=local,
+            **flags,
+        )
+
+    if cut.n_chunks > 1:
+        ends, decays = call.states(cut), call.states(cut)
+        launch(True, ends, decays)
+        first = call.carry(ends, decays, first, back=False)
+    launch(False, last, last)
+    if last is not final_state:
+        final_state.copy_(last[..., : call.n])
+    return y, final_state, starts
+
+
+@torch.library.custom_op("blackmamba::selective_scan_gpu_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    grad_final: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    starts: Tensor,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state; empty for absent inputs."""
+    grads = _gradients_of(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    backward_into(
+        grads,
+        grad_y,
+        grad_final,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        initial_state,
+        seq_idx,
+        starts,
+        dt_softplus,
+    )
+    return grads
+
+
+def backward_into(
+    grads: tuple[Tensor, ...],
+    grad_y: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    starts: Tensor,
+    dt_softplus: bool,
+) -> None:
+    """Fill `grads`, of x, dt, A, B, C, D, z, dt_bias and initial_state in this order; of (b, l,
+    ...) tensors only the last dimension need be contiguous, so that they may be parts of a wider
+    gradient."""
+    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_first = grads
+    b, l, d = x.shape
+    if x.numel() == 0:
+        for grad in (grad_A, grad_B, grad_C, grad_D, grad_bias):
+            grad.zero_()
+        if initial_state is not None:
+            grad_first.zero_() if grad_final is None else grad_first.copy_(grad_final)
+        return
+    call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
+    cut = call.plan(BACKWARD)
+    grad_y = _rows(grad_y)
+    z_ = call.x if call.z is None else call.z
+    shared = call.flags | {"BD": cut.block, "EVEN": call.even(cut), "num_warps": cut.warps}
+    D_ = call.A if call.D is None else call.D
+    bias = call.A if call.dt_bias is None else call.dt_bias
+    after = None if grad_final is None else call.padded_state(grad_final)
+    if cut.n_chunks > 1:
+        ends, decays = call.states(cut), call.states(cut)
+        _kernels().backward_local_kernel[call.grid(cut)](
+            call.dt,
+            call.A,
+            call.packed,
+            z_,
+            bias,
+            call.resets,
+            grad_y,
+            ends,
+            decays,
+            *call.sizes(cut),
+            *_strides(call.dt),
+            *_strides(z_),
+            *_strides(grad_y),
+            **shared,
+        )
+        after = call.carry(ends, decays, after, back=True)
+    elif after is None:
+        after = call.states(cut).zero_()
+    n_blocks = math.ceil(d / cut.block)
+    parts = b * cut.n_chunks
+    new = call.packed.new_empty
+    partial = new(b, call.l_padded // 4, n_blocks, 8 * call.n_padded)
+    sum_A = new(parts, d, call.n_padded)
+    sum_D = new(parts, d) if D is not None else sum_A
+    sum_bias = new(parts, d) if dt_bias is not None else sum_A
+    before = new(b, d, call.n_padded)
+    _kernels().backward_kernel[call.grid(cut)](
+        call.x,
+        call.dt,
+        call.A,
+        call.packed,
+        D_,
+        z_,
+        bias,
+        call.resets,
+        starts,
+        grad_y,
+        after,
+        grad_x,
+        grad_dt,
+        grad_x if z is None else grad_z,
+        partial,
+        before,
+        sum_A,
+        sum_D,
+        sum_bias,
+        *call.sizes(cut),
+        *_strides(call.x),
+        *_strides(call.dt),
+        *_strides(z_),
+        *_strides(grad_y),
+        *_strides(grad_x),
+        *_strides(grad_dt),
+        *((0, 0) if z is None else _strides(grad_z)),
+        S=SPAN,
+        TILES=TILES,
+        HAS_D=D is not None,
+        SUM=_sum_by(x),
+        **shared,
+        **_registers(BACKWARD),
+    )
+    _kernels().sum_kernel[(call.l_padded // 4, b)](
+        partial,
+        grad_B,
+        grad_C,
+        l,
+        call.n,
+        call.l_padded // 4,
+        n_blocks,
+        *_strides(grad_B),
+        *_strides(grad_C),
+        N=call.n_padded,
+        ROWS=16,
+        num_warps=4,
+    )
+    torch.sum(
+        sum_A[..., : call.n], 0, out=grad_A
+    ) if grad_A.dtype == torch.float32 else grad_A.copy_(sum_A[..., : call.n].sum(0))
+    if D is not None:
+        grad_D.copy_(sum_D.sum(0))
+    if dt_bias is not None:
+        grad_bias.copy_(sum_bias.sum(0))
+    if initial_state is not None:
+        grad_first.copy_(before[..., : call.n])
+
+
+def _registers(tuning: Tuning) -> dict[str, int]:
+    if tuning.registers is None or torch.version.hip is not None or gpu.interpreted():
+        return {}
+    return {"maxnreg": tuning.registers}
+
+
+def _sum_by(x: Tensor) -> str:
+    """How numbers are summed over channels: by additions, or by matrix units that read 11 bits of
+    each number."""
+    if x.dtype == torch.float32 or torch.version.hip is not None or gpu.interpreted():
+        return "add"
+    return "tf32"
+
+
+def _gradients_of(*inputs: Tensor | None) -> Any:
+    """Contiguous memory for each gradient; no numbers where the input is absent."""
+    present = inputs[0]
+    assert present is not None
+    return tuple(present.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+
+
+# ---- what autograd, torch.compile and fake tensors need to know ----------------------------------
+
+
+@_forward.register_fake
+def _(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(x, A, rest[-1])
+
+
+@_backward.register_fake
+def _(grad_y: Tensor, grad_final: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _gradients_of(*rest[:9])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, dt_softplus, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.dt_softplus = dt_softplus
+    ctx.mark_non_differentiable(output[2])
+
+
+def _gradients(ctx: Any, grad_y: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Any, ...]:
+    grads = _backward(grad_y, grad_final, *ctx.saved_tensors, ctx.dt_softplus)
+    kept = [None if t is None else g for g, t in zip(grads, ctx.saved_tensors[:9], strict=True)]
+    return *kept, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,521 @@
+"""Triton kernels of the selective scan; gpu.py launches them.
+
+A program owns BD channels of one row of the batch with all their states, [BD, N] numbers that stay
+in registers, and walks over one chunk of its tokens. Time is read in tiles of four tokens, [BD, 4]:
+the four lanes that share a channel's states each prepare one token (softplus, delta x, gate), hand
+it to the others by a shuffle, and finish one token (skip, gate, store), so that nothing per token
+and channel is done twice.
+
+Where rows and channels alone do not fill the GPU, time is cut into chunks that run side by side:
+one pass finds what each chunk leaves behind had it begun with nothing, `carry_kernel` chains those
+into what each begins with, and the main pass runs from there.
+
+Letters: b batch, l sequence, d d_inner, n d_state (N: padded to a power of two).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _spread(tile, i: tl.constexpr, BD: tl.constexpr):
+    """Column i of a tile [BD, 4], as [BD, 1]: one shuffle."""
+    return tl.gather(tile, tl.full([BD, 1], i, tl.int32), 1)
+
+
+@triton.jit
+def _at(rows, t0, stride, c):
+    """Where a tile [BD, 4] lies: tokens t0 .. t0 + 3 of channels c."""
+    return rows + tl.cast(t0, tl.int64) * stride + (tl.arange(0, 4)[None, :] * stride + c[:, None])
+
+
+@triton.jit
+def _softplus(v):
+    """log(1 + exp(v)) to 2e-7 of itself: max(v, 0) + log1p(exp(-|v|)), the latter by a polynomial
+    fitted at Chebyshev's points, on the multiply-add units."""
+    e = tl.exp2(-tl.abs(v) * LOG2E)
+    p = 0.005253457929939032 * e - 0.02958850748836994
+    p = p * e + 0.07836166769266129
+    p = p * e - 0.13674770295619965
+    p = p * e + 0.19111430644989014
+    p = p * e - 0.24844369292259216
+    p = p * e + 0.33319270610809326
+    p = p * e - 0.49999502301216125
+    p = p * e + 1.0
+    return tl.maximum(v, 0.0) + e * p
+
+
+@triton.jit
+def _delta(raw, mask, SOFTPLUS: tl.constexpr):
+    """The step size; 0 outside of the mask, where a token leaves the state as it is."""
+    delta = _softplus(raw) if SOFTPLUS else raw
+    return tl.where(mask, delta, 0.0)
+
+
+@triton.jit
+def _decay(dl, A2, reset, i: tl.constexpr, HAS_SEQ: tl.constexpr):
+    """exp(delta A); 0 at a document's first token, whose reset is minus infinity."""
+    exponent = dl * A2
+    if HAS_SEQ:
+        exponent += tl.load(reset + i)
+    return tl.exp2(exponent)
+
+
+@triton.jit
+def pack_kernel(
+    B, C, seq, packed, resets, l, l_padded, n, B_b, B_l, B_n, C_b, C_l, C_n, s_b, s_l,
+    N: tl.constexpr, T: tl.constexpr, HAS_SEQ: tl.constexpr,
+):  # fmt: skip
+    """B and C side by side in float32, zeros where there is no state or no token; and where
+    documents begin.
+
+    Owns T tokens of one row. Keeps nothing. Moves 2 n numbers a token in, 2 N out. Bound by bytes.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    k = tl.arange(0, N)
+    mask = (t < l)[:, None] & (k < n)[None, :]
+    b = tl.load(B + row * B_b + t[:, None] * B_l + k[None, :] * B_n, mask, other=0.0)
+    c = tl.load(C + row * C_b + t[:, None] * C_l + k[None, :] * C_n, mask, other=0.0)
+    out = packed + (row * l_padded + t[:, None]) * (2 * N) + k[None, :]
+    written = (t < l_padded)[:, None] & (k < N)[None, :]
+    tl.store(out, b.to(tl.float32), written)
+    tl.store(out + N, c.to(tl.float32), written)
+    if HAS_SEQ:
+        inside = (t > 0) & (t < l)
+        here = tl.load(seq + row * s_b + t * s_l, inside, other=0)
+        before = tl.load(seq + row * s_b + (t - 1) * s_l, inside, other=0)
+        tl.store(
+            resets + row * l_padded + t, tl.where(here != before, float("-inf"), 0.0), t < l_padded
+        )
+
+
+@triton.jit
+def carry_kernel(
+    ends, decays, first, carried, n_chunks, size,
+    BACK: tl.constexpr, HAS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """carried[c] = what chunk c begins with: carried[c + 1] = decays[c] carried[c] + ends[c].
+
+    Owns BLOCK numbers of one row's (d, N), over all chunks, from the last one if BACK. Bound by
+    bytes.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    h = tl.zeros([BLOCK], tl.float32)
+    if HAS_FIRST:
+        h = tl.load(first + row * size + i, mask, other=0.0).to(tl.float32)
+    for step in range(n_chunks):
+        c = n_chunks - 1 - step if BACK else step
+        place = (row * n_chunks + c) * size + i
+        tl.store(carried + place, h, mask)
+        h = tl.load(decays + place, mask, other=0.0) * h + tl.load(ends + place, mask, other=0.0)
+
+
+@triton.jit
+def forward_kernel(
+    x, dt, A, BC, D, z, dt_bias, resets, first, y, starts, ends, decays,
+    l, d, n, l_padded, n_chunks, chunk, x_b, x_l, dt_b, dt_l, z_b, z_l,
+    BD: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_SEQ: tl.constexpr, HAS_FIRST: tl.constexpr, KEEP: tl.constexpr, LOCAL: tl.constexpr,
+    EVEN: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """y and the last state; if KEEP, the state before every S tokens. LOCAL: only what the chunk
+    leaves.
+
+    Owns BD channels of a row over one chunk. Keeps their states, [BD, N], and A in registers. Moves
+    x, dt, z and y once, B and C once for every BD channels (from L2). Bound by exponentials: N + 2
+    for each number of y.
+    """
+    pid = tl.program_id(0)
+    n_blocks = tl.cdiv(d, BD)
+    c = (pid % n_blocks) * BD + tl.arange(0, BD)
+    piece = (pid // n_blocks) % n_chunks
+    row = (pid // n_blocks // n_chunks).to(tl.int64)
+    k = tl.arange(0, N)
+    col = tl.arange(0, 4)
+    here = c < d
+    whole = here[:, None] & (k < n)[None, :]
+    A2 = tl.load(A + c[:, None] * n + k[None, :], whole, other=0.0) * LOG2E
+    bias = tl.load(dt_bias + c, here, other=0.0).to(tl.float32)[:, None] if HAS_BIAS else 0.0
+    skip = tl.load(D + c, here, other=0.0).to(tl.float32)[:, None] if HAS_D else 0.0
+    state = ((row * n_chunks + piece) * d + c[:, None]) * N + k[None, :]
+    if HAS_FIRST:
+        h = tl.load(first + state, here[:, None], other=0.0)
+    else:
+        h = tl.zeros([BD, N], tl.float32)
+
+    begin = piece * chunk
+    end = tl.minimum(l, begin + chunk)
+    x += row * x_b
+    dt += row * dt_b
+    z += row * z_b
+    y += row * l * d
+    BC += row * l_padded * (2 * N)
+    resets += row * l_padded
+    starts += row * (l_padded // S) * d * N
+    total = tl.zeros([BD, 4], tl.float32)
+    any_reset = 0.0
+
+    mask = here[:, None] & ((begin + col) < end)[None, :]
+    if EVEN:
+        mask = tl.full([BD, 4], True, tl.int1)
+    dt_t = tl.load(_at(dt, begin, dt_l, c), mask, other=0.0)
+    x_t = tl.load(_at(x, begin, x_l, c), mask, other=0.0)
+    if HAS_Z and not LOCAL:
+        z_t = tl.load(_at(z, begin, z_l, c), mask, other=0.0)
+    for t0 in range(begin, end, 4):
+        if KEEP and not LOCAL:  # noqa: SIM102 # what is not compiled first
+            if t0 % S == 0:
+                kept = starts + tl.cast(t0 // S, tl.int64) * d * N + c[:, None] * N + k[None, :]
+                if EVEN:
+                    tl.store(kept, h)
+                else:
+                    tl.store(kept, h, here[:, None])
+        if not AHEAD:
+            t = (t0 + col)[None, :]
+            if EVEN:
+                mask = tl.full([BD, 4], True, tl.int1)
+                dt_t = tl.load(_at(dt, t0, dt_l, c))
+                x_t = tl.load(_at(x, t0, x_l, c))
+                if HAS_Z and not LOCAL:
+                    z_t = tl.load(_at(z, t0, z_l, c))
+            else:
+                mask = here[:, None] & (t < end)
+                dt_t = tl.load(_at(dt, t0, dt_l, c), mask, other=0.0)
+                x_t = tl.load(_at(x, t0, x_l, c), mask, other=0.0)
+                if HAS_Z and not LOCAL:
+                    z_t = tl.load(_at(z, t0, z_l, c), mask, other=0.0)
+        xv = x_t.to(tl.float32)
+        delta = _delta(dt_t.to(tl.float32) + bias, mask, SOFTPLUS)
+        drive = delta * xv
+        if LOCAL:
+            total += delta
+        yv = tl.zeros([BD, 4], tl.float32)
+        if HAS_Z and not LOCAL:
+            zv = z_t.to(tl.float32)
+            gate = zv / (1 + tl.exp2(zv * -LOG2E))
+        mask_now = mask
+        if AHEAD:  # the next tile, while this one is worked on
+            t = (t0 + 4 + col)[None, :]
+            if EVEN:
+                mask_next = tl.broadcast_to(t0 + 4 < end, [BD, 4])
+            else:
+                mask_next = here[:, None] & (t < end)
+                mask = mask_next
+            dt_t = tl.load(_at(dt, t0 + 4, dt_l, c), mask_next, other=0.0)
+            x_t = tl.load(_at(x, t0 + 4, x_l, c), mask_next, other=0.0)
+            if HAS_Z and not LOCAL:
+                z_t = tl.load(_at(z, t0 + 4, z_l, c), mask_next, other=0.0)
+        tile = BC + tl.cast(t0, tl.int64) * (2 * N)
+        for i in tl.static_range(4):
+            dl = _spread(delta, i, BD)
+            Bt = tl.load(tile + i * 2 * N + k)[None, :]
+            a = _decay(dl, A2, resets + t0, i, HAS_SEQ)
+            h = a * h + _spread(drive, i, BD) * Bt
+            if LOCAL:
+                if HAS_SEQ:
+                    any_reset += tl.load(resets + t0 + i)
+            else:
+                Ct = tl.load(tile + i * 2 * N + N + k)[None, :]
+                yv = tl.where((col == i)[None, :], tl.sum(h * Ct, 1, keep_dims=True), yv)
+        if not LOCAL:
+            if HAS_D:
+                yv += skip * xv
+            if HAS_Z:
+                yv *= gate
+            out = _at(y, t0, d, c)
+            if EVEN:
+                tl.store(out, yv)
+            else:
+                tl.store(out, yv, mask_now)
+    if LOCAL:
+        tl.store(ends + state, h, here[:, None])
+        left = tl.exp2(tl.sum(total, 1, keep_dims=True) * A2 + any_reset)
+        tl.store(decays + state, left, here[:, None])
+    else:
+        last = (row * d + c[:, None]) * N + k[None, :]
+        tl.store(ends + last, h, here[:, None] & (piece == n_chunks - 1))
+
+
+@triton.jit
+def backward_local_kernel(
+    dt, A, BC, z, dt_bias, resets, grad_y, ends, decays,
+    l, d, n, l_padded, n_chunks, chunk, dt_b, dt_l, z_b, z_l, gy_b, gy_l,
+    BD: tl.constexpr, N: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_SEQ: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state before each chunk, had nothing come from behind, and the chunk's
+    decay.
+
+    Owns BD channels of a row over one chunk, read backwards. Keeps the gradient, [BD, N], in
+    registers. Moves dt, z and the gradient of y once. Bound by exponentials: N + 2 for each number
+    of y.
+    """
+    pid = tl.program_id(0)
+    n_blocks = tl.cdiv(d, BD)
+    c = (pid % n_blocks) * BD + tl.arange(0, BD)
+    piece = (pid // n_blocks) % n_chunks
+    row = (pid // n_blocks // n_chunks).to(tl.int64)
+    k = tl.arange(0, N)
+    col = tl.arange(0, 4)
+    here = c < d
+    A2 = (
+        tl.load(A + c[:, None] * n + k[None, :], here[:, None] & (k < n)[None, :], other=0.0)
+        * LOG2E
+    )
+    bias = tl.load(dt_bias + c, here, other=0.0).to(tl.float32)[:, None] if HAS_BIAS else 0.0
+    begin = piece * chunk
+    end = tl.minimum(l, begin + chunk)
+    dt += row * dt_b
+    z += row * z_b
+    grad_y += row * gy_b
+    BC += row * l_padded * (2 * N)
+    resets += row * l_padded
+    g = tl.zeros([BD, N], tl.float32)
+    total = tl.zeros([BD, 4], tl.float32)
+    any_reset = 0.0
+    n_tiles = tl.cdiv(end - begin, 4)
+    for back in range(n_tiles):
+        t0 = begin + (n_tiles - 1 - back) * 4
+        t = (t0 + col)[None, :]
+        mask = here[:, None] & (t < end)
+        if EVEN:
+            mask = tl.full([BD, 4], True, tl.int1)
+        dt_t = tl.load(_at(dt, t0, dt_l, c), mask, other=0.0)
+        gy = tl.load(_at(grad_y, t0, gy_l, c), mask, other=0.0).to(tl.float32)
+        if HAS_Z:
+            zv = tl.load(_at(z, t0, z_l, c), mask, other=0.0).to(tl.float32)
+            gy *= zv / (1 + tl.exp2(zv * -LOG2E))
+        delta = _delta(dt_t.to(tl.float32) + bias, mask, SOFTPLUS)
+        total += delta
+        tile = BC + tl.cast(t0, tl.int64) * (2 * N)
+        for i in tl.static_range(3, -1, -1):
+            Ct = tl.load(tile + i * 2 * N + N + k)[None, :]
+            a = _decay(_spread(delta, i, BD), A2, resets + t0, i, HAS_SEQ)
+            g = a * (g + Ct * _spread(gy, i, BD))
+            if HAS_SEQ:
+                any_reset += tl.load(resets + t0 + i)
+    state = ((row * n_chunks + piece) * d + c[:, None]) * N + k[None, :]
+    tl.store(ends + state, g, here[:, None])
+    left = tl.exp2(tl.sum(total, 1, keep_dims=True) * A2 + any_reset)
+    tl.store(decays + state, left, here[:, None])
+
+
+@triton.jit
+def backward_kernel(
+    x, dt, A, BC, D, z, dt_bias, resets, starts, grad_y, after,
+    grad_x, grad_dt, grad_z, partial, grad_first, grad_A, grad_D, grad_bias,
+    l, d, n, l_padded, n_chunks, chunk,
+    x_b, x_l, dt_b, dt_l, z_b, z_l, gy_b, gy_l, gx_b, gx_l, gdt_b, gdt_l, gz_b, gz_l,
+    BD: tl.constexpr, N: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_SEQ: tl.constexpr, EVEN: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Every gradient; those of B and C as a sum for each block of channels, in `partial`.
+
+    Owns BD channels of a row over one chunk, read backwards. Keeps the states of TILES tiles,
+    computed again from the kept ones, and the gradients of state and A in registers. Moves x, dt,
+    z, the gradients of y, x, dt and z once, the states before every S tokens once, and 2 N / BD
+    numbers of `partial` for each of x. Bound by instructions.
+    """
+    pid = tl.program_id(0)
+    n_blocks = tl.cdiv(d, BD)
+    block = pid % n_blocks
+    c = block * BD + tl.arange(0, BD)
+    piece = (pid // n_blocks) % n_chunks
+    row = (pid // n_blocks // n_chunks).to(tl.int64)
+    k = tl.arange(0, N)
+    col = tl.arange(0, 4)
+    here = c < d
+    A2 = (
+        tl.load(A + c[:, None] * n + k[None, :], here[:, None] & (k < n)[None, :], other=0.0)
+        * LOG2E
+    )
+    bias = tl.load(dt_bias + c, here, other=0.0).to(tl.float32)[:, None] if HAS_BIAS else 0.0
+    skip = tl.load(D + c, here, other=0.0).to(tl.float32)[:, None] if HAS_D else 0.0
+    state = ((row * n_chunks + piece) * d + c[:, None]) * N + k[None, :]
+    g = tl.load(after + state, here[:, None], other=0.0)
+    sum_A = tl.zeros([BD, N], tl.float32)
+    sum_D = tl.zeros([BD, 4], tl.float32)
+    sum_bias = tl.zeros([BD, 4], tl.float32)
+
+    begin = piece * chunk
+    end = tl.minimum(l, begin + chunk)
+    x += row * x_b
+    dt += row * dt_b
+    z += row * z_b
+    grad_y += row * gy_b
+    grad_x += row * gx_b
+    grad_dt += row * gdt_b
+    grad_z += row * gz_b
+    BC += row * l_padded * (2 * N)
+    resets += row * l_padded
+    starts += row * (l_padded // S) * d * N
+    partial += (row * (l_padded // 4) * n_blocks + block) * (8 * N)
+    n_spans = tl.cdiv(end - begin, S)
+    for back in range(n_spans):
+        span = begin + (n_spans - 1 - back) * S
+        kept = starts + tl.cast(span // S, tl.int64) * d * N + c[:, None] * N + k[None, :]
+        if EVEN:
+            h = tl.load(kept)
+        else:
+            h = tl.load(kept, here[:, None], other=0.0)
+        firsts = (h,)  # before each group of TILES tiles
+        for j in tl.static_range(S // 4 - TILES):
+            t = (span + 4 * j + col)[None, :]
+            mask = here[:, None] & (t < end)
+            if EVEN:
+                mask = tl.full([BD, 4], True, tl.int1)
+            raw = tl.load(_at(dt, span + 4 * j, dt_l, c), mask, other=0.0).to(tl.float32) + bias
+            delta = _delta(raw, mask, SOFTPLUS)
+            drive = delta * tl.load(_at(x, span + 4 * j, x_l, c), mask, other=0.0).to(tl.float32)
+            tile = BC + tl.cast(span + 4 * j, tl.int64) * (2 * N)
+            for i in tl.static_range(4):
+                Bt = tl.load(tile + i * 2 * N + k)[None, :]
+                a = _decay(_spread(delta, i, BD), A2, resets + span + 4 * j, i, HAS_SEQ)
+                h = a * h + _spread(drive, i, BD) * Bt
+            if (j + 1) % TILES == 0:
+                firsts += (h,)
+        for group in tl.static_range(S // 4 // TILES - 1, -1, -1):
+            h = firsts[group]
+            states = (h,)
+            decays = (h,)
+            for tile_of_group in tl.static_range(TILES):
+                t0 = span + (group * TILES + tile_of_group) * 4
+                t = (t0 + col)[None, :]
+                mask = here[:, None] & (t < end)
+                if EVEN:
+                    mask = tl.full([BD, 4], True, tl.int1)
+                raw = tl.load(_at(dt, t0, dt_l, c), mask, other=0.0).to(tl.float32) + bias
+                delta = _delta(raw, mask, SOFTPLUS)
+                drive = delta * tl.load(_at(x, t0, x_l, c), mask, other=0.0).to(tl.float32)
+                tile = BC + tl.cast(t0, tl.int64) * (2 * N)
+                for i in tl.static_range(4):
+                    Bt = tl.load(tile + i * 2 * N + k)[None, :]
+                    a = _decay(_spread(delta, i, BD), A2, resets + t0, i, HAS_SEQ)
+                    h = a * h + _spread(drive, i, BD) * Bt
+                    decays += (a,)
+                    states += (h,)
+            for tile_of_group in tl.static_range(TILES - 1, -1, -1):
+                t0 = span + (group * TILES + tile_of_group) * 4
+                t = (t0 + col)[None, :]
+                mask = here[:, None] & (t < end)
+                if EVEN:
+                    mask = tl.full([BD, 4], True, tl.int1)
+                raw = tl.load(_at(dt, t0, dt_l, c), mask, other=0.0).to(tl.float32) + bias
+                delta = _delta(raw, mask, SOFTPLUS)
+                xv = tl.load(_at(x, t0, x_l, c), mask, other=0.0).to(tl.float32)
+                drive = delta * xv
+                gy = tl.load(_at(grad_y, t0, gy_l, c), mask, other=0.0).to(tl.float32)
+                go = gy  # the gradient before the gate
+                if HAS_Z:
+                    zv = tl.load(_at(z, t0, z_l, c), mask, other=0.0).to(tl.float32)
+                    sigmoid = 1 / (1 + tl.exp2(zv * -LOG2E))
+                    gate = zv * sigmoid
+                    go = gy * gate
+                yv = tl.zeros([BD, 4], tl.float32)
+                g_drive = tl.zeros([BD, 4], tl.float32)
+                g_decay = tl.zeros([BD, 4], tl.float32)
+                tile = BC + tl.cast(t0, tl.int64) * (2 * N)
+                at_B = partial + tl.cast(t0 // 4, tl.int64) * n_blocks * (8 * N)
+                at_C = at_B + 4 * N
+                for_B = (g,)  # the fourth token's first
+                for_C = (g,)
+                for i in tl.static_range(3, -1, -1):
+                    dl = _spread(delta, i, BD)
+                    gi = _spread(go, i, BD)
+                    Bt = tl.load(tile + i * 2 * N + k)[None, :]
+                    Ct = tl.load(tile + i * 2 * N + N + k)[None, :]
+                    h = states[tile_of_group * 4 + i + 1]
+                    now = (col == i)[None, :]
+                    g += Ct * gi
+                    if HAS_Z:
+                        yv = tl.where(now, tl.sum(h * Ct, 1, keep_dims=True), yv)
+                    g_drive = tl.where(now, tl.sum(g * Bt, 1, keep_dims=True), g_drive)
+                    of_B = g * _spread(drive, i, BD)
+                    of_C = h * gi
+                    if SUM == "add":
+                        tl.store(at_B + k * 4 + i, tl.sum(of_B, 0))
+                        tl.store(at_C + k * 4 + i, tl.sum(of_C, 0))
+                    else:
+                        for_B += (of_B,)
+                        for_C += (of_C,)
+                    g *= decays[tile_of_group * 4 + i + 1]
+                    w = g * states[tile_of_group * 4 + i]  # the gradient of delta A
+                    sum_A += w * dl
+                    g_decay = tl.where(now, tl.sum(w * A2, 1, keep_dims=True), g_decay)
+                if (
+                    SUM != "add"
+                ):  # sums over channels by the matrix units: rows of ones times [BD, 4 N]
+                    all_B = tl.join(tl.join(for_B[4], for_B[2]), tl.join(for_B[3], for_B[1]))
+                    all_C = tl.join(tl.join(for_C[4], for_C[2]), tl.join(for_C[3], for_C[1]))
+                    all_B = tl.reshape(all_B, [BD, 4 * N])
+                    all_C = tl.reshape(all_C, [BD, 4 * N])
+                    if SUM == "bf16":
+                        ones = tl.full([16, BD], 1.0, tl.bfloat16)
+                        all_B = tl.dot(ones, all_B.to(tl.bfloat16))
+                        all_C = tl.dot(ones, all_C.to(tl.bfloat16))
+                    else:
+                        ones = tl.full([16, BD], 1.0, tl.float32)
+                        all_B = tl.dot(ones, all_B, input_precision=SUM)
+                        all_C = tl.dot(ones, all_C, input_precision=SUM)
+                    place = tl.arange(0, 16)[:, None] * 0 + tl.arange(0, 4 * N)[None, :]
+                    once = tl.arange(0, 16)[:, None] + tl.arange(0, 4 * N)[None, :] * 0 == 0
+                    tl.store(at_B + place, all_B, once)
+                    tl.store(at_C + place, all_C, once)
+                g_x = g_drive * delta
+                if HAS_D:
+                    yv += skip * xv
+                    g_x += skip * go
+                    sum_D += go * xv
+                tl.store(_at(grad_x, t0, gx_l, c), g_x, mask)
+                if HAS_Z:
+                    g_z = gy * yv * (sigmoid + gate * (1 - sigmoid))
+                    tl.store(_at(grad_z, t0, gz_l, c), g_z, mask)
+                g_raw = g_decay * LN2 + g_drive * xv
+                if SOFTPLUS:
+                    g_raw *= 1 / (1 + tl.exp2(raw * -LOG2E))
+                if HAS_BIAS:
+                    sum_bias += tl.where(mask, g_raw, 0.0)
+                tl.store(_at(grad_dt, t0, gdt_l, c), g_raw, mask)
+    part = row * n_chunks + piece
+    tl.store(grad_A + (part * d + c[:, None]) * N + k[None, :], sum_A, here[:, None])
+    if HAS_D:
+        tl.store(grad_D + part * d + c, tl.sum(sum_D, 1), here)
+    if HAS_BIAS:
+        tl.store(grad_bias + part * d + c, tl.sum(sum_bias, 1), here)
+    tl.store(grad_first + (row * d + c[:, None]) * N + k[None, :], g, here[:, None] & (piece == 0))
+
+
+@triton.jit
+def sum_kernel(
+    partial, grad_B, grad_C, l, n, n_tiles, n_blocks, B_b, B_l, C_b, C_l,
+    N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of B and C: sums over the blocks of channels, always in the same order.
+
+    Owns four tokens of one row. Keeps [ROWS, 8 N] sums. Moves n_blocks 8 N numbers in. Bound by
+    bytes.
+    """
+    tile = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    place = tl.arange(0, 8 * N)
+    blocks = tl.arange(0, ROWS)
+    partial += (row * n_tiles + tile) * n_blocks * (8 * N)
+    total = tl.zeros([ROWS, 8 * N], tl.float32)
+    for first in range(0, n_blocks, ROWS):
+        at = (first + blocks)[:, None]
+        total += tl.load(partial + at * (8 * N) + place[None, :], at < n_blocks, other=0.0)
+    total = tl.sum(total, 0)
+    k = (place // 4) % N
+    t = tile * 4 + place % 4
+    real = (k < n) & (t < l)
+    tl.store(grad_B + row * B_b + t * B_l + k, total, real & (place < 4 * N))
+    tl.store(grad_C + row * C_b + t * C_l + k, total, real & (place >= 4 * N))

@@ -1,0 +1,210 @@
+"""The scan's Triton kernels: interpreted, or on the GPU where there is one."""
+
+import dataclasses
+
+import pytest
+import torch
+from numerics import assert_within_budget, relative_error
+from torch import Tensor
+
+from blackmamba.errors import BackendError
+from blackmamba.ops import gpu, selective_scan
+from blackmamba.ops.selective_scan import gpu as scan
+
+pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDE = ("A", "D", "dt_bias", "initial_state")
+
+
+def make(b: int, l: int, d: int, n: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """All inputs of the scan by name, as a trained layer would have them."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    inputs = {
+        "x": normal(b, l, d),
+        "dt": normal(b, l, d) - 1,
+        "A": -torch.exp(normal(d, n)),
+        "B": normal(b, l, n),
+        "C": normal(b, l, n),
+        "D": normal(d),
+        "z": normal(b, l, d),
+        "dt_bias": normal(d),
+        "initial_state": normal(b, d, n),
+    }
+    wide = torch.promote_types(dtype, torch.float32)
+    return {k: v.to(DEVICE, wide if k in WIDE else dtype) for k, v in inputs.items()}
+
+
+def documents(b: int, l: int) -> Tensor:
+    g = torch.Generator().manual_seed(3)
+    return (torch.rand(b, l, generator=g) < 0.15).cumsum(1).to(DEVICE)
+
+
+def with_gradients(
+    inputs: dict[str, Tensor], backend: str, seq_idx: Tensor | None = None, softplus: bool = True
+) -> dict[str, Tensor]:
+    """Outputs and every gradient of a fixed random weighting of both outputs."""
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
+    y, state = selective_scan(**leaves, dt_softplus=softplus, seq_idx=seq_idx, backend=backend)  # pyright: ignore
+    g = torch.Generator().manual_seed(7)
+    wy, ws = (torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in (y, state))
+    ((y * wy).sum() + (state * ws).sum()).backward()
+    grads = {f"grad_{k}": v.grad for k, v in leaves.items() if v.grad is not None}
+    return {"y": y.detach(), "state": state.detach()} | grads
+
+
+def compare(shape: tuple[int, int, int, int], seq_idx: Tensor | None = None) -> None:
+    """Float32 against float64: sums of a few hundred numbers, each rounded to 6e-8 of itself."""
+    exact = with_gradients(make(*shape), "reference", seq_idx)
+    actual = with_gradients(make(*shape, dtype=torch.float32), "triton", seq_idx)
+    assert actual.keys() == exact.keys()
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 3e-6, name
+
+
+@pytest.fixture
+def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is cut into chunks of one span, whatever the machine."""
+    planned = scan.plan
+
+    def short(*args: int, **kwargs: int) -> scan.Plan:
+        _, l, *_ = args
+        chunk = scan.SPAN
+        return dataclasses.replace(planned(*args, **kwargs), chunk=chunk, n_chunks=-(-l // chunk))  # pyright: ignore
+
+    monkeypatch.setattr(scan, "plan", short)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (2, 2, 3, 4), (1, 15, 16, 5), (1, 17, 17, 16), (2, 33, 5, 3), (1, 3, 2, 100)],
+    ids=str,
+)
+def test_float32_is_near_float64(shape: tuple[int, int, int, int]):
+    compare(shape)
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("shape", [(2, 37, 5, 4), (1, 48, 16, 16)], ids=str)
+def test_chunks_give_the_same(shape: tuple[int, int, int, int], marked: bool, in_chunks: None):
+    compare(shape, documents(*shape[:2]) if marked else None)
+
+
+def test_documents():
+    compare((2, 37, 18, 4), documents(2, 37))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_narrow_is_as_near_as_plain_pytorch(
+    dtype: torch.dtype, tiles: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scan, "TILES", tiles)
+    narrow = make(2, 35, 5, 4, dtype=dtype)
+    exact = with_gradients({k: v.double() for k, v in narrow.items()}, "reference")
+    eager, actual = (with_gradients(narrow, backend) for backend in ("reference", "triton"))
+    for name in exact:
+        assert actual[name].dtype == eager[name].dtype
+        assert_within_budget(name, actual[name], eager[name], exact[name])
+
+
+def test_sums_by_matrix_units(monkeypatch: pytest.MonkeyPatch):
+    """As on NVIDIA GPUs for narrow inputs. Interpreted they are exact; a GPU reads 11 bits."""
+    monkeypatch.setattr(scan, "_sum_by", lambda x: "tf32")
+    shape = (1, 21, 20, 4)
+    exact = with_gradients(make(*shape), "reference")
+    actual = with_gradients(make(*shape, dtype=torch.float32), "triton")
+    for name in exact:
+        bound = 1e-3 if name in ("grad_B", "grad_C") else 3e-6
+        assert relative_error(actual[name], exact[name]) < bound, name
+
+
+@pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "initial_state", "softplus"])
+def test_optional_inputs(left_out: str):
+    inputs = {k: v for k, v in make(2, 19, 3, 4).items() if k != left_out}
+    softplus = left_out != "softplus"
+    if not softplus:
+        inputs["dt"] = inputs["dt"].exp()
+        inputs["dt_bias"] = inputs["dt_bias"].abs()
+    exact = with_gradients(inputs, "reference", softplus=softplus)
+    actual = with_gradients({k: v.float() for k, v in inputs.items()}, "triton", softplus=softplus)
+    assert actual.keys() == exact.keys()
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 3e-6, name
+
+
+@pytest.mark.parametrize("shift", [-14.0, 20.0])
+def test_delta_from_1e_6_to_20(shift: float):
+    inputs = make(1, 20, 3, 4)
+    inputs["dt"] = inputs["dt"] + shift
+    exact = with_gradients(inputs, "reference")
+    actual = with_gradients({k: v.float() for k, v in inputs.items()}, "triton")
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 1e-5, name  # exp(20 A) is poorly rounded
+
+
+def test_minus_infinite_dt_passes_the_state_through_bit_for_bit(in_chunks: None):
+    inputs = make(2, 37, 3, 4, dtype=torch.float32)
+    inputs["dt"] = torch.full_like(inputs["dt"], -torch.inf)
+    results = with_gradients(inputs, "triton")
+    assert torch.equal(results["state"], inputs["initial_state"])
+    assert all(t.isfinite().all() for t in results.values())
+
+
+def test_empty_strided_and_repeated():
+    for shape in ((0, 5, 3, 4), (2, 0, 3, 4)):
+        exact = with_gradients(make(*shape), "reference")
+        actual = with_gradients(make(*shape, dtype=torch.float32), "triton")
+        for name in exact:
+            assert relative_error(actual[name], exact[name]) < 1e-6, name
+    inputs = make(2, 20, 6, 4, dtype=torch.float32)
+    strided = {k: v.repeat_interleave(2, dim=-1)[..., ::2] for k, v in inputs.items()}
+    wider = {k: torch.cat((v, v), -1)[..., : v.shape[-1]] for k, v in inputs.items()}
+    first = with_gradients(inputs, "triton")
+    for other in (inputs, strided, wider):
+        again = with_gradients(other, "triton")
+        for name in first:
+            assert torch.equal(first[name], again[name]), name  # the same bits
+
+
+def test_unwritten_memory_is_never_read(nan_filled_memory: None, in_chunks: None):
+    results = with_gradients(make(2, 37, 18, 3, dtype=torch.float32), "triton", documents(2, 37))
+    for name, value in results.items():
+        assert value.isfinite().all(), name
+
+
+def test_nan_stays_in_its_channel_and_after_its_token():
+    inputs = make(2, 20, 3, 4, dtype=torch.float32)
+    inputs["x"][0, 4, 1] = torch.nan
+    y, state = selective_scan(**inputs, dt_softplus=True, backend="triton")  # pyright: ignore
+    assert y[0, 4:, 1].isnan().all()
+    assert state[0, 1].isnan().all()
+    assert y[1].isfinite().all()
+    assert y[0, :4].isfinite().all()
+    assert y[0, :, (0, 2)].isfinite().all()
+
+
+@pytest.mark.parametrize("left_out", [(), ("D", "z", "dt_bias", "initial_state")], ids=str)
+def test_registered_as_torch_wants_it(left_out: tuple[str, ...]):
+    inputs = make(1, 5, 3, 4, dtype=torch.float32)
+    args = [None if k in left_out else v.requires_grad_() for k, v in inputs.items()]
+    seq_idx = None if left_out else documents(1, 5)
+    operation = torch.ops.blackmamba.selective_scan_gpu.default
+    torch.library.opcheck(operation, (*args, seq_idx, True, True))
+
+
+def test_float64_is_refused():
+    with pytest.raises(BackendError, match="float64"):
+        selective_scan(**make(1, 2, 3, 4), backend="triton")  # pyright: ignore
+
+
+@pytest.mark.parametrize("l", [1, 15, 16, 2048, 32768])
+@pytest.mark.parametrize("b", [1, 8])
+def test_plans_cover_every_token(b: int, l: int):
+    for tuning in (scan.FORWARD, scan.BACKWARD):
+        plan = scan.plan(b, l, 2304, 16, 132, tuning)
+        assert plan.chunk % scan.SPAN == 0
+        assert (plan.n_chunks - 1) * plan.chunk < l <= plan.n_chunks * plan.chunk

@@ -1,0 +1,116 @@
+"""A Mamba layer's inner part: one operation against its pieces."""
+
+import pytest
+import torch
+from numerics import assert_within_budget, relative_error
+from torch import Tensor
+
+from blackmamba.errors import InputError
+from blackmamba.ops import gpu, mamba_mixer
+
+TRITON = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("xz", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")
+
+
+def make(b: int, l: int, d: int, n: int, r: int, dtype: torch.dtype = torch.float64):
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    inputs = {
+        "xz": normal(b, l, 2 * d),
+        "conv_weight": normal(d, 4),
+        "conv_bias": normal(d),
+        "x_proj": normal(r + 2 * n, d) / d**0.5,
+        "dt_proj": normal(d, r) / r**0.5,
+        "dt_bias": normal(d) - 2,
+        "A": -torch.exp(normal(d, n)),
+        "D": normal(d),
+    }
+    wide = torch.promote_types(dtype, torch.float32)
+    kept = ("dt_bias", "A", "D")
+    return {k: v.to(DEVICE, wide if k in kept else dtype) for k, v in inputs.items()}
+
+
+def with_gradients(
+    inputs: dict[str, Tensor], backend: str, seq_idx: Tensor | None = None, final: bool = True
+) -> dict[str, Tensor]:
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
+    y, state = mamba_mixer(**leaves, seq_idx=seq_idx, backend=backend)  # pyright: ignore
+    g = torch.Generator().manual_seed(7)
+    wy, ws = (torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in (y, state))
+    ((y * wy).sum() + (state * ws).sum() * final).backward()
+    grads = {f"grad_{k}": v.grad for k, v in leaves.items() if v.grad is not None}
+    return {"y": y.detach(), "state": state.detach()} | grads
+
+
+@TRITON
+@pytest.mark.parametrize("marked", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 21, 18, 4, 3)], ids=str)
+def test_float32_is_near_float64(shape: tuple[int, int, int, int, int], marked: bool):
+    b, l, *_ = shape
+    seq_idx = (torch.arange(l, device=DEVICE) // 5).expand(b, l) if marked else None
+    exact = with_gradients(make(*shape), "reference", seq_idx)
+    actual = with_gradients(make(*shape, dtype=torch.float32), "triton", seq_idx)
+    assert actual.keys() == exact.keys()
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 1e-5, name  # through two products
+
+
+@TRITON
+def test_bfloat16_is_as_near_as_plain_pytorch():
+    narrow = make(2, 67, 24, 8, 6, torch.bfloat16)  # enough that the worst of each are alike
+    exact = with_gradients({k: v.double() for k, v in narrow.items()}, "reference")
+    eager, actual = (with_gradients(narrow, backend) for backend in ("reference", "triton"))
+    for name in exact:
+        assert_within_budget(name, actual[name], eager[name], exact[name])
+
+
+@TRITON
+def test_empty_and_one_output():
+    for shape in ((0, 5, 3, 4, 2), (2, 0, 3, 4, 2)):
+        actual = with_gradients(make(*shape, dtype=torch.float32), "triton")
+        assert actual["y"].shape == shape[:3]
+        assert all(not v.any() for k, v in actual.items() if k.startswith("grad_"))
+    inputs = make(1, 5, 3, 4, 2)
+    exact = with_gradients(inputs, "reference", final=False)
+    leaves = {k: v.float().requires_grad_() for k, v in inputs.items()}
+    y, _ = mamba_mixer(**leaves, backend="triton")  # pyright: ignore
+    g = torch.Generator().manual_seed(7)
+    (y * torch.randn(y.shape, generator=g, dtype=torch.float64).to(y)).sum().backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        assert relative_error(leaf.grad, exact[f"grad_{name}"]) < 1e-5, name
+
+
+@TRITON
+def test_unwritten_memory_is_never_read(nan_filled_memory: None):
+    for name, value in with_gradients(make(2, 9, 5, 3, 2, torch.float32), "triton").items():
+        assert value.isfinite().all(), name
+
+
+@TRITON
+def test_registered_as_torch_wants_it():
+    inputs = [v.requires_grad_() for v in make(1, 5, 3, 4, 2, torch.float32).values()]
+    torch.library.opcheck(torch.ops.blackmamba.mamba_mixer.default, (*inputs, None, True, True))
+
+
+def test_bad_input_is_named():
+    inputs = make(2, 5, 3, 4, 2)
+    with pytest.raises(InputError, match=r"xz has shape \(2, 5, 5\), must be \(2, 5, 6\)"):
+        mamba_mixer(**inputs | {"xz": inputs["xz"][..., :5]})  # pyright: ignore
+    with pytest.raises(InputError, match=r"seq_idx is torch.float64, must be an integer dtype"):
+        mamba_mixer(**inputs, seq_idx=inputs["xz"][..., 0])  # pyright: ignore
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=TRITON)])
+def test_recomputing_changes_no_bit(backend: str):
+    inputs = make(2, 21, 18, 4, 3, dtype=torch.float32)
+    results: list[list[Tensor]] = []
+    for recompute in (False, True):
+        leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+        y, _ = mamba_mixer(**leaves, recompute=recompute, backend=backend)  # pyright: ignore
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [*leaves.values()])])
+    assert all(map(torch.equal, *results))
