@@ -112,10 +112,12 @@ class Mamba(nn.Module):
     def _mix(self, xz: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
         """All between in_proj and out_proj, of whole sequences: (b, l, 2 d) to (b, l, d)."""
         d, memory = self._conv_shape
-        parameters = (self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight)
         y, ssm = mamba_mixer(
             xz,
-            *(p.to(xz.dtype) for p in parameters),
+            self.conv_weight.to(xz.dtype),
+            self.conv_bias.to(xz.dtype),
+            self.x_proj.weight.to(xz.dtype),
+            self.dt_proj.weight.to(xz.dtype),
             self.dt_bias,
             self.decay_rates(),
             self.D,

@@ -63,8 +63,9 @@ def _forward(
     low, B, C = _parts(columns, r, n)
     dt = torch.mm(low.flatten(0, 1), dt_proj.t()).view(x.shape)
     y, final_state, starts = scan._forward(x, dt, A, B, C, D, z, dt_bias, None, seq_idx, True, keep)
-    kept = (columns, dt) if keep else (x.new_empty(0), x.new_empty(0))
-    return y, final_state, x if keep_x else x.new_empty(0), *kept, starts
+    if not keep:
+        columns, dt = x.new_empty(0), x.new_empty(0)
+    return y, final_state, x if keep_x else x.new_empty(0), columns, dt, starts
 
 
 @torch.library.custom_op("blackmamba::mamba_mixer_backward", mutates_args=())
@@ -88,8 +89,9 @@ def _backward(
     """Gradients of the eight inputs."""
     (d, r), n = dt_proj.shape, A.shape[1]
     inputs = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    grads = tuple(t.new_empty(t.shape) for t in inputs)
-    g_xz, g_conv_weight, g_conv_bias, g_x_proj, g_dt_proj, g_dt_bias, g_A, g_D = grads
+    g_xz, g_conv_weight, g_conv_bias, g_x_proj, g_dt_proj, g_dt_bias, g_A, g_D = (
+        t.new_empty(t.shape) for t in inputs
+    )
     _, B, C = _parts(columns, r, n)
     if not x.numel():
         x = conv._forward(xz[..., :d], conv_weight, conv_bias, None, seq_idx, True)
@@ -128,7 +130,7 @@ def _backward(
         seq_idx,
         True,
     )
-    return grads
+    return g_xz, g_conv_weight, g_conv_bias, g_x_proj, g_dt_proj, g_dt_bias, g_A, g_D
 
 
 # ---- what autograd, torch.compile and fake tensors need to know ----------------------------------
@@ -151,8 +153,10 @@ def _(
     x = xz.new_empty(*xz.shape[:2], len(A))
     y, final_state, starts = scan._outputs(x, A, keep)
     columns = xz.new_empty(*xz.shape[:2], len(x_proj))
-    kept = (columns, torch.empty_like(x)) if keep else (xz.new_empty(0), xz.new_empty(0))
-    return y, final_state, x if keep_x else xz.new_empty(0), *kept, starts
+    dt = torch.empty_like(x) if keep else xz.new_empty(0)
+    if not keep:
+        columns = xz.new_empty(0)
+    return y, final_state, x if keep_x else xz.new_empty(0), columns, dt, starts
 
 
 @_backward.register_fake

@@ -5,12 +5,14 @@ Letters: b batch, l sequence, d d_inner, n d_state.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blackmamba.ops import gpu
+from blackmamba.ops.selective_scan import cuda
 
 SPAN = 16
 """Tokens between the states that the forward pass keeps for the backward pass."""
@@ -43,6 +45,8 @@ class Plan:
     block: int
     """Channels of a program."""
     warps: int
+    resident: int
+    """Warps that a multiprocessor holds at once."""
     n_chunks: int
     chunk: int
     """Tokens of a chunk, a multiple of SPAN."""
@@ -68,6 +72,9 @@ class Tuning:
 FORWARD = Tuning(block=16, numbers=4, resident=32, extra=0.65)
 BACKWARD = Tuning(block=16, numbers=4, resident=16, extra=0.22, registers=128)
 TILES = 1
+CUDA_FORWARD = Tuning(block=32, numbers=4, resident=20, extra=0.7)
+CUDA_BACKWARD = Tuning(block=32, numbers=4, resident=20, extra=0.25)
+"""Of scan.cu, whose blocks are always of this size."""
 
 
 def plan(b: int, l: int, d: int, n_padded: int, processors: int, tuning: Tuning) -> Plan:
@@ -88,7 +95,7 @@ def plan(b: int, l: int, d: int, n_padded: int, processors: int, tuning: Tuning)
         if time < best * 0.98:
             best, n_chunks = time, candidate
     chunk = math.ceil(spans / n_chunks) * SPAN
-    return Plan(tuning.block, warps, max(1, math.ceil(l / chunk)), chunk)
+    return Plan(tuning.block, warps, tuning.resident, max(1, math.ceil(l / chunk)), chunk)
 
 
 def _processors(tensor: Tensor) -> int:
@@ -207,6 +214,32 @@ class _Call:
         )
         return carried
 
+    def padded_rates(self) -> Tensor:
+        """A as (d, N), zeros where there is no state."""
+        return torch.nn.functional.pad(self.A, (0, self.n_padded - self.n))
+
+    def cuda(
+        self,
+        name: str,
+        plan: Plan,
+        defines: Mapping[str, int],
+        tensors: Mapping[str, Tensor | None],
+    ) -> None:
+        """Run a kernel of scan.cu."""
+        sizes = (self.l, self.d, self.l_padded, plan.n_chunks, plan.chunk)
+        shared = {
+            "x": self.x,
+            "dt": self.dt,
+            "z": self.z,
+            "A": self.padded_rates(),
+            "BC": self.packed,
+        }
+        shared |= {"D": self.D, "bias": self.dt_bias, "resets": self.resets}
+        flags = {name: int(value) for name, value in self.flags.items() if name != "N"}
+        n_blocks = math.ceil(self.d / plan.block)
+        flags |= {"HAS_D": int(self.D is not None), **defines}
+        cuda.launch(name, self.grid(plan)[0], (*sizes, n_blocks), {**shared, **tensors}, flags)
+
     def padded_state(self, state: Tensor) -> Tensor:
         """(b, d, n) to contiguous float32 (b, d, N)."""
         return torch.nn.functional.pad(state.float(), (0, self.n_padded - self.n)).contiguous()
@@ -241,7 +274,8 @@ def _forward(
             return y, final_state.zero_(), starts
         return y, final_state.copy_(initial_state), starts
     call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
-    cut = call.plan(FORWARD)
+    by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias, starts])
+    cut = call.plan(CUDA_FORWARD if by_cuda else FORWARD)
     flags = call.flags | {
         "BD": cut.block,
         "S": SPAN,
@@ -260,6 +294,11 @@ def _forward(
     )
 
     def launch(local: bool, ends: Tensor, decays: Tensor) -> None:
+        if by_cuda:
+            defines = {"LOCAL": local, "KEEP": keep, "HAS_FIRST": first is not None and not local}
+            tensors = {"y": y, "first": first, "starts": starts, "ends": ends, "decays": decays}
+            call.cuda("scan_forward", cut, {k: int(v) for k, v in defines.items()}, tensors)
+            return
         _kernels().forward_kernel[call.grid(cut)](
             call.x,
             call.dt,
@@ -361,8 +400,14 @@ def backward_into(
             grad_first.zero_() if grad_final is None else grad_first.copy_(grad_final)
         return
     call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
-    cut = call.plan(BACKWARD)
     grad_y = _rows(grad_y)
+    written = {"grad_x": grad_x, "grad_dt": grad_dt, "grad_z": None if z is None else grad_z}
+    by_cuda = cuda.fits(
+        call.n_padded,
+        [call.x, call.dt, call.z, grad_y, *written.values()],
+        [call.D, call.dt_bias, starts],
+    )
+    cut = call.plan(CUDA_BACKWARD if by_cuda else BACKWARD)
     z_ = call.x if call.z is None else call.z
     shared = call.flags | {"BD": cut.block, "EVEN": call.even(cut), "num_warps": cut.warps}
     D_ = call.A if call.D is None else call.D
@@ -370,22 +415,26 @@ def backward_into(
     after = None if grad_final is None else call.padded_state(grad_final)
     if cut.n_chunks > 1:
         ends, decays = call.states(cut), call.states(cut)
-        _kernels().backward_local_kernel[call.grid(cut)](
-            call.dt,
-            call.A,
-            call.packed,
-            z_,
-            bias,
-            call.resets,
-            grad_y,
-            ends,
-            decays,
-            *call.sizes(cut),
-            *_strides(call.dt),
-            *_strides(z_),
-            *_strides(grad_y),
-            **shared,
-        )
+        if by_cuda:
+            tensors = {"grad_y": grad_y, "ends": ends, "decays": decays}
+            call.cuda("scan_backward_local", cut, {}, tensors)
+        else:
+            _kernels().backward_local_kernel[call.grid(cut)](
+                call.dt,
+                call.A,
+                call.packed,
+                z_,
+                bias,
+                call.resets,
+                grad_y,
+                ends,
+                decays,
+                *call.sizes(cut),
+                *_strides(call.dt),
+                *_strides(z_),
+                *_strides(grad_y),
+                **shared,
+            )
         after = call.carry(ends, decays, after, back=True)
     elif after is None:
         after = call.states(cut).zero_()
@@ -397,41 +446,47 @@ def backward_into(
     sum_D = new(parts, d) if D is not None else sum_A
     sum_bias = new(parts, d) if dt_bias is not None else sum_A
     before = new(b, d, call.n_padded)
-    _kernels().backward_kernel[call.grid(cut)](
-        call.x,
-        call.dt,
-        call.A,
-        call.packed,
-        D_,
-        z_,
-        bias,
-        call.resets,
-        starts,
-        grad_y,
-        after,
-        grad_x,
-        grad_dt,
-        grad_x if z is None else grad_z,
-        partial,
-        before,
-        sum_A,
-        sum_D,
-        sum_bias,
-        *call.sizes(cut),
-        *_strides(call.x),
-        *_strides(call.dt),
-        *_strides(z_),
-        *_strides(grad_y),
-        *_strides(grad_x),
-        *_strides(grad_dt),
-        *((0, 0) if z is None else _strides(grad_z)),
-        S=SPAN,
-        TILES=TILES,
-        HAS_D=D is not None,
-        SUM=_sum_by(x),
-        **shared,
-        **_registers(BACKWARD),
-    )
+    if by_cuda:
+        tensors = {"grad_y": grad_y, "starts": starts, "after": after, "partial": partial}
+        tensors |= written | {"grad_first": before, "grad_A": sum_A}
+        tensors |= {"grad_D": sum_D, "grad_bias": sum_bias}
+        call.cuda("scan_backward", cut, {"MIN_BLOCKS": cut.resident // cut.warps}, tensors)
+    else:
+        _kernels().backward_kernel[call.grid(cut)](
+            call.x,
+            call.dt,
+            call.A,
+            call.packed,
+            D_,
+            z_,
+            bias,
+            call.resets,
+            starts,
+            grad_y,
+            after,
+            grad_x,
+            grad_dt,
+            grad_x if z is None else grad_z,
+            partial,
+            before,
+            sum_A,
+            sum_D,
+            sum_bias,
+            *call.sizes(cut),
+            *_strides(call.x),
+            *_strides(call.dt),
+            *_strides(z_),
+            *_strides(grad_y),
+            *_strides(grad_x),
+            *_strides(grad_dt),
+            *((0, 0) if z is None else _strides(grad_z)),
+            S=SPAN,
+            TILES=TILES,
+            HAS_D=D is not None,
+            SUM=_sum_by(x),
+            **shared,
+            **_registers(BACKWARD),
+        )
     _kernels().sum_kernel[(call.l_padded // 4, b)](
         partial,
         grad_B,

@@ -1,0 +1,102 @@
+"""CUDA C++ kernels, compiled when they are first run by the NVRTC that comes with PyTorch.
+
+For the few kernels that Triton cannot make fast: they need no compiler on the machine and no
+header, and each has its counterpart in Triton, which runs where this does not.
+"""
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.cuda import _utils  # pyright: ignore[reportPrivateUsage]
+
+
+def runs_on(tensor: Tensor) -> bool:
+    """Whether the tensor is on an NVIDIA GPU that knows bfloat16."""
+    return (
+        tensor.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    )
+
+
+class Kernel:
+    """One kernel of a source file.
+
+    Args:
+        source: the file; its kernels are extern "C".
+        name: of the kernel.
+        defines: macros that it is compiled with.
+        device: index of the GPU.
+    """
+
+    def __init__(self, source: Path, name: str, defines: Mapping[str, int], device: int):
+        binary = _compile(source, tuple(sorted(defines.items())), _architecture(device))
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._function = ctypes.c_void_p()
+        module = ctypes.c_void_p()
+        with torch.cuda.device(device):
+            self._check(self._driver.cuModuleLoadData(ctypes.byref(module), binary))
+            self._check(
+                self._driver.cuModuleGetFunction(
+                    ctypes.byref(self._function), module, name.encode()
+                )
+            )
+        self._device = device
+
+    def launch(self, blocks: int, threads: int, arguments: ctypes.Structure) -> None:
+        """Queue the kernel, which takes one struct, on the current stream."""
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+        self._check(
+            self._driver.cuLaunchKernel(
+                self._function, blocks, 1, 1, threads, 1, 1, 0, stream, pointer, None
+            )
+        )
+
+    def _check(self, result: int) -> None:
+        if result != 0:
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorString(result, ctypes.byref(text))
+            raise RuntimeError(f"CUDA error {result}: {(text.value or b'unknown').decode()}")
+
+
+@functools.cache
+def kernel(source: Path, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
+    """The kernel, compiled and loaded once in a process."""
+    return Kernel(source, name, dict(defines), device)
+
+
+def _architecture(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def _compile(source: Path, defines: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    """The source as machine code."""
+    library = _utils._get_nvrtc_library()  # pyright: ignore[reportPrivateUsage]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in defines]
+    program = ctypes.c_void_p()
+    text = source.read_bytes()
+    code = library.nvrtcCreateProgram(
+        ctypes.byref(program), text, source.name.encode(), 0, None, None
+    )
+    if code == 0:
+        encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        code = library.nvrtcCompileProgram(program, len(options), encoded)
+    size = ctypes.c_size_t()
+    if code != 0:
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{source.name} does not compile:\n{log.value.decode()}")
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    binary = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, binary)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return binary.raw

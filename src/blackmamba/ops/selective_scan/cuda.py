@@ -1,0 +1,98 @@
+"""Launches of scan.cu: the passes of kernels.py for up to 16 states on NVIDIA GPUs.
+
+Letters: b batch, l sequence, d d_inner, n d_state.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops.gpu import cuda
+
+_SOURCE = Path(__file__).with_name("scan.cu")
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_THREADS = 128
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_uint64),
+        ("row", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+    )
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int) for name in ("l", "d", "l_padded", "n_chunks", "chunk", "n_blocks")
+    )
+
+
+def _struct(rows: str, pointers: str) -> Any:
+    """A struct of `Rows`, then pointers, then `Sizes`, as in scan.cu."""
+    fields = [(name, _Rows) for name in rows.split()]
+    fields += [(name, ctypes.c_uint64) for name in pointers.split()]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("s", _Sizes)]})
+
+
+_Forward = _struct("x dt z y", "A BC D bias resets first starts ends decays")
+_Backward = _struct(
+    "x dt z grad_y grad_x grad_dt grad_z",
+    "A BC D bias resets starts after partial grad_first grad_A grad_D grad_bias ends decays",
+)
+
+
+def fits(n_padded: int, rows: list[Tensor | None], wide: list[Tensor | None]) -> bool:
+    """Whether scan.cu can take (b, l, d) tensors `rows` and float32 tensors `wide`."""
+    first = rows[0]
+    assert first is not None
+    if n_padded != 16 or first.shape[2] % 8 or not cuda.runs_on(first):
+        return False
+    for tensor in rows:
+        if tensor is None:
+            continue
+        aligned = tensor.data_ptr() % (4 * tensor.element_size()) == 0
+        if tensor.dtype != first.dtype or not aligned or tensor.stride(2) != 1:
+            return False
+        if tensor.stride(0) % 4 or tensor.stride(1) % 4:
+            return False
+    return all(t is None or (t.dtype == torch.float32 and t.data_ptr() % 16 == 0) for t in wide)
+
+
+def launch(
+    name: str,
+    blocks: int,
+    sizes: tuple[int, ...],
+    tensors: dict[str, Tensor | None],
+    defines: dict[str, int],
+) -> None:
+    """Run the kernel `name`; absent tensors are null."""
+    present = next(t for t in tensors.values() if t is not None)
+    arguments = (_Forward if name == "scan_forward" else _Backward)()
+    for key, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if isinstance(getattr(arguments, key), _Rows):
+            value = _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+        else:
+            value = tensor.data_ptr()
+        setattr(arguments, key, value)
+    arguments.s = _Sizes(*sizes)
+    flags = tuple(sorted({"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}.items()))
+    cuda.kernel(_SOURCE, name, flags, present.device.index).launch(blocks, _THREADS, arguments)
+
+
+_DEFAULTS = {
+    "HAS_D": 0,
+    "HAS_Z": 0,
+    "HAS_BIAS": 0,
+    "SOFTPLUS": 0,
+    "HAS_SEQ": 0,
+    "HAS_FIRST": 0,
+    "KEEP": 0,
+    "LOCAL": 0,
+    "MIN_BLOCKS": 5,
+}

@@ -1,0 +1,566 @@
+// The selective scan with 16 states, for NVIDIA GPUs: the same passes as in kernels.py, which explains them.
+//
+// A warp owns 8 channels of a row over a chunk of its tokens; a thread, 4 states of one channel. Warps walk over spans
+// of 16 tokens without waiting for each other. What is done once for a token and channel (softplus, delta x, gate) is
+// done by the thread that loads it, four channels of one token, and is handed to the others through the warp's own
+// shared memory. A sum over a channel's states adds up over 4 threads, for 4 tokens at once, so that each thread ends
+// with one of them; a sum over the channels likewise.
+//
+// Compiled at run time, without headers, with: TYPE (0 float32, 1 bfloat16, 2 float16), HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
+// HAS_SEQ, HAS_FIRST, KEEP, LOCAL (each 0 or 1).
+//
+// Letters: b batch, l sequence, d d_inner, n d_state = 16.
+
+#define WARPS 4
+#define SPAN 16
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+#define FULL 0xffffffffu
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+#if TYPE == 0
+typedef float Number;
+typedef float4 Four;
+#else
+typedef u16 Number;
+typedef uint2 Four;
+#endif
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp2_fast(x * -LOG2E)); }
+
+// log(1 + exp(v)) to 2e-7 of itself: log1p of exp(-|v|) by a polynomial fitted at Chebyshev's points
+__device__ __forceinline__ float softplus(float v) {
+    float e = exp2_fast(-fabsf(v) * LOG2E);
+    float p = fmaf(0.005253457929939032f, e, -0.02958850748836994f);
+    p = fmaf(p, e, 0.07836166769266129f);
+    p = fmaf(p, e, -0.13674770295619965f);
+    p = fmaf(p, e, 0.19111430644989014f);
+    p = fmaf(p, e, -0.24844369292259216f);
+    p = fmaf(p, e, 0.33319270610809326f);
+    p = fmaf(p, e, -0.49999502301216125f);
+    p = fmaf(p, e, 1.f);
+    return fmaf(e, p, fmaxf(v, 0.f));
+}
+
+__device__ __forceinline__ void widen(const Four& v, float* out) {
+#if TYPE == 0
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+#elif TYPE == 1
+    out[0] = __uint_as_float(v.x << 16), out[1] = __uint_as_float(v.x & 0xffff0000u);
+    out[2] = __uint_as_float(v.y << 16), out[3] = __uint_as_float(v.y & 0xffff0000u);
+#else
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(out[0]), "=f"(out[1]) : "r"(v.x));
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(out[2]), "=f"(out[3]) : "r"(v.y));
+#endif
+}
+__device__ __forceinline__ Four narrow(const float* in) {
+    Four v;
+#if TYPE == 0
+    v.x = in[0], v.y = in[1], v.z = in[2], v.w = in[3];
+#elif TYPE == 1
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v.x) : "f"(in[1]), "f"(in[0]));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v.y) : "f"(in[3]), "f"(in[2]));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v.x) : "f"(in[1]), "f"(in[0]));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v.y) : "f"(in[3]), "f"(in[2]));
+#endif
+    return v;
+}
+__device__ __forceinline__ Four load4(const Number* p, bool inside) {
+    Four v = {};
+    if (inside) v = *reinterpret_cast<const Four*>(p);
+    return v;
+}
+__device__ __forceinline__ void store4(Number* p, const float* in, bool inside) {
+    if (inside) *reinterpret_cast<Four*>(p) = narrow(in);
+}
+
+struct Rows {  // a tensor (b, l, d), channels contiguous
+    Number* data;
+    i64 row, token;  // strides
+};
+
+struct Sizes {
+    int l, d, l_padded, n_chunks, chunk, n_blocks;
+};
+
+// Sums over the 4 threads of a channel of 4 numbers each; thread q gets the sum of the q-th.
+__device__ __forceinline__ float sum4(const float* v, bool odd, bool high) {
+    float a = odd ? v[1] : v[0], b = odd ? v[0] : v[1];
+    float c = odd ? v[3] : v[2], e = odd ? v[2] : v[3];
+    a += __shfl_xor_sync(FULL, b, 1);
+    c += __shfl_xor_sync(FULL, e, 1);
+    float keep = high ? c : a, send = high ? a : c;
+    return keep + __shfl_xor_sync(FULL, send, 2);
+}
+
+struct Place {  // of a warp and a thread
+    int lane, warp, q, channel, piece, block, begin, end;
+    i64 row;
+    bool active;
+    int t, c4;  // of the four channels of one token that it loads
+};
+
+__device__ __forceinline__ Place place_of(const Sizes& s) {
+    Place p;
+    int pid = blockIdx.x;
+    p.lane = threadIdx.x & 31;
+    p.warp = threadIdx.x >> 5;
+    p.q = p.lane & 3;
+    p.block = pid % s.n_blocks;
+    p.piece = pid / s.n_blocks % s.n_chunks;
+    p.row = pid / s.n_blocks / s.n_chunks;
+    int first = (p.block * WARPS + p.warp) * 8;
+    p.active = first < s.d;
+    if (!p.active) first = 0;  // computes, but writes nothing
+    p.channel = first + (p.lane >> 2);
+    p.begin = p.piece * s.chunk;
+    p.end = min(s.l, p.begin + s.chunk);
+    p.t = p.lane >> 1;
+    p.c4 = first + (p.lane & 1) * 4;
+    return p;
+}
+
+__device__ __forceinline__ void scaled4(float* out, const float4& v, float by) {
+    out[0] = v.x * by, out[1] = v.y * by, out[2] = v.z * by, out[3] = v.w * by;
+}
+
+// ---- forward ---------------------------------------------------------------------------------------------------
+// Keeps states and A in registers. Moves x, dt, z and y once. Bound by exponentials: 18 for each number of y.
+// LOCAL: only what the chunk leaves (ends) and what is left of what it began with (decays).
+
+struct Forward {
+    Rows x, dt, z, y;
+    const float *A, *BC, *D, *bias, *resets, *first;
+    float *starts, *ends, *decays;
+    Sizes s;
+};
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const Forward f) {
+    __shared__ float2 shared_du[WARPS][SPAN][8];
+    __shared__ float shared_y[WARPS][SPAN][8];
+    const Place p = place_of(f.s);
+    float2(*du)[8] = shared_du[p.warp];
+    float(*ys)[8] = shared_y[p.warp];
+    float A2[4], h[4] = {0.f, 0.f, 0.f, 0.f};
+    scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
+    const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
+#if HAS_FIRST
+    scaled4(h, *reinterpret_cast<const float4*>(f.first + state), 1.f);
+#endif
+    float bias[4] = {}, skip[4] = {};
+#if HAS_BIAS
+    scaled4(bias, *reinterpret_cast<const float4*>(f.bias + p.c4), 1.f);
+#endif
+#if HAS_D
+    scaled4(skip, *reinterpret_cast<const float4*>(f.D + p.c4), 1.f);
+#endif
+    const Number* x = f.x.data + p.row * f.x.row + p.c4;
+    const Number* dt = f.dt.data + p.row * f.dt.row + p.c4;
+    const Number* z = f.z.data + p.row * f.z.row + p.c4;
+    Number* y = f.y.data + p.row * f.y.row + p.c4;
+    const float* BC = f.BC + (p.row * f.s.l_padded + p.begin) * 32 + p.q * 4;
+    const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
+    float* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
+    const bool odd = p.q & 1, high = p.q & 2;
+    float total = 0.f, any_reset = 0.f;
+
+    int t = p.begin + p.t;
+    bool inside = t < p.end;
+    Four next_dt = load4(dt + t * f.dt.token, inside), next_x = load4(x + t * f.x.token, inside), next_z = {};
+    if (HAS_Z && !LOCAL) next_z = load4(z + t * f.z.token, inside);
+    for (int span = p.begin; span < p.end; span += SPAN) {
+        const bool mine = inside;
+        const int mine_t = t;
+        float xv[4], zv[4];
+        {
+            float raw[4], delta[4];
+            widen(next_dt, raw);
+            widen(next_x, xv);
+            widen(next_z, zv);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                raw[i] += bias[i];
+                delta[i] = SOFTPLUS ? softplus(raw[i]) : raw[i];
+                if (!mine) delta[i] = 0.f;
+            }
+            float4* to = reinterpret_cast<float4*>(&du[p.t][(p.lane & 1) * 4]);
+            to[0] = make_float4(delta[0], delta[0] * xv[0], delta[1], delta[1] * xv[1]);
+            to[1] = make_float4(delta[2], delta[2] * xv[2], delta[3], delta[3] * xv[3]);
+        }
+        __syncwarp();
+        t += SPAN;
+        inside = t < p.end;
+        next_dt = load4(dt + t * f.dt.token, inside);
+        next_x = load4(x + t * f.x.token, inside);
+        if (HAS_Z && !LOCAL) next_z = load4(z + t * f.z.token, inside);
+#if KEEP && !LOCAL
+        if (p.active) *reinterpret_cast<float4*>(starts) = make_float4(h[0], h[1], h[2], h[3]);
+        starts += (i64)f.s.d * 16;
+#endif
+#pragma unroll 1
+        for (int group = 0; group < SPAN; group += 4) {
+            float part[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float2 step = du[group + i][p.lane >> 2];
+                const float4 B = *reinterpret_cast<const float4*>(BC + i * 32);
+                const float b[4] = {B.x, B.y, B.z, B.w};
+#if HAS_SEQ
+                const float reset = resets[i];
+#endif
+#if LOCAL
+                total += step.x;
+#if HAS_SEQ
+                any_reset += reset;
+#endif
+#else
+                const float4 C = *reinterpret_cast<const float4*>(BC + i * 32 + 16);
+                const float c[4] = {C.x, C.y, C.z, C.w};
+                part[i] = 0.f;
+#endif
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+#if HAS_SEQ
+                    const float a = exp2_fast(fmaf(step.x, A2[j], reset));
+#else
+                    const float a = exp2_fast(step.x * A2[j]);
+#endif
+                    h[j] = fmaf(a, h[j], step.y * b[j]);
+#if !LOCAL
+                    part[i] = fmaf(h[j], c[j], part[i]);
+#endif
+                }
+            }
+            BC += 4 * 32;
+            resets += 4;
+#if !LOCAL
+            ys[group + p.q][p.lane >> 2] = sum4(part, odd, high);
+#endif
+        }
+#if !LOCAL
+        __syncwarp();
+        const float4 sums = *reinterpret_cast<const float4*>(&ys[p.t][(p.lane & 1) * 4]);
+        float out[4] = {sums.x, sums.y, sums.z, sums.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            out[i] = fmaf(skip[i], xv[i], out[i]);
+            if (HAS_Z) out[i] *= zv[i] * sigmoid(zv[i]);
+        }
+        store4(y + mine_t * f.y.token, out, mine && p.active);
+#endif
+        __syncwarp();
+    }
+    if (!p.active) return;
+#if LOCAL
+    *reinterpret_cast<float4*>(f.ends + state) = make_float4(h[0], h[1], h[2], h[3]);
+    float left[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) left[j] = exp2_fast(fmaf(total, A2[j], any_reset));
+    *reinterpret_cast<float4*>(f.decays + state) = make_float4(left[0], left[1], left[2], left[3]);
+#else
+    if (p.piece == f.s.n_chunks - 1)
+        *reinterpret_cast<float4*>(f.ends + (p.row * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(h[0], h[1], h[2], h[3]);
+#endif
+}
+
+// ---- backward ---------------------------------------------------------------------------------------------------
+
+struct Backward {
+    Rows x, dt, z, grad_y, grad_x, grad_dt, grad_z;
+    const float *A, *BC, *D, *bias, *resets, *starts, *after;
+    float *partial, *grad_first, *grad_A, *grad_D, *grad_bias, *ends, *decays;
+    Sizes s;
+};
+
+// The gradient of the state before each chunk, had nothing come from behind, and what is left of it after the chunk.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(const Backward f) {
+    __shared__ float2 shared_du[WARPS][SPAN][8];
+    const Place p = place_of(f.s);
+    float2(*du)[8] = shared_du[p.warp];
+    float A2[4], g[4] = {0.f, 0.f, 0.f, 0.f};
+    scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
+    float bias[4] = {};
+#if HAS_BIAS
+    scaled4(bias, *reinterpret_cast<const float4*>(f.bias + p.c4), 1.f);
+#endif
+    const Number* dt = f.dt.data + p.row * f.dt.row + p.c4;
+    const Number* z = f.z.data + p.row * f.z.row + p.c4;
+    const Number* grad_y = f.grad_y.data + p.row * f.grad_y.row + p.c4;
+    float total = 0.f, any_reset = 0.f;
+    const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
+    int t = p.begin + (spans - 1) * SPAN + p.t;
+    bool inside = t < p.end;
+    Four next_dt = load4(dt + t * f.dt.token, inside), next_g = load4(grad_y + t * f.grad_y.token, inside), next_z = {};
+    if (HAS_Z) next_z = load4(z + t * f.z.token, inside);
+    for (int back = spans - 1; back >= 0; back--) {
+        float raw[4], gy[4], zv[4];
+        widen(next_dt, raw);
+        widen(next_g, gy);
+        widen(next_z, zv);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            raw[i] += bias[i];
+            raw[i] = SOFTPLUS ? softplus(raw[i]) : raw[i];
+            if (!inside) raw[i] = 0.f;
+            if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
+        }
+        float4* to = reinterpret_cast<float4*>(&du[p.t][(p.lane & 1) * 4]);
+        to[0] = make_float4(raw[0], gy[0], raw[1], gy[1]);
+        to[1] = make_float4(raw[2], gy[2], raw[3], gy[3]);
+        __syncwarp();
+        t -= SPAN;
+        inside = t >= p.begin;
+        next_dt = load4(dt + t * f.dt.token, inside);
+        next_g = load4(grad_y + t * f.grad_y.token, inside);
+        if (HAS_Z) next_z = load4(z + t * f.z.token, inside);
+        const i64 token = p.row * f.s.l_padded + p.begin + back * SPAN;
+        const float* C_at = f.BC + token * 32 + 16 + p.q * 4;
+#pragma unroll 4
+        for (int i = SPAN - 1; i >= 0; i--) {
+            const float2 step = du[i][p.lane >> 2];
+            const float4 C = *reinterpret_cast<const float4*>(C_at + i * 32);
+            const float c[4] = {C.x, C.y, C.z, C.w};
+            total += step.x;
+            float reset = 0.f;
+#if HAS_SEQ
+            reset = f.resets[token + i];
+            any_reset += reset;
+#endif
+#pragma unroll
+            for (int j = 0; j < 4; j++) g[j] = exp2_fast(fmaf(step.x, A2[j], reset)) * fmaf(c[j], step.y, g[j]);
+        }
+        __syncwarp();
+    }
+    if (!p.active) return;
+    const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
+    *reinterpret_cast<float4*>(f.ends + state) = make_float4(g[0], g[1], g[2], g[3]);
+    float left[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) left[j] = exp2_fast(fmaf(total, A2[j], any_reset));
+    *reinterpret_cast<float4*>(f.decays + state) = make_float4(left[0], left[1], left[2], left[3]);
+}
+
+// Every gradient; those of B and C as sums over the channels of a block, in `partial` (b, l / 4, blocks, 2, 16, 4).
+// Keeps the states of 4 tokens and the gradients of state and A in registers, the states before each 4 tokens of a span
+// in shared memory. Moves x, dt, z, the gradients of y, x, dt and z once, and the states before every span once. Bound by
+// instructions.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward(const Backward f) {
+    __shared__ float4 shared_step[WARPS][SPAN][8];  // delta, delta x, gradient of y before the gate
+    __shared__ float shared_sums[3][WARPS][SPAN][8];
+    __shared__ float4 shared_first[WARPS][SPAN / 4][32];
+    __shared__ float shared_BC[2][4][32][WARPS + 1];  // of four tokens, by warp
+    const Place p = place_of(f.s);
+    float4(*steps)[8] = shared_step[p.warp];
+    float4(*firsts)[32] = shared_first[p.warp];
+    float A2[4], g[4], h[4], sum_A[4] = {0.f, 0.f, 0.f, 0.f};
+    scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
+    const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
+    scaled4(g, *reinterpret_cast<const float4*>(f.after + state), 1.f);
+    if (!p.active) g[0] = g[1] = g[2] = g[3] = 0.f;  // nothing of it goes into the block's sums
+    float sum_D[4] = {}, sum_bias[4] = {};
+    const bool odd = p.q & 1, high = p.q & 2;
+    const bool c_low = p.lane & 4, c_middle = p.lane & 8, c_high = p.lane & 16;
+    // what this thread ends with, of a token's 16 sums for B and 16 for C
+    const int own_state = p.q * 4 + (c_low ? 1 : 0) + (c_middle ? 2 : 0);
+    const int own = (c_high ? 16 : 0) + own_state;
+    const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
+    int turn = 0;
+    for (int back = spans - 1; back >= 0; back--) {
+        const int span = p.begin + back * SPAN;
+        const int t = span + p.t;
+        const bool inside = t < p.end;
+        const Four raw_dt = load4(f.dt.data + p.row * f.dt.row + t * f.dt.token + p.c4, inside);
+        const Four raw_x = load4(f.x.data + p.row * f.x.row + t * f.x.token + p.c4, inside);
+        const Four raw_g = load4(f.grad_y.data + p.row * f.grad_y.row + t * f.grad_y.token + p.c4, inside && p.active);
+        Four raw_z = {};
+        if (HAS_Z) raw_z = load4(f.z.data + p.row * f.z.row + t * f.z.token + p.c4, inside);
+        const float4 first = *reinterpret_cast<const float4*>(
+            f.starts + ((p.row * (f.s.l_padded / SPAN) + span / SPAN) * f.s.d + p.channel) * 16 + p.q * 4);
+        {
+            float dtv[4], xv[4], gy[4], zv[4], bias[4] = {};
+#if HAS_BIAS
+            scaled4(bias, *reinterpret_cast<const float4*>(f.bias + p.c4), 1.f);
+#endif
+            widen(raw_dt, dtv);
+            widen(raw_x, xv);
+            widen(raw_g, gy);
+            widen(raw_z, zv);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float delta = dtv[i] + bias[i];
+                if (SOFTPLUS) delta = softplus(delta);
+                if (!inside) delta = 0.f;
+                if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
+                steps[p.t][(p.lane & 1) * 4 + i] = make_float4(delta, delta * xv[i], gy[i], 0.f);
+            }
+        }
+        __syncwarp();
+        const float* BC = f.BC + (p.row * f.s.l_padded + span) * 32 + p.q * 4;
+#if HAS_SEQ
+        const float* resets = f.resets + p.row * f.s.l_padded + span;
+#endif
+        scaled4(h, first, 1.f);
+        firsts[0][p.lane] = first;
+#pragma unroll 1
+        for (int group = 1; group < SPAN / 4; group++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int k = group * 4 - 4 + i;
+                const float2 step = *reinterpret_cast<const float2*>(&steps[k][p.lane >> 2]);
+                const float4 B = *reinterpret_cast<const float4*>(BC + k * 32);
+                const float b[4] = {B.x, B.y, B.z, B.w};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+#if HAS_SEQ
+                    const float a = exp2_fast(fmaf(step.x, A2[j], resets[k]));
+#else
+                    const float a = exp2_fast(step.x * A2[j]);
+#endif
+                    h[j] = fmaf(a, h[j], step.y * b[j]);
+                }
+            }
+            firsts[group][p.lane] = make_float4(h[0], h[1], h[2], h[3]);
+        }
+#pragma unroll 1
+        for (int group = SPAN / 4 - 1; group >= 0; group--) {
+            float states[5][4], decays[4][4];
+            scaled4(states[0], firsts[group][p.lane], 1.f);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int k = group * 4 + i;
+                const float2 step = *reinterpret_cast<const float2*>(&steps[k][p.lane >> 2]);
+                const float4 B = *reinterpret_cast<const float4*>(BC + k * 32);
+                const float b[4] = {B.x, B.y, B.z, B.w};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+#if HAS_SEQ
+                    decays[i][j] = exp2_fast(fmaf(step.x, A2[j], resets[k]));
+#else
+                    decays[i][j] = exp2_fast(step.x * A2[j]);
+#endif
+                    states[i + 1][j] = fmaf(decays[i][j], states[i][j], step.y * b[j]);
+                }
+            }
+            float part_y[4], part_drive[4], part_decay[4];
+#pragma unroll
+            for (int i = 3; i >= 0; i--) {
+                const int k = group * 4 + i;
+                const float4 step = steps[k][p.lane >> 2];
+                const float4 B = *reinterpret_cast<const float4*>(BC + k * 32);
+                const float4 C = *reinterpret_cast<const float4*>(BC + k * 32 + 16);
+                const float b[4] = {B.x, B.y, B.z, B.w}, c[4] = {C.x, C.y, C.z, C.w};
+                float of_B[4], of_C[4];
+                part_y[i] = part_drive[i] = part_decay[i] = 0.f;
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    g[j] = fmaf(c[j], step.z, g[j]);
+                    if (HAS_Z) part_y[i] = fmaf(c[j], states[i + 1][j], part_y[i]);
+                    of_C[j] = states[i + 1][j] * step.z;
+                    of_B[j] = g[j] * step.y;
+                    part_drive[i] = fmaf(g[j], b[j], part_drive[i]);
+                    g[j] *= decays[i][j];
+                    const float w = g[j] * states[i][j];  // the gradient of delta A
+                    part_decay[i] = fmaf(w, A2[j], part_decay[i]);
+                    sum_A[j] = fmaf(w, step.x, sum_A[j]);
+                }
+                // over the 8 channels of the warp: each thread ends with one sum
+                float v[4], u[2], last;
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    v[j] = (c_low ? of_B[2 * j + 1] : of_B[2 * j]) + __shfl_xor_sync(FULL, c_low ? of_B[2 * j] : of_B[2 * j + 1], 4);
+                    v[2 + j] = (c_low ? of_C[2 * j + 1] : of_C[2 * j]) + __shfl_xor_sync(FULL, c_low ? of_C[2 * j] : of_C[2 * j + 1], 4);
+                }
+#pragma unroll
+                for (int j = 0; j < 2; j++)
+                    u[j] = (c_middle ? v[2 * j + 1] : v[2 * j]) + __shfl_xor_sync(FULL, c_middle ? v[2 * j] : v[2 * j + 1], 8);
+                last = (c_high ? u[1] : u[0]) + __shfl_xor_sync(FULL, c_high ? u[0] : u[1], 16);
+                shared_BC[turn][i][own][p.warp] = last;
+            }
+            const float y = HAS_Z ? sum4(part_y, odd, high) : 0.f;
+            const float drive = sum4(part_drive, odd, high), decay = sum4(part_decay, odd, high);
+            if (HAS_Z) shared_sums[0][p.warp][group * 4 + p.q][p.lane >> 2] = y;
+            shared_sums[1][p.warp][group * 4 + p.q][p.lane >> 2] = drive;
+            shared_sums[2][p.warp][group * 4 + p.q][p.lane >> 2] = decay;
+            __syncthreads();
+            {  // over the warps, always in the same order; the other half of shared_BC is written meanwhile
+                const int number = threadIdx.x >> 2, i = threadIdx.x & 3;
+                float sum = 0.f;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) sum += shared_BC[turn][i][number][w];
+                const i64 tile = (p.row * (f.s.l_padded / 4) + span / 4 + group) * f.s.n_blocks + p.block;
+                f.partial[tile * 128 + threadIdx.x] = sum;
+                turn ^= 1;
+            }
+        }
+        __syncwarp();
+        {
+            float dtv[4], xv[4], gy[4], zv[4], g_x[4], g_dt[4], g_z[4], bias[4] = {}, skip[4] = {};
+#if HAS_BIAS
+            scaled4(bias, *reinterpret_cast<const float4*>(f.bias + p.c4), 1.f);
+#endif
+#if HAS_D
+            scaled4(skip, *reinterpret_cast<const float4*>(f.D + p.c4), 1.f);
+#endif
+            widen(raw_dt, dtv);
+            widen(raw_x, xv);
+            widen(raw_g, gy);
+            widen(raw_z, zv);
+            const int c = (p.lane & 1) * 4;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float delta = steps[p.t][c + i].x, go = steps[p.t][c + i].z;
+                const float drive = shared_sums[1][p.warp][p.t][c + i], decay = shared_sums[2][p.warp][p.t][c + i];
+                g_x[i] = fmaf(drive, delta, skip[i] * go);
+                g_dt[i] = fmaf(decay, LN2, drive * xv[i]);
+                if (SOFTPLUS) g_dt[i] *= sigmoid(dtv[i] + bias[i]);
+                if (HAS_Z) {
+                    const float y = fmaf(skip[i], xv[i], shared_sums[0][p.warp][p.t][c + i]);
+                    const float s = sigmoid(zv[i]);
+                    g_z[i] = gy[i] * y * fmaf(zv[i] * s, 1.f - s, s);
+                }
+                if (HAS_D) sum_D[i] = fmaf(go, xv[i], sum_D[i]);
+                if (HAS_BIAS && inside) sum_bias[i] += g_dt[i];
+            }
+            const bool write = inside && p.active;
+            store4(f.grad_x.data + p.row * f.grad_x.row + t * f.grad_x.token + p.c4, g_x, write);
+            store4(f.grad_dt.data + p.row * f.grad_dt.row + t * f.grad_dt.token + p.c4, g_dt, write);
+            if (HAS_Z) store4(f.grad_z.data + p.row * f.grad_z.row + t * f.grad_z.token + p.c4, g_z, write);
+        }
+        __syncwarp();
+    }
+    const i64 part = p.row * f.s.n_chunks + p.piece;
+    // over tokens: lanes of the same parity hold the same channels
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int k = 2; k < 32; k *= 2) {
+            sum_D[i] += __shfl_xor_sync(FULL, sum_D[i], k);
+            sum_bias[i] += __shfl_xor_sync(FULL, sum_bias[i], k);
+        }
+    if (!p.active) return;
+    *reinterpret_cast<float4*>(f.grad_A + (part * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(sum_A[0], sum_A[1], sum_A[2], sum_A[3]);
+    if (p.piece == 0)
+        *reinterpret_cast<float4*>(f.grad_first + (p.row * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(g[0], g[1], g[2], g[3]);
+    if (p.lane < 2) {
+#if HAS_D
+        *reinterpret_cast<float4*>(f.grad_D + part * f.s.d + p.c4) = make_float4(sum_D[0], sum_D[1], sum_D[2], sum_D[3]);
+#endif
+#if HAS_BIAS
+        *reinterpret_cast<float4*>(f.grad_bias + part * f.s.d + p.c4) = make_float4(sum_bias[0], sum_bias[1], sum_bias[2], sum_bias[3]);
+#endif
+    }
+}

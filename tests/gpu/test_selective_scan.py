@@ -1,0 +1,162 @@
+"""The scan's kernels on a GPU, CUDA C++ and Triton, at sizes that the interpreter cannot do."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_within_budget, relative_error
+from torch import Tensor
+
+from blackmamba.ops import selective_scan
+from blackmamba.ops.selective_scan import cuda
+from blackmamba.ops.selective_scan import gpu as scan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+Shape = tuple[int, int, int, int]
+
+
+def make(shape: Shape, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    b, l, d, n = shape
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    inputs = {
+        "x": normal(b, l, d),
+        "dt": normal(b, l, d) - 1,
+        "A": -torch.exp(normal(d, n)),
+        "B": normal(b, l, n),
+        "C": normal(b, l, n),
+        "D": normal(d),
+        "z": normal(b, l, d),
+        "dt_bias": normal(d),
+        "initial_state": normal(b, d, n),
+    }
+    wide = torch.promote_types(dtype, torch.float32)
+    kept = ("A", "D", "dt_bias", "initial_state")
+    return {k: v.to("cuda", wide if k in kept else dtype) for k, v in inputs.items()}
+
+
+def documents(b: int, l: int) -> Tensor:
+    g = torch.Generator().manual_seed(3)
+    return (torch.rand(b, l, generator=g) < 0.03).cumsum(1).cuda()
+
+
+def with_gradients(inputs: dict[str, Tensor], backend: str, **options: Any) -> dict[str, Tensor]:
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
+    options = {"dt_softplus": True} | options
+    y, state = selective_scan(**leaves, backend=backend, **options)  # pyright: ignore
+    g = torch.Generator().manual_seed(7)
+    wy, ws = (torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in (y, state))
+    ((y * wy).sum() + (state * ws).sum()).backward()
+    grads = {f"grad_{k}": v.grad for k, v in leaves.items() if v.grad is not None}
+    return {"y": y.detach(), "state": state.detach()} | grads
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both kinds, wherever there are both."""
+    if request.param == "triton":
+        monkeypatch.setattr(cuda, "fits", lambda *_: False)
+    return request.param
+
+
+@pytest.fixture(params=[1, 3])
+def n_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    planned = scan.plan
+
+    def cut(*args: Any) -> scan.Plan:
+        spans = -(-args[1] // scan.SPAN)
+        chunk = -(-spans // request.param) * scan.SPAN
+        return dataclasses.replace(planned(*args), chunk=chunk, n_chunks=-(-args[1] // chunk))
+
+    monkeypatch.setattr(scan, "plan", cut)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 67, 24, 16), (1, 200, 40, 12), (3, 64, 96, 16), (1, 1, 8, 16)], ids=str
+)
+@pytest.mark.parametrize("marked", [False, True], ids=["", "documents"])
+def test_float32_is_near_float64(shape: Shape, marked: bool, n_chunks: int, kernels: str):
+    seq_idx = documents(*shape[:2]) if marked else None
+    exact = with_gradients(make(shape), "torch", seq_idx=seq_idx)
+    actual = with_gradients(make(shape, torch.float32), "triton", seq_idx=seq_idx)
+    assert actual.keys() == exact.keys()
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_is_as_near_as_plain_pytorch(dtype: torch.dtype, kernels: str):
+    narrow = make((2, 300, 96, 16), dtype)
+    exact = with_gradients({k: v.double() for k, v in narrow.items()}, "torch")
+    eager, actual = (with_gradients(narrow, backend) for backend in ("torch", "triton"))
+    for name in exact:
+        assert_within_budget(name, actual[name], eager[name], exact[name])
+
+
+@pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "initial_state", "softplus"])
+def test_optional_inputs(left_out: str, kernels: str):
+    inputs = {k: v for k, v in make((2, 67, 24, 16)).items() if k != left_out}
+    options = {"dt_softplus": left_out != "softplus"}
+    if left_out == "softplus":
+        inputs["dt"] = inputs["dt"].exp()
+        inputs["dt_bias"] = inputs["dt_bias"].abs()
+    exact = with_gradients(inputs, "torch", **options)
+    actual = with_gradients({k: v.float() for k, v in inputs.items()}, "triton", **options)
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 1e-5, name
+
+
+def test_minus_infinite_dt_passes_the_state_through_bit_for_bit(kernels: str, n_chunks: int):
+    inputs = make((2, 67, 24, 16), torch.float32)
+    inputs["dt"] = torch.full_like(inputs["dt"], -torch.inf)
+    results = with_gradients(inputs, "triton")
+    assert torch.equal(results["state"], inputs["initial_state"])
+    assert all(t.isfinite().all() for t in results.values())
+
+
+def test_parts_of_wider_tensors_and_the_same_bits_again(kernels: str):
+    inputs = make((2, 100, 32, 16), torch.bfloat16)
+    wider = {k: torch.cat((v, v), -1)[..., v.shape[-1] :] for k, v in inputs.items()}
+    first = with_gradients(inputs, "triton")
+    for other in (inputs, wider):
+        again = with_gradients(other, "triton")
+        for name in first:
+            assert torch.equal(first[name], again[name]), name
+
+
+def test_a_long_row_and_a_full_batch():
+    for shape in ((1, 32768, 64, 16), (4, 2048, 768, 16)):
+        inputs = make(shape, torch.float32)
+        exact = with_gradients({k: v.double() for k, v in inputs.items()}, "torch")
+        actual = with_gradients(inputs, "triton")
+        for name in exact:
+            assert relative_error(actual[name], exact[name]) < 3e-5, name  # sums of 32,768 numbers
+
+
+def test_runs_in_a_captured_graph():
+    inputs = make((2, 64, 32, 16), torch.bfloat16)
+    leaves = {k: v.requires_grad_() for k, v in inputs.items()}
+
+    def step() -> tuple[Tensor, ...]:
+        y, _ = selective_scan(**leaves, dt_softplus=True, backend="triton")  # pyright: ignore
+        return torch.autograd.grad(y.float().sum(), list(leaves.values()), allow_unused=True)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for a, b in zip(expected, captured, strict=True):
+        assert torch.equal(a, b)
