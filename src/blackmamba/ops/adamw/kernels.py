@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blackmamba.ops.adamw.tensors import AdamWTensors
 
-_BLOCK = 1024
+_BLOCK = 512
 _TURNS = 16  # blocks of a program
 _WARPS = 8
 _NORM_BLOCK = 4096

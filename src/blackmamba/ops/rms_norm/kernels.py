@@ -15,7 +15,7 @@ from torch import Tensor
 from blackmamba.ops.gpu.kernels import column_sums
 
 _TILE = 2048  # numbers that a program has in registers at least: narrow rows come several at once
-_STAGES = 1
+_STAGES = 3  # rows that are on their way while one is worked on
 _PROGRAMS = 512  # of the backward pass at least; each leaves a row of the weight's gradient
 
 
@@ -130,4 +130,4 @@ def _tile(m: int) -> tuple[int, int]:
 
 
 def _warps(numbers: int) -> int:
-    return min(16, max(1, numbers // 256))
+    return min(16, max(1, numbers // 512))

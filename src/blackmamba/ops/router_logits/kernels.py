@@ -12,9 +12,9 @@ from blackmamba.ops.gpu import interpreted
 from blackmamba.ops.gpu.kernels import column_sums
 
 _ROWS = 64
-_COLUMNS = 64  # of x at a time
-_BACK_ROWS, _BACK_COLUMNS = 32, 64
-_PARTS = 128  # into which the backward pass cuts the rows; each leaves a gradient of the weight
+_COLUMNS = 128  # of x at a time
+_BACK_ROWS, _BACK_COLUMNS, _BACK_WARPS = 16, 128, 2
+_PARTS = 256  # into which the backward pass cuts the rows; each leaves a gradient of the weight
 _WARPS = 4
 
 
@@ -115,7 +115,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     partial = x.new_empty((parts, e, m), dtype=torch.float32)
     _router_backward_kernel[(parts, triton.cdiv(m, _BACK_COLUMNS))](
         grad, x, weight, grad_x, partial, t, m, e,
-        ROWS=_BACK_ROWS, TURNS=turns, BLOCK=_BACK_COLUMNS, E=_padded(e), num_warps=_WARPS,
+        ROWS=_BACK_ROWS, TURNS=turns, BLOCK=_BACK_COLUMNS, E=_padded(e), num_warps=_BACK_WARPS,
     )  # fmt: skip
     return grad_x, column_sums(partial, weight.dtype)
 
