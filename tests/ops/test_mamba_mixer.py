@@ -60,6 +60,7 @@ def test_float32_is_near_float64(shape: tuple[int, int, int, int, int], marked: 
 
 
 @TRITON
+@pytest.mark.skipif(gpu.interpreted(), reason="the interpreter cuts to bfloat16, it does not round")
 def test_bfloat16_is_as_near_as_plain_pytorch():
     narrow = make(2, 67, 24, 8, 6, torch.bfloat16)  # enough that the worst of each are alike
     exact = with_gradients({k: v.double() for k, v in narrow.items()}, "reference")

@@ -1,0 +1,205 @@
+"""The selective scan and the causal convolution on one GPU, forward and backward.
+
+Limits. With E = batch x length x d_inner numbers of y and n states, a pass is bound by the largest
+of
+
+- bytes: forward reads x, dt, z and writes y (4 E numbers) and, to be used by the backward pass, one
+  state in 16 tokens (4 n / 16 E bytes); backward reads x, dt, z, the gradient of y and those
+  states, and writes the gradients of x, dt and z (7 E numbers). Over the rate of a copy, measured.
+- exponentials: n for each number of y, and 3 more for softplus and gate (the gate's division is one
+  too); the backward pass does no fewer. 16 a clock and multiprocessor.
+- instructions: for each state, forward 5 (the exponent's product, the exponential, the drive's
+  product, a multiply-add for the state, one for y), backward 13 (the four that compute the state
+  again; a multiply-add each for the state's gradient, y, and the gradients of x, dt and A; products
+  for the gradients of B and C, for the decay, and for decay's gradient). 128 a clock and
+  multiprocessor.
+
+Sums over channels and states, loads, and what is done once for each number of y are not counted.
+The convolution is bound by bytes: 2 E numbers forward, 3 E backward.
+
+Beside ours are what mamba_ssm's and causal_conv1d's CUDA kernels took on an H100 at batch 8,
+d_inner 2304, length 2048, 16 states in bfloat16, scaled by the size; mamba_ssm's is measured in the
+same run where it is installed. Times are medians of replays of captured graphs: what the GPU takes.
+The last line is JSON.
+
+    python benchmarks/gpu_scan.py
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops import causal_conv1d, selective_scan
+from blackmamba.train.origin import origin
+
+SHAPES = ((8, 2048, 2304), (16, 2048, 2304), (1, 32768, 2304), (8, 2048, 2944))
+PEER_SHAPE = (8, 2048, 2304)
+PEER_MS = {"scan": (0.655, 2.73), "conv": (0.084, 0.31)}
+N_STATES = 16
+
+
+def main(repeats: int = 30) -> None:
+    """Time all shapes."""
+    rates = machine_rates()
+    print(", ".join(f"{name} {rate:.3g}/s" for name, rate in rates.items()))
+    print(
+        f"{'':<36}{'ours ms':>10}{'peer ms':>10}{'ratio':>8}{'limit ms':>10}{'of limit':>10}  bound"
+    )
+    found: dict[str, object] = {}
+    for shape in SHAPES:
+        for name, calls, limits in (
+            ("scan", scan_calls(*shape), scan_limits(*shape, rates)),
+            ("conv", conv_calls(*shape), conv_limits(*shape, rates)),
+        ):
+            times = [median_ms(call, repeats) for call in calls]
+            scale = numbers(shape) / numbers(PEER_SHAPE)
+            passes = zip(("forward", "backward"), times, PEER_MS[name], limits, strict=True)
+            total = [0.0, 0.0, 0.0]
+            for what, ours, published, limit in passes:
+                bound, least = max(limit.items(), key=lambda item: item[1])
+                show(f"{name} {what} {shape}", ours, published * scale, least, bound)
+                total = [
+                    a + b for a, b in zip(total, (ours, published * scale, least), strict=True)
+                ]
+            show(f"{name} both {shape}", *total, "")
+            found[f"{name} {shape}"] = {"ms": times, "limits_ms": limits}
+    gpu = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(json.dumps({"benchmark": "gpu_scan", **gpu, **origin(), "rates": rates, **found}))
+
+
+def numbers(shape: tuple[int, int, int]) -> int:
+    """How many y has."""
+    b, l, d = shape
+    return b * l * d
+
+
+def show(name: str, ours: float, peer: float, limit: float, bound: str) -> None:
+    """One line of the table."""
+    cells = f"{ours:>10.3f}{peer:>10.3f}{peer / ours:>8.2f}{limit:>10.3f}{limit / ours:>10.0%}"
+    print(f"{name:<36}{cells}  {bound}", flush=True)
+
+
+def machine_rates() -> dict[str, float]:
+    """Bytes a second of a copy; exponentials and instructions a second at the highest clock."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = median_ms(lambda: target.copy_(source), 20) / 1e3
+    properties = torch.cuda.get_device_properties(0)
+    clock = properties.multi_processor_count * getattr(properties, "clock_rate", 1_980_000) * 1e3
+    return {
+        "bytes": 2 * source.nbytes / seconds,
+        "exponentials": 16 * clock,
+        "instructions": 128 * clock,
+    }
+
+
+def scan_limits(b: int, l: int, d: int, rates: dict[str, float]) -> list[dict[str, float]]:
+    """Milliseconds of each limit, forward and backward."""
+    e, n = b * l * d, N_STATES
+    states = e * 4 * n / 16
+    work = (
+        {"bytes": 4 * 2 * e + states, "exponentials": (n + 3) * e, "instructions": 5 * n * e},
+        {"bytes": 7 * 2 * e + states, "exponentials": (n + 3) * e, "instructions": 13 * n * e},
+    )
+    return [{name: 1e3 * amount / rates[name] for name, amount in one.items()} for one in work]
+
+
+def conv_limits(b: int, l: int, d: int, rates: dict[str, float]) -> list[dict[str, float]]:
+    """The same for the convolution."""
+    return [{"bytes": 1e3 * count * 2 * b * l * d / rates["bytes"]} for count in (2, 3)]
+
+
+def scan_calls(b: int, l: int, d: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A forward and a backward pass of a layer's scan, its inputs as the layer has them."""
+    r = d // 32
+    xz, columns = random(b, l, 2 * d), random(b, l, r + 2 * N_STATES)
+    x, dt = random(b, l, d), random(b, l, d)
+    A = -torch.arange(1.0, N_STATES + 1, device="cuda").repeat(d, 1)
+    D, bias = torch.ones(d, device="cuda"), torch.randn(d, device="cuda") - 3
+    B, C = columns[..., r : r + N_STATES], columns[..., r + N_STATES :]
+    leaves = [t.detach().requires_grad_() for t in (x, dt, A, B, C, D, xz[..., d:], bias)]
+    grad = random(b, l, d)
+
+    def forward() -> Tensor:
+        *inputs, dt_bias = leaves
+        return selective_scan(*inputs, dt_bias=dt_bias, dt_softplus=True)[0]
+
+    y = forward()
+    return forward, lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+
+def conv_calls(b: int, l: int, d: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The same of its convolution."""
+    leaves = [random(b, l, 2 * d)[..., :d], random(d, 4), random(d)]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    grad = random(b, l, d)
+
+    def forward() -> Tensor:
+        return causal_conv1d(*leaves)[0]
+
+    y = forward()
+    return forward, lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+
+def random(*shape: int) -> Tensor:
+    """Bfloat16 numbers."""
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def peer_ms(
+    name: str, shape: tuple[int, int, int], repeats: int
+) -> tuple[tuple[float, float], str]:
+    """Forward and backward milliseconds of mamba_ssm's scan, or published ones; and which."""
+    if name == "conv" or importlib.util.find_spec("mamba_ssm") is None:
+        scale = numbers(shape) / numbers(PEER_SHAPE)
+        return (PEER_MS[name][0] * scale, PEER_MS[name][1] * scale), "published, scaled"
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    b, l, d = shape
+    inputs = [random(b, d, l), random(b, d, l), -torch.rand(d, N_STATES, device="cuda")]
+    inputs += [random(b, 1, N_STATES, l), random(b, 1, N_STATES, l)]
+    inputs += [torch.ones(d, device="cuda"), random(b, d, l), torch.randn(d, device="cuda")]
+    leaves, grad = [t.requires_grad_() for t in inputs], random(b, d, l)
+
+    def forward() -> Tensor:
+        return selective_scan_fn(*leaves, delta_softplus=True)
+
+    y = forward()
+    backward = median_ms(lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True), repeats)
+    return (median_ms(forward, repeats), backward), "measured"
+
+
+def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """Median milliseconds of a replay of the call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    times: list[float] = []
+    for i in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if i >= 3:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls (default 30)")
+    main(parser.parse_args().repeats)
