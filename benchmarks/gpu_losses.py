@@ -22,6 +22,7 @@ from blackmamba.ops import (
     adamw_,
     adamw_factors,
     add_rms_norm,
+    global_norm,
     linear_cross_entropy,
 )
 from blackmamba.presets import presets
@@ -175,19 +176,22 @@ def _our_optimizer(shapes: list[torch.Size], repeats: int) -> dict[str, float]:
     parameters, gradients = _zeros(shapes, torch.bfloat16), _zeros(shapes, torch.bfloat16)
     wide = [_zeros(shapes, torch.float32) for _ in range(3)]
 
-    def run(has_master: bool) -> None:
-        norms = torch._foreach_norm(gradients, 2, torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        scale = (1.0 / (norm + 1e-6)).clamp(max=1.0)
-        factors = adamw_factors(1e-4, step, **betas, gradient_scale=scale, go=norm.isfinite())
-        tensors = [
+    tensors = {
+        has_master: [
             AdamWTensors(
                 parameter=p, gradient=g, exp_avg=m, exp_avg_sq=v, master=w if has_master else None,
                 decay=0.1,
             )
             for p, g, m, v, w in zip(parameters, gradients, *wide, strict=True)
-        ]  # fmt: skip
-        adamw_(tensors, factors, **betas, eps=1e-8, backend="triton")
+        ]
+        for has_master in (True, False)
+    }  # fmt: skip
+
+    def run(has_master: bool) -> None:
+        norm = global_norm(gradients, backend="triton")
+        scale = (1.0 / (norm + 1e-6)).clamp(max=1.0)
+        factors = adamw_factors(1e-4, step, **betas, gradient_scale=scale, go=norm.isfinite())
+        adamw_(tensors[has_master], factors, **betas, eps=1e-8, backend="triton")
 
     return timed(
         {

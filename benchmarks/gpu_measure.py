@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 Call = Callable[[], object]
+_HEAD_START = 10_000_000  # clock cycles: some 6 ms
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -29,15 +30,17 @@ class Limits:
 def timed(contenders: Mapping[str, Call], repeats: int, warmup: int = 3) -> dict[str, float]:
     """Median seconds of each call; the contenders take turns.
 
-    Before each call a large tensor is filled: no cache holds an input, and the host is ahead of the
-    device by the time that takes, so that what is measured is the device's work.
+    Before each call a large tensor is filled and the device made to wait: no cache holds an input,
+    and the host is ahead of the device, so that what is measured is the device's work.
     """
-    flush = torch.empty(1 << 31 if DEVICE.type == "cuda" else 1, dtype=torch.uint8, device=DEVICE)
+    flush = torch.empty(1 << 28 if DEVICE.type == "cuda" else 1, dtype=torch.uint8, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     warmup = warmup if DEVICE.type == "cuda" else 0
     for turn in range(warmup + repeats):
         for name, run in contenders.items():
             flush.zero_()
+            if DEVICE.type == "cuda":
+                torch.cuda._sleep(_HEAD_START)
             seconds = _seconds(run)
             if turn >= warmup:
                 times[name].append(seconds)

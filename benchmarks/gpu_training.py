@@ -31,7 +31,7 @@ from blackmamba.train.step import CapturedGradients, GradientsOfBatch
 from gpu_measure import DEVICE, limits, machine
 
 CLASSES = (
-    ("scan", r"scan"),
+    ("scan", r"scan|^(pack|carry|forward|backward|backward_local|sum)_kernel"),
     ("convolution", r"conv1d|causal_conv"),
     ("norm", r"rms_norm|layer_norm|LayerNorm|GammaBeta"),
     ("loss", r"cross_entropy|loss_scale"),

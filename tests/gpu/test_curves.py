@@ -123,6 +123,7 @@ def test_packed_documents_have_the_loss_of_documents_alone(dtype: torch.dtype, a
     assert error < (1e-4 if dtype == torch.float32 else 0.02)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("capture", [False, True])
 def test_a_step_waits_for_nothing(capture: bool):
     """After the first steps, which compile and load kernels."""

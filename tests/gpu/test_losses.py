@@ -100,7 +100,7 @@ def test_router_logits():
     wide = [p.detach().double().requires_grad_() for p in leaves]
     exact = router_logits(*wide)
     exact_grads = torch.autograd.grad(exact, wide, outer.double())
-    assert relative_norm(y.detach(), exact.detach()) < 1e-6
+    assert relative_norm(y.detach(), exact.detach()) < 1e-5  # matrix units have few guard bits
     for actual, expected, allowed in zip(grads, exact_grads, (2**-8, 1e-5, 1e-5), strict=True):
         assert relative_norm(actual, expected) < allowed
 
@@ -134,6 +134,7 @@ def test_adamw(has_master: bool):
             assert relative_error(actual.master, expected.master) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("run", ["norm", "loss", "router", "adamw"])
 def test_nothing_waits_for_the_device(run: str):
     x, weight = normal(64, M).requires_grad_(), normal(V, M, seed=1).requires_grad_()

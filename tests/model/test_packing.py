@@ -9,7 +9,7 @@ from numerics import largest_difference, relative_error
 from blackmamba.config import ModelConfig
 from blackmamba.errors import InputError
 from blackmamba.model import BlackMamba
-from blackmamba.model import recompute as recomputing
+from blackmamba.ops import recompute as recomputing
 
 CUTS = (0, 1, 3, 4, 20, 21, 33)  # documents shorter than the convolution, and long ones
 

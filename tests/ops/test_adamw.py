@@ -7,7 +7,7 @@ import torch
 from numerics import largest_difference, relative_error
 
 from blackmamba.errors import InputError
-from blackmamba.ops import AdamWTensors, adamw_, adamw_factors, gpu
+from blackmamba.ops import AdamWTensors, adamw_, adamw_factors, global_norm, gpu
 from blackmamba.ops.adamw.reference import stochastic_bfloat16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -179,3 +179,17 @@ def test_tensors_that_begin_anywhere():
     adamw_([expected], factors(1), **BETAS, eps=1e-8, backend="reference")
     adamw_([t], factors(1), **BETAS, eps=1e-8, backend="triton")
     assert relative_error(t.parameter, expected.parameter) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", TRITON])
+def test_global_norm(backend: str):
+    wide = [normal(*shape, seed=i) for i, shape in enumerate([*SHAPES, (9000,)])]
+    mixed = [t.bfloat16() if i % 2 else t for i, t in enumerate(wide)] + [wide[2][3:]]
+    exact = torch.cat([t.double().flatten() for t in mixed]).norm()
+    found = global_norm(mixed, backend=backend)  # pyright: ignore
+    assert found.dtype == torch.float32
+    assert abs(found.item() / exact.item() - 1) < 1e-6
+    mixed[1][0, 0] = torch.inf
+    assert not global_norm(mixed, backend=backend).isfinite()  # pyright: ignore
+    with pytest.raises(InputError, match="tensors is empty"):
+        global_norm([], backend=backend)  # pyright: ignore

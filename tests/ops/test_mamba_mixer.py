@@ -95,7 +95,7 @@ def test_unwritten_memory_is_never_read(nan_filled_memory: None):
 @TRITON
 def test_registered_as_torch_wants_it():
     inputs = [v.requires_grad_() for v in make(1, 5, 3, 4, 2, torch.float32).values()]
-    torch.library.opcheck(torch.ops.blackmamba.mamba_mixer.default, (*inputs, None, True))
+    torch.library.opcheck(torch.ops.blackmamba.mamba_mixer.default, (*inputs, None, True, True))
 
 
 def test_bad_input_is_named():
@@ -104,3 +104,14 @@ def test_bad_input_is_named():
         mamba_mixer(**inputs | {"xz": inputs["xz"][..., :5]})  # pyright: ignore
     with pytest.raises(InputError, match=r"seq_idx is torch.float64, must be an integer dtype"):
         mamba_mixer(**inputs, seq_idx=inputs["xz"][..., 0])  # pyright: ignore
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=TRITON)])
+def test_recomputing_changes_no_bit(backend: str):
+    inputs = make(2, 21, 18, 4, 3, dtype=torch.float32)
+    results: list[list[Tensor]] = []
+    for recompute in (False, True):
+        leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+        y, _ = mamba_mixer(**leaves, recompute=recompute, backend=backend)  # pyright: ignore
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [*leaves.values()])])
+    assert all(map(torch.equal, *results))

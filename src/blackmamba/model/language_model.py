@@ -18,13 +18,14 @@ from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import InputError
 from blackmamba.model.init import initialise
 from blackmamba.model.layer import Layer, Trace
+from blackmamba.model.mamba import Mamba
 from blackmamba.model.norm import final_norm
 from blackmamba.model.quantize import store_quantized
 from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
-from blackmamba.model.recompute import Recompute
 from blackmamba.model.state import LayerState, State
 from blackmamba.ops import linear, linear_cross_entropy, quantized_linear
 from blackmamba.ops.checks import check_any_integers, check_shapes
+from blackmamba.ops.recompute import Recompute
 
 _KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
 
@@ -278,6 +279,8 @@ class BlackMamba(nn.Module):
     def recompute(self, what: Recompute) -> None:
         for layer in self._stack():
             layer.recompute = what
+            if isinstance(layer.mixer, Mamba):
+                layer.mixer.recompute = what
 
     # ---- parts ------------------------------------------------------------------------------
 

@@ -26,9 +26,9 @@ from blackmamba.model.mamba import Mamba
 from blackmamba.model.mlp import MLP
 from blackmamba.model.moe import MoE
 from blackmamba.model.norm import RMSNorm
-from blackmamba.model.recompute import Recompute, not_kept
 from blackmamba.model.router import Routing
 from blackmamba.model.state import LayerState
+from blackmamba.ops.recompute import Recompute, not_kept
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from blackmamba.model.linear import Linear
 from blackmamba.model.state import MambaState
 from blackmamba.ops import causal_conv1d, mamba_mixer, selective_scan, selective_state_update
 from blackmamba.ops.causal_conv1d import last_inputs
+from blackmamba.ops.recompute import Recompute
 
 
 class Mamba(nn.Module):
@@ -46,6 +47,7 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d, n, device=device, dtype=wide))
         self.D = nn.Parameter(torch.empty(d, device=device, dtype=wide))
         self.out_proj = Linear(d, m, bias=config.linear_bias, **options)
+        self.recompute: Recompute = "none"
         self._split = (r, n, n)
         self._conv_shape = (d, k - 1)
         self._ssm_shape = (d, n)
@@ -76,7 +78,7 @@ class Mamba(nn.Module):
         """
         xz = self.in_proj(u)
         if state is None and lengths is None and isinstance(self.x_proj, Linear):  # pyright: ignore[reportUnnecessaryIsInstance] # or a quantised one
-            y, state = self._mix(xz)
+            y, state = self._mix(xz, seq_idx)
             return self.out_proj(y), state
         x, z = xz.chunk(2, dim=-1)
         x, conv = causal_conv1d(
@@ -107,7 +109,7 @@ class Mamba(nn.Module):
         )
         return self.out_proj(y), MambaState(conv, ssm)
 
-    def _mix(self, xz: Tensor) -> tuple[Tensor, MambaState]:
+    def _mix(self, xz: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
         """All between in_proj and out_proj, of whole sequences: (b, l, 2 d) to (b, l, d)."""
         d, memory = self._conv_shape
         y, ssm = mamba_mixer(
@@ -119,8 +121,10 @@ class Mamba(nn.Module):
             self.dt_bias,
             self.decay_rates(),
             self.D,
+            seq_idx=seq_idx,
+            recompute=self.training and self.recompute == "cheap",
         )
-        return y, MambaState(last_inputs(xz[..., :d], None, memory), ssm)
+        return y, MambaState(last_inputs(xz[..., :d], None, memory, None, seq_idx), ssm)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Read one token of each sequence: u (b, m) to (b, m), and the new memory."""

@@ -5,7 +5,7 @@ versions of it. `backend.py` says which one runs.
 """
 
 from blackmamba.ops.activate import activate
-from blackmamba.ops.adamw import AdamWTensors, adamw_, adamw_factors
+from blackmamba.ops.adamw import AdamWTensors, adamw_, adamw_factors, global_norm
 from blackmamba.ops.causal_conv1d import causal_conv1d
 from blackmamba.ops.expert_mlp import expert_mlp
 from blackmamba.ops.linear import linear
@@ -35,6 +35,7 @@ __all__ = [
     "causal_conv1d",
     "dequantize",
     "expert_mlp",
+    "global_norm",
     "linear",
     "linear_cross_entropy",
     "mamba_mixer",

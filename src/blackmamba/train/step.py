@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blackmamba.model import BlackMamba, Trace
+from blackmamba.ops import global_norm
 from blackmamba.train.mixed import MixedAdamW
 
 
@@ -193,10 +194,6 @@ class CapturedGradients(GradientsOfBatch):
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Of all together, in float32 or wider: a scalar on the device."""
-    if all(g.dtype == torch.float32 for g in gradients):
+    if all(g.dtype == torch.float32 and g.device.type == "cpu" for g in gradients):
         return torch.nn.utils.get_total_norm(gradients)
-    norms: list[Tensor] = []
-    for dtype in sorted({g.dtype for g in gradients}, key=str):
-        own = [g for g in gradients if g.dtype == dtype]
-        norms += torch._foreach_norm(own, 2, torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return global_norm(gradients)

@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 
 from blackmamba.errors import InputError
-from blackmamba.ops.adamw.gpu import adamw_triton
-from blackmamba.ops.adamw.reference import adamw_reference
+from blackmamba.ops.adamw.gpu import adamw_triton, global_norm_triton
+from blackmamba.ops.adamw.reference import adamw_reference, global_norm_reference
 from blackmamba.ops.adamw.tensors import AdamWTensors
 from blackmamba.ops.backend import Backend, Implementations
 
-__all__ = ["AdamWTensors", "adamw_", "adamw_factors"]
+__all__ = ["AdamWTensors", "adamw_", "adamw_factors", "global_norm"]
 
 _IMPLEMENTATIONS = Implementations("adamw", {"triton": adamw_triton, "reference": adamw_reference})
+
+_NORM_IMPLEMENTATIONS = Implementations(
+    "global_norm", {"triton": global_norm_triton, "reference": global_norm_reference}
+)
 
 
 def adamw_(
@@ -90,3 +94,20 @@ def adamw_factors(
     return torch.stack(
         [s.double() if isinstance(s, Tensor) else torch.full_like(n, float(s)) for s in scalars]
     )
+
+
+def global_norm(tensors: Sequence[Tensor], *, backend: Backend = "auto") -> Tensor:
+    """The Euclidean norm of all numbers of all tensors together.
+
+    Args:
+        tensors: at least one, any shapes and floating-point dtypes.
+        backend: see ops/backend.py.
+    Returns:
+        A scalar on their device, float32 or wider.
+    Raises:
+        InputError: there is no tensor.
+        BackendError: `backend` cannot run.
+    """
+    if not tensors:
+        raise InputError("global_norm: tensors is empty")
+    return _NORM_IMPLEMENTATIONS.pick(backend, *tensors)(tensors)

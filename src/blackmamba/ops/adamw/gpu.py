@@ -1,4 +1,4 @@
-"""`adamw_` by Triton."""
+"""`adamw_` and `global_norm` by Triton."""
 
 from collections.abc import Sequence
 
@@ -16,3 +16,11 @@ def adamw_triton(
     from blackmamba.ops.adamw.kernels import adamw
 
     adamw(tensors, factors, beta1, beta2, eps)
+
+
+@torch.no_grad()
+def global_norm_triton(tensors: Sequence[Tensor]) -> Tensor:
+    """One pass over memory."""
+    from blackmamba.ops.adamw.kernels import global_norm
+
+    return global_norm([t.contiguous() for t in tensors])

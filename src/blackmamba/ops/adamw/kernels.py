@@ -10,9 +10,11 @@ from torch import Tensor
 
 from blackmamba.ops.adamw.tensors import AdamWTensors
 
-_BLOCK = 1024
+_BLOCK = 512
 _TURNS = 16  # blocks of a program
-_WARPS = 4
+_WARPS = 8
+_NORM_BLOCK = 4096
+_NORM_WARPS = 8
 _POINTERS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -78,6 +80,48 @@ def _adamw_kernel(
                 bits = (p.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
                 p = bits.to(tl.float32, bitcast=True)
             tl.store(p_ptr + at, p.to(PARAMETER), mask=mask)
+
+
+@triton.jit
+def _squares_adamw_kernel(
+    work_ptr, table_ptr, numbers_ptr, sums_ptr,
+    GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Owns TURNS blocks of one tensor, which `work` names. On chip: sums of squares, of which one
+    # number is written. Bytes: the tensor once. Bound: device memory.
+    number = tl.load(work_ptr + 2 * tl.program_id(0))
+    start = tl.load(work_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * (TURNS * BLOCK)
+    g_ptr = tl.load(table_ptr + number).to(tl.pointer_type(GRADIENT))
+    if ALIGNED:
+        g_ptr = tl.multiple_of(g_ptr, 16)
+    n = tl.load(numbers_ptr + 2 * number)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for turn in range(TURNS):
+        at = start + turn * BLOCK + tl.arange(0, BLOCK)
+        g = tl.load(g_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+        total += g * g
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total, axis=0))
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The root of the sum of all squares: a scalar, added up in an order that never changes."""
+    groups: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+    for t in tensors:
+        if t.numel():
+            groups.setdefault((t.dtype, t.data_ptr() % 16 == 0), []).append(t)
+    sums: list[Tensor] = []
+    for (dtype, aligned), members in groups.items():
+        device = members[0].device
+        table = _table(tuple((t.data_ptr(),) for t in members), device)
+        sizes = tuple((t.numel(), 0.0, 0) for t in members)
+        work, numbers, _ = _work(sizes, _TURNS * _NORM_BLOCK, device)
+        sums.append(torch.empty(len(work), dtype=torch.float32, device=device))
+        _squares_adamw_kernel[(len(work),)](
+            work, table, numbers, sums[-1],
+            GRADIENT=_POINTERS[dtype], ALIGNED=aligned, TURNS=_TURNS, BLOCK=_NORM_BLOCK,
+            num_warps=_NORM_WARPS,
+        )  # fmt: skip
+    return torch.cat(sums).sum().sqrt()
 
 
 def adamw(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops.adamw.tensors import AdamWTensors
+from blackmamba.ops.checks import wide_dtype
 
 
 @torch.no_grad()
@@ -30,6 +31,14 @@ def adamw_reference(
         t.parameter.copy_(torch.where(go, narrow, t.parameter))
         t.exp_avg.copy_(torch.where(go, m, t.exp_avg))
         t.exp_avg_sq.copy_(torch.where(go, v, t.exp_avg_sq))
+
+
+@torch.no_grad()
+def global_norm_reference(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of the tensors' norms, in float32 or wider."""
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(t, dtype=wide_dtype(t)) for t in tensors])
+    )
 
 
 def stochastic_bfloat16(x: Tensor, seed: Tensor, number: int) -> Tensor:

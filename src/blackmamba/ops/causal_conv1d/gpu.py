@@ -55,7 +55,7 @@ def _forward(
         return y
     kept = _Kept(x, weight, bias, before, seq_idx, silu)
     _, l, d = x.shape
-    _kernels().forward_kernel[kept.grid(FORWARD)](
+    _kernels().conv1d_forward_kernel[kept.grid(FORWARD)](
         *kept.tensors, y, l, d, FORWARD.chunk, *kept.strides, **kept.flags, **_sizes(FORWARD)
     )
     return y
@@ -99,7 +99,7 @@ def backward_into(
     (b, l, d), k = x.shape, weight.shape[1]
     grid = kept.grid(BACKWARD)
     sums = x.new_empty(b * grid[1], k + 1, d, dtype=torch.float32)
-    _kernels().backward_kernel[grid](
+    _kernels().conv1d_backward_kernel[grid](
         *kept.tensors,
         grad_y,
         grad_x,

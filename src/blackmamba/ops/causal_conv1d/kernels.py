@@ -43,7 +43,7 @@ def _weighted(inputs, weights, bias, documents, K: tl.constexpr, HAS_SEQ: tl.con
 
 
 @triton.jit
-def forward_kernel(
+def conv1d_forward_kernel(
     x, weight, bias, before, seq, y, l, d, chunk, x_b, x_l, s_b, s_l,
     BD: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_SEQ: tl.constexpr, SILU: tl.constexpr,
@@ -93,7 +93,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def conv1d_backward_kernel(
     x, weight, bias, before, seq, grad_y, grad_x, grad_before, sums,
     l, d, chunk, x_b, x_l, s_b, s_l, gy_b, gy_l, gx_b, gx_l,
     BD: tl.constexpr, K: tl.constexpr, U: tl.constexpr,

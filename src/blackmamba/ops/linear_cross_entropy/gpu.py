@@ -44,7 +44,7 @@ def _forward(
     logits = x.new_empty(min(rows, t), v)
     losses = x.new_empty(t, **wide)
     grad_x = x.new_empty(x.shape if needs_x else 0)
-    grad_weight = x.new_zeros((v, m) if needs_weight else 0, **wide)
+    grad_weight = (x.new_empty if t else x.new_zeros)((v, m) if needs_weight else 0, **wide)
     grad_bias = x.new_zeros(v if needs_bias else 0, **wide)
     for start in range(0, t, rows):
         part = slice(start, min(t, start + rows))
@@ -57,7 +57,7 @@ def _forward(
         if needs_x:
             torch.mm(g, narrow, out=grad_x[part])
         if needs_weight:
-            _add_product(grad_weight, g.t(), x[part])
+            _add_product(grad_weight, g.t(), x[part], beta=0 if start == 0 else 1)
         if needs_bias:
             grad_bias += g.sum(0, dtype=torch.float32)
     bias_dtype = torch.float32 if bias is None else bias.dtype
@@ -70,14 +70,16 @@ def chunk_rows(v: int, dtype: torch.dtype) -> int:
     return max(_LEAST_CHUNK, 1 << max(0, rows.bit_length() - 1))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; total is float32, a and b may be narrower."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
+    """total = beta total + a @ b; total is float32, a and b may be narrower. 0 reads no total."""
     if a.dtype == torch.float32:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)
     elif a.device.type == "cuda" and torch.version.hip is None:
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
-    else:
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=beta, out=total)
+    elif beta:
         total += torch.mm(a, b)
+    else:
+        total.copy_(torch.mm(a, b))
 
 
 @_forward.register_fake

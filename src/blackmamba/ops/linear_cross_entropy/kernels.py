@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 8192  # logits of a row that are on chip at once
-_WARPS = 8
+_WARPS = 16
 
 
 @triton.jit
@@ -17,7 +17,8 @@ def _softmax_cross_entropy_kernel(
     logits_ptr, labels_ptr, losses_ptr, v, ignored,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    # Owns a row. On chip: a block of it, the running maximum and sum of exponentials.
+    # Owns a row. On chip: a block of it; maximum and sum of exponentials so far of every BLOCK-th
+    # logit, so that threads meet once a row, not once a block.
     # Bytes: the row is read twice, the second time from the L2 cache (rows that are being worked
     # on take 27 MB), and written once. Bound: device memory.
     row = tl.program_id(0).to(tl.int64)
@@ -32,29 +33,34 @@ def _softmax_cross_entropy_kernel(
                 at = block * BLOCK + columns
                 tl.store(logits_ptr + at, zeros, mask=at < v)
     else:
-        top = -float("inf")
-        total = 0.0
+        tops = tl.full((BLOCK,), -float("inf"), tl.float32)
+        totals = tl.zeros((BLOCK,), tl.float32)
         for block in range(BLOCKS):
             at = block * BLOCK + columns
             logits = tl.load(logits_ptr + at, mask=at < v, other=-float("inf"))
             logits = logits.to(tl.float32) * 1.4426950408889634  # exp2 is the processor's own
-            higher = tl.maximum(top, tl.max(logits, axis=0))
+            higher = tl.maximum(tops, logits)
             origin = tl.where(higher == -float("inf"), 0.0, higher)  # none is possible so far
-            total = total * tl.exp2(top - origin) + tl.sum(tl.exp2(logits - origin), axis=0)
-            top = higher
+            totals = totals * tl.exp2(tops - origin) + tl.exp2(logits - origin)
+            tops = higher
+        top = tl.max(tops, axis=0)
+        origin = tl.where(top == -float("inf"), 0.0, top)
+        total = tl.sum(totals * tl.exp2(tops - origin), axis=0)
         known = (label >= 0) & (label < v)  # others make the loss NaN
         chosen = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
         tl.store(losses_ptr + row, (top + tl.log2(total)) * 0.6931471805599453 - chosen)
         if GRADIENT:
             share = 1 / total
-            origin = tl.where(top == -float("inf"), 0.0, top)
             tl.debug_barrier()  # no logit is written before every thread has the label's
             for block in range(BLOCKS):
                 at = block * BLOCK + columns
-                logits = tl.load(logits_ptr + at, mask=at < v, other=-float("inf"))
+                logits = tl.load(
+                    logits_ptr + at, mask=at < v, other=-float("inf"), eviction_policy="evict_first"
+                )
                 p = tl.exp2(logits.to(tl.float32) * 1.4426950408889634 - origin) * share
                 p -= tl.where(at == label, 1.0, 0.0)
-                tl.store(logits_ptr + at, p.to(logits_ptr.dtype.element_ty), mask=at < v)
+                p = p.to(logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + at, p, mask=at < v, eviction_policy="evict_first")
 
 
 def softmax_cross_entropy_(

@@ -28,6 +28,7 @@ def mamba_mixer(
     D: Tensor,
     *,
     seq_idx: Tensor | None = None,
+    recompute: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Causal convolution, SiLU, dt, B and C of each token, selective scan, gate.
@@ -42,6 +43,7 @@ def mamba_mixer(
         dt_bias: (d,), A: (d, n), negative, and D: (d,).
         seq_idx: (b, l), any integer dtype: which document each token belongs to; a document sees
             nothing of the one before it in its row.
+        recompute: whether the convolution is computed again in the backward pass and not kept.
         backend: see ops/backend.py.
     Returns:
         y: (b, l, d) in xz's dtype.
@@ -73,4 +75,4 @@ def mamba_mixer(
     if seq_idx is not None:
         check_any_integers(name, "seq_idx", seq_idx)
     inputs = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    return _IMPLEMENTATIONS.pick(backend, *inputs)(*inputs, seq_idx)
+    return _IMPLEMENTATIONS.pick(backend, *inputs)(*inputs, seq_idx, recompute)

@@ -26,11 +26,12 @@ def mamba_mixer_gpu(
     A: Tensor,
     D: Tensor,
     seq_idx: Tensor | None,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """`mamba_mixer`; the products in xz's dtype, all else in float32."""
     inputs = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    y, final_state, *_ = _forward(*inputs, seq_idx, keep)
+    y, final_state, *_ = _forward(*inputs, seq_idx, keep, keep and not recompute)
     return y, final_state
 
 
@@ -51,9 +52,10 @@ def _forward(
     D: Tensor,
     seq_idx: Tensor | None,
     keep: bool,
+    keep_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, the final state and, if `keep`, for the backward pass: x behind the convolution, x_proj's
-    product, dt, and states."""
+    """y, the final state and, if `keep`, for the backward pass: x behind the convolution (only if
+    `keep_x`), x_proj's product, dt, and states."""
     (d, r), n = dt_proj.shape, A.shape[1]
     z = xz[..., d:]
     x = conv._forward(xz[..., :d], conv_weight, conv_bias, None, seq_idx, True)
@@ -62,8 +64,8 @@ def _forward(
     dt = torch.mm(low.flatten(0, 1), dt_proj.t()).view(x.shape)
     y, final_state, starts = scan._forward(x, dt, A, B, C, D, z, dt_bias, None, seq_idx, True, keep)
     if not keep:
-        x, columns, dt = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    return y, final_state, x, columns, dt, starts
+        columns, dt = x.new_empty(0), x.new_empty(0)
+    return y, final_state, x if keep_x else x.new_empty(0), columns, dt, starts
 
 
 @torch.library.custom_op("blackmamba::mamba_mixer_backward", mutates_args=())
@@ -91,6 +93,8 @@ def _backward(
         t.new_empty(t.shape) for t in inputs
     )
     _, B, C = _parts(columns, r, n)
+    if not x.numel():
+        x = conv._forward(xz[..., :d], conv_weight, conv_bias, None, seq_idx, True)
     g_columns, g_x, g_dt = (t.new_empty(t.shape) for t in (columns, x, dt))
     g_low, g_B, g_C = _parts(g_columns, r, n)
     scan.backward_into(
@@ -144,13 +148,15 @@ def _(
     D: Tensor,
     seq_idx: Tensor | None,
     keep: bool,
+    keep_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = xz.new_empty(*xz.shape[:2], len(A))
     y, final_state, starts = scan._outputs(x, A, keep)
     columns = xz.new_empty(*xz.shape[:2], len(x_proj))
+    dt = torch.empty_like(x) if keep else xz.new_empty(0)
     if not keep:
-        x, columns = xz.new_empty(0), xz.new_empty(0)
-    return y, final_state, x, columns, torch.empty_like(x), starts
+        columns = xz.new_empty(0)
+    return y, final_state, x if keep_x else xz.new_empty(0), columns, dt, starts
 
 
 @_backward.register_fake
@@ -159,17 +165,17 @@ def _(grad_y: Tensor, grad_final: Tensor | None, *rest: Any) -> tuple[Tensor, ..
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _ = inputs
+    *tensors, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None, *_: Any) -> Any:
+    saved = ctx.saved_tensors  # once: a checkpointed layer computes them when they are asked for
     if grad_y is None:
-        x = ctx.saved_tensors[9]
-        grad_y = torch.zeros_like(x)
-    return *_backward(grad_y, grad_final, *ctx.saved_tensors), None, None
+        grad_y = torch.zeros_like(saved[11])  # dt
+    return *_backward(grad_y, grad_final, *saved), None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

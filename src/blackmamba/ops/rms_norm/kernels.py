@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blackmamba.ops.gpu.kernels import column_sums
+
 _TILE = 2048  # numbers that a program has in registers at least: narrow rows come several at once
-_PROGRAMS = 1024  # of the backward pass at least; each leaves a row of the weight's gradient
+_STAGES = 3  # rows that are on their way while one is worked on
+_PROGRAMS = 512  # of the backward pass at least; each leaves a row of the weight's gradient
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def _rms_norm_forward_kernel(
 def _rms_norm_backward_kernel(
     grad_y_ptr, grad_sum_ptr, x_ptr, weight_ptr, grad_x_ptr, grad_update_ptr, partial_ptr,
     t, m, eps, ROWS: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_SUM: tl.constexpr, HAS_UPDATE: tl.constexpr,
+    HAS_SUM: tl.constexpr, HAS_UPDATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Owns TURNS times ROWS rows. On chip: ROWS of them, and the sum over all of its rows of the
     # weight's gradient, written once at the end, so that no order is left to chance.
@@ -52,7 +55,7 @@ def _rms_norm_backward_kernel(
     in_row = columns < m
     weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for turn in range(TURNS):
+    for turn in tl.range(TURNS, num_stages=STAGES):
         group = tl.program_id(0).to(tl.int64) * TURNS + turn
         rows = group * ROWS + tl.arange(0, ROWS)
         at = rows[:, None] * m + columns[None, :]
@@ -114,9 +117,10 @@ def backward(
     _rms_norm_backward_kernel[(programs,)](
         grad_y, x if grad_sum is None else grad_sum, x, weight, grad_x, grad_update, partial,
         t, m, eps, ROWS=rows, TURNS=turns, BLOCK=block,
-        HAS_SUM=grad_sum is not None, HAS_UPDATE=has_update, num_warps=_warps(rows * block),
+        HAS_SUM=grad_sum is not None, HAS_UPDATE=has_update, STAGES=_STAGES,
+        num_warps=_warps(rows * block),
     )  # fmt: skip
-    return grad_x, grad_update, partial.sum(0).to(weight.dtype)
+    return grad_x, grad_update, column_sums(partial, weight.dtype)
 
 
 def _tile(m: int) -> tuple[int, int]:

@@ -8,9 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blackmamba.ops.gpu import interpreted
+from blackmamba.ops.gpu.kernels import column_sums
+
 _ROWS = 64
-_COLUMNS = 64  # of x at a time
-_PARTS = 128  # into which the backward pass cuts the rows; each leaves a gradient of the weight
+_COLUMNS = 128  # of x at a time
+_BACK_ROWS, _BACK_COLUMNS, _BACK_WARPS = 16, 128, 2
+_PARTS = 256  # into which the backward pass cuts the rows; each leaves a gradient of the weight
 _WARPS = 4
 
 
@@ -18,6 +22,7 @@ _WARPS = 4
 def _router_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, t, m, e,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, E: tl.constexpr,
+    SPLIT: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     # Owns ROWS rows and all experts. On chip: their sums. Bytes: x once, the weight once for each
     # program (from the L2 cache), y once. Bound: device memory.
@@ -35,7 +40,16 @@ def _router_forward_kernel(
             weight_ptr + experts[None, :] * m + columns[:, None],
             mask=(experts[None, :] < e) & inside[:, None], other=0.0,
         )  # fmt: skip
-        total += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+        if SPLIT:  # a float32 is the sum of three bfloat16, whose products with x are exact
+            first = w.to(tl.bfloat16)
+            w -= first.to(tl.float32)
+            second = w.to(tl.bfloat16)
+            third = (w - second.to(tl.float32)).to(tl.bfloat16)
+            total = tl.dot(x.to(OPERAND), first.to(OPERAND), total)
+            total = tl.dot(x.to(OPERAND), second.to(OPERAND), total)
+            total = tl.dot(x.to(OPERAND), third.to(OPERAND), total)
+        else:
+            total = tl.dot(x.to(tl.float32), w.to(tl.float32), total, input_precision="ieee")
     total += tl.load(bias_ptr + experts, mask=experts < e, other=0.0).to(tl.float32)[None, :]
     at = rows[:, None] * e + experts[None, :]
     mask = (rows[:, None] < t) & (experts[None, :] < e)
@@ -83,6 +97,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         _router_forward_kernel[(triton.cdiv(t, _ROWS),)](
             x, weight, bias, y, t, m, e,
             ROWS=_ROWS, BLOCK=_COLUMNS, BLOCKS=triton.cdiv(m, _COLUMNS), E=_padded(e),
+            SPLIT=x.dtype == torch.bfloat16 and weight.dtype == torch.float32,
+            OPERAND=tl.float32 if interpreted() else tl.bfloat16,  # numpy has no bfloat16
             num_warps=_WARPS,
         )  # fmt: skip
     return y
@@ -94,14 +110,14 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x)
     if not (t and e and m):
         return grad_x.zero_(), torch.zeros_like(weight)
-    turns = max(1, triton.next_power_of_2(t // (_ROWS * _PARTS) + 1) // 2)
-    parts = triton.cdiv(t, _ROWS * turns)
+    turns = max(1, triton.next_power_of_2(t // (_BACK_ROWS * _PARTS) + 1) // 2)
+    parts = triton.cdiv(t, _BACK_ROWS * turns)
     partial = x.new_empty((parts, e, m), dtype=torch.float32)
-    _router_backward_kernel[(parts, triton.cdiv(m, _COLUMNS))](
+    _router_backward_kernel[(parts, triton.cdiv(m, _BACK_COLUMNS))](
         grad, x, weight, grad_x, partial, t, m, e,
-        ROWS=_ROWS, TURNS=turns, BLOCK=_COLUMNS, E=_padded(e), num_warps=_WARPS,
+        ROWS=_BACK_ROWS, TURNS=turns, BLOCK=_BACK_COLUMNS, E=_padded(e), num_warps=_BACK_WARPS,
     )  # fmt: skip
-    return grad_x, partial.sum(0).to(weight.dtype)
+    return grad_x, column_sums(partial, weight.dtype)
 
 
 def _padded(e: int) -> int:
