@@ -30,11 +30,11 @@ from blackmamba.ops import native
 from blackmamba.ops.backend import ENVIRONMENT_VARIABLE, forced_backend
 
 # Modules whose arithmetic the kernels know. Any other, a wrapped or a derived one, may differ.
-_KNOWN = (
+KNOWN_MODULES = (
     BlackMamba, nn.ModuleList, nn.Embedding, Layer, Mamba, MLP, MoE, Router, RMSNorm, LayerNorm,
     Linear, nn.Linear, QuantizedStorage, QuantizedLinear, QuantizedEmbedding,
 )  # fmt: skip
-_REPLACED = {"forward", "step"}
+REPLACED_METHODS = {"forward", "step"}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # weights.hpp
 
 
@@ -47,9 +47,13 @@ def cannot_decode(model: BlackMamba) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, Attention):
             return "the model has attention layers, whose memory grows with every token"
-        if type(module) not in _KNOWN:
+        if type(module) not in KNOWN_MODULES:
             return f"{name or 'the model'} is a {type(module).__name__}, which has its own ways"
-        if module._forward_hooks or module._forward_pre_hooks or _REPLACED & vars(module).keys():
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or REPLACED_METHODS & vars(module).keys()
+        ):
             return f"{name or 'the model'} has hooks or replaced methods, which would not be called"
     for name, parameter in model.named_parameters():
         if (reason := native.unfit(parameter)) is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blackmamba.errors import InputError
+from blackmamba.generate.captured import CapturedDecoder, cannot_capture
 from blackmamba.generate.decoder import Decoder, cannot_decode
 from blackmamba.generate.sampling import RowUniforms, SamplingConfig, sample
 from blackmamba.model import BlackMamba, State
@@ -123,7 +124,7 @@ class Batch:
         self.rows: list[int] = list(range(len(self._prompts))) if self._n_left else []
         # What the last step left, a row of each tensor for every entry of `_held`.
         self._held: list[int] = self.rows
-        self._state: State | Decoder | None = None
+        self._state: State | Decoder | CapturedDecoder | None = None
         self._last_ids = torch.empty(0, dtype=torch.int64)
         self._seen: Tensor | None = None
 
@@ -151,11 +152,10 @@ class Batch:
         """Logits (b, v) after the last token of each row in `rows`."""
         if self._state is None:
             logits, state = _prefill(self._model, [self._prompts[row] for row in self.rows])
-            in_place = cannot_decode(self._model) is None
-            self._state = Decoder(self._model, state) if in_place else state
+            self._state = _in_place(self._model, state)
             return logits
         self._forget_ended()
-        if isinstance(self._state, Decoder):
+        if isinstance(self._state, Decoder | CapturedDecoder):
             return self._state.step(self._last_ids)
         logits, self._state = self._model.step(self._last_ids, self._state)
         return logits
@@ -221,6 +221,14 @@ def _prefill(model: BlackMamba, prompts: list[list[int]]) -> tuple[Tensor, State
         rows, start, state = [rows[i] for i in goes_on], stop, state.select(goes_on)
     order = torch.tensor(read).argsort()
     return torch.cat(read_logits)[order.to(device)], State.cat(read_states).select(order)
+
+
+def _in_place(model: BlackMamba, state: State) -> State | Decoder | CapturedDecoder:
+    """The fastest way to go on from a state: over memory of its own, where the model allows."""
+    if model.embedding.weight.device.type == "cuda":
+        captured = cannot_capture(model, state.batch_size) is None
+        return CapturedDecoder(model, state) if captured else state
+    return Decoder(model, state) if cannot_decode(model) is None else state
 
 
 @contextlib.contextmanager

@@ -1,0 +1,363 @@
+"""Steps as one CUDA graph over memory made beforehand: the fast way to generate on a GPU.
+
+A step of a few sequences is some hundred kernels of microseconds; launched one by one, the host
+is what it waits for. Here they are recorded once and replayed with one call. A recording has room
+for 1, 2, 4 or 8 sequences and is kept for the next that generates with the same model.
+
+Letters: b batch, m d_model, d d_inner, r dt_rank, n d_state, k d_conv, f d_expert, v vocabulary.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blackmamba.errors import BackendError, InputError
+from blackmamba.generate.decoder import KNOWN_MODULES, REPLACED_METHODS
+from blackmamba.model import BlackMamba, State
+from blackmamba.model.layer import Layer
+from blackmamba.model.mamba import Mamba
+from blackmamba.model.mlp import MLP
+from blackmamba.model.moe import MoE
+from blackmamba.model.norm import LayerNorm
+from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
+from blackmamba.model.state import LayerState, MambaState
+from blackmamba.ops import gpu
+from blackmamba.ops.backend import ENVIRONMENT_VARIABLE, forced_backend
+
+SIZES = (1, 2, 4, 8)
+"""Sequences that a recording has room for."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIDEST = 8192  # numbers of a vector that a program holds
+
+
+def cannot_capture(model: BlackMamba, batch_size: int = 1) -> str | None:
+    """Why no `CapturedDecoder` takes this model; None if one does."""
+    if (forced := forced_backend()) not in ("auto", "triton"):
+        return f"{ENVIRONMENT_VARIABLE}={forced} asks for another backend"
+    if (reason := gpu.missing()) is not None:
+        return reason
+    if batch_size > SIZES[-1]:
+        return f"{batch_size} sequences: it takes at most {SIZES[-1]}"
+    config = model.config
+    if max(config.d_inner, config.d_expert, config.d_mlp) > _WIDEST:
+        return f"a layer is wider than {_WIDEST}"
+    if config.linear_bias or config.head_bias or not config.gated or config.d_conv < 2:
+        return "it has biases, experts without gates, or no convolution"
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedStorage | QuantizedLinear | QuantizedEmbedding):
+            return f"{name} is quantised"
+        if type(module) not in KNOWN_MODULES:
+            return f"{name or 'the model'} is a {type(module).__name__}, which has its own ways"
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or REPLACED_METHODS & vars(module).keys()
+        ):
+            return f"{name or 'the model'} has hooks or replaced methods, which would not be called"
+        if (
+            isinstance(module, Layer)
+            and module.mixer is not None
+            and module.feed_forward is not None
+        ):
+            return f"{name} is a parallel pair"
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in _DTYPES:
+            return f"{name} is {parameter.dtype}"
+        if parameter.device.type != "cuda" and not gpu.interpreted():
+            return f"{name} is on {parameter.device}"
+    return None
+
+
+class CapturedDecoder:
+    """A batch of sequences that goes on one token at a time; as `Decoder` on a CPU.
+
+    The model is used as in evaluation mode. Activations are float32 whatever the weights are, so
+    for a bfloat16 model the logits differ from those of `model.step` by that one's rounding.
+
+    Args:
+        model: on a GPU; see `cannot_capture`.
+        state: what was read so far; it is copied.
+        graph: whether to record; without, the kernels are launched one by one.
+    Raises:
+        BackendError: the model or the machine does not fit.
+    """
+
+    def __init__(self, model: BlackMamba, state: State, *, graph: bool | None = None):
+        if (reason := cannot_capture(model, state.batch_size)) is not None:
+            raise BackendError(f"no captured decoder: {reason}")
+        self._model = model
+        self._batch_size = state.batch_size
+        if graph is None:
+            graph = not gpu.interpreted()
+        self._recording = _taken(model, state.batch_size, graph)
+        self._recording.load(state)
+
+    def step(self, next_ids: Tensor) -> Tensor:
+        """Read one token of each sequence; nothing waits for the device.
+
+        Args:
+            next_ids: (b,) int64, on any device; each within the vocabulary.
+        Returns:
+            Logits (b, v) float32 of the token after; the next step overwrites them.
+        Raises:
+            InputError: a wrong shape or dtype.
+        """
+        if next_ids.shape != (self._batch_size,) or next_ids.dtype != torch.int64:
+            raise InputError(
+                f"next_ids of shape {tuple(next_ids.shape)}, {next_ids.dtype}: "
+                f"must be ({self._batch_size},), torch.int64"
+            )
+        recording = self._recording
+        recording.ids[: self._batch_size].copy_(next_ids, non_blocking=True)
+        recording.run()
+        return recording.logits[: self._batch_size]
+
+    def select(self, rows: Tensor | Sequence[int]) -> "CapturedDecoder":
+        """A decoder of these rows; see `State.select`."""
+        return CapturedDecoder(
+            self._model, self.state.select(rows), graph=self._recording.graph is not None
+        )
+
+    @property
+    def state(self) -> State:
+        """A copy of what was read so far, as the model's other methods take it."""
+        return self._recording.saved(self._batch_size)
+
+    def __del__(self) -> None:
+        recording = getattr(self, "_recording", None)
+        if recording is not None and _FREE is not None:  # pyright: ignore[reportUnnecessaryComparison] # at exit
+            _FREE.setdefault(self._model, []).append(recording)
+
+
+def warmup(model: BlackMamba, batch_sizes: Iterable[int] = SIZES) -> None:
+    """Record steps for batches of these sizes now, so that no request waits for it."""
+    with torch.inference_mode():
+        kept = [CapturedDecoder(model, model.initial_state(size)) for size in batch_sizes]
+    del kept
+
+
+_FREE: weakref.WeakKeyDictionary[BlackMamba, list["_Recording"]] = weakref.WeakKeyDictionary()
+
+
+def _taken(model: BlackMamba, batch_size: int, graph: bool) -> "_Recording":
+    """A recording that no one uses, with room for the batch."""
+    size = next(size for size in SIZES if size >= batch_size)
+    free, weights = _FREE.get(model, []), _fingerprint(model)
+    free[:] = [recording for recording in free if recording.weights == weights]
+    for i, recording in enumerate(free):
+        if recording.size == size and (recording.graph is not None) == graph:
+            return free.pop(i)
+    return _Recording(model, size, graph, weights)
+
+
+def _fingerprint(model: BlackMamba) -> tuple[tuple[int, int], ...]:
+    """Changes when weights move or are written to."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+
+
+class _Recording:
+    """The memory of `size` sequences, and the launches of a step over it."""
+
+    def __init__(
+        self, model: BlackMamba, size: int, graph: bool, weights: tuple[tuple[int, int], ...]
+    ):
+        self.size, self.weights = size, weights
+        self._conv_dtype = model.compute_dtype
+        config = model.config
+        device = model.embedding.weight.device
+        new: Callable[..., Tensor] = lambda *shape: torch.zeros(shape, device=device)  # noqa: E731
+        self.ids = torch.zeros(size, dtype=torch.int64, device=device)
+        self.logits = new(size, config.vocab_size)
+        self._x = new(size, config.d_model)
+        self._launches: list[Callable[[], object]] = []
+        self._states: list[MambaState | None] = []
+        self._plan(model, new)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if graph:
+            self._launch()  # compiles
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._launch()
+
+    def run(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._launch()
+
+    def load(self, state: State) -> None:
+        """Copy a state of at most `size` sequences into this memory."""
+        for mine, theirs in zip(self._states, state.layers, strict=True):
+            if mine is not None:
+                assert isinstance(theirs, MambaState)
+                mine.conv[: state.batch_size].copy_(theirs.conv)
+                mine.ssm[: state.batch_size].copy_(theirs.ssm)
+
+    def saved(self, batch_size: int) -> State:
+        layers: list[LayerState] = [
+            None
+            if layer is None
+            else MambaState(
+                layer.conv[:batch_size].to(self._conv_dtype, copy=True),
+                layer.ssm[:batch_size].clone(),
+            )
+            for layer in self._states
+        ]
+        return State(batch_size, tuple(layers))
+
+    def _launch(self) -> None:
+        for launch in self._launches:
+            launch()
+
+    # ---- what a step launches -----------------------------------------------------------------
+
+    def _plan(self, model: BlackMamba, new: Callable[..., Tensor]) -> None:
+        from blackmamba.ops.decode import kernels
+
+        config, size = model.config, self.size
+        m, d, f = config.d_model, config.d_inner, max(config.d_expert, config.d_mlp, 1)
+        self._xz, self._y = new(size, 2 * d), new(size, d)
+        self._dbc = new(size, config.dt_rank + 2 * config.d_state)
+        self._hidden, self._gate = new(size, f), new(size)
+        self._expert = torch.zeros(size, dtype=torch.int64, device=self.ids.device)
+        self._none, self._one = torch.zeros_like(self._expert), torch.ones_like(self._gate)
+        table = model.embedding.weight
+        self._add(kernels.embed_kernel, (size,), self.ids, table, self._x, m, BK=_power(m))
+        for layer in model.layers:
+            assert isinstance(layer, Layer)
+            state = None
+            if isinstance(layer.mixer, Mamba):
+                state = MambaState(new(size, d, config.d_conv - 1), new(size, d, config.d_state))
+                self._mamba(layer, layer.mixer, state)
+            else:
+                self._feed_forward(layer, model)
+            self._states.append(state)
+        norm = model.final_norm
+        head = table if model.head is None else model.head.weight
+        self._norm_linear(self._x, norm, head, self.logits, layer_norm=isinstance(norm, LayerNorm))
+
+    def _add(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        launcher = kernel[grid]
+        self._launches.append(lambda: launcher(*args, **options))
+
+    def _norm_linear(
+        self,
+        x: Tensor,
+        norm: nn.Module | None,
+        weight: Tensor,
+        out: Tensor,
+        *,
+        layer_norm: bool = False,
+        conv: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        from blackmamba.ops.decode import kernels
+
+        rows, width = weight.shape
+        block, warps = _blocks(rows, width)
+        norm_weight: Any = x if norm is None else _floats(norm.weight)
+        norm_bias: Any = _floats(norm.bias) if layer_norm and norm is not None else norm_weight
+        taps, conv_bias, conv_state = conv or (x, x, x)
+        self._add(
+            kernels.norm_linear_kernel, (-(-rows // block),),
+            x, norm_weight, norm_bias, 0.0 if norm is None else norm.eps, weight.detach(), out,
+            rows, width, taps, conv_bias, conv_state, rows // 2,
+            B=self.size, BN=block, BK=_power(width), NORM=norm is not None, LAYER=layer_norm,
+            CONV=conv is not None, TAPS=taps.shape[1] if conv else 2, num_warps=warps,
+        )  # fmt: skip
+
+    def _mamba(self, layer: Layer, mixer: Mamba, state: MambaState) -> None:
+        from blackmamba.ops.decode import kernels
+
+        d, n = mixer.A_log.shape
+        r = mixer.dt_proj.weight.shape[1]
+        conv = (_floats(mixer.conv_weight), _floats(mixer.conv_bias), state.conv)
+        self._norm_linear(self._x, layer.norm, mixer.in_proj.weight, self._xz, conv=conv)
+        self._linear_of_x(mixer.x_proj.weight)
+        A2 = (mixer.decay_rates() / math.log(2)).float().detach().contiguous()
+        self._add(
+            kernels.update_kernel, (-(-d // 32), self.size),
+            self._xz, self._dbc, mixer.dt_proj.weight.detach(), _floats(mixer.dt_bias), A2,
+            _floats(mixer.D), state.ssm, self._y, d, r, n, BD=32, BR=_power(r), N=_power(n),
+        )  # fmt: skip
+        self._add_linear(self._y, mixer.out_proj.weight, None)
+
+    def _linear_of_x(self, weight: Tensor) -> None:
+        """x_proj reads the first half of each row of xz."""
+        from blackmamba.ops.decode import kernels
+
+        rows, width = weight.shape
+        self._add(
+            kernels.project_kernel, (rows,), self._xz, weight.detach(), self._dbc, rows, width,
+            B=self.size, BK=_power(width), num_warps=4,
+        )  # fmt: skip
+
+    def _add_linear(self, y: Tensor, weight: Tensor, routed: tuple[Tensor, Tensor] | None) -> None:
+        from blackmamba.ops.decode import kernels
+
+        *_, rows, width = weight.shape
+        block, warps = _blocks(rows, width)
+        ids, gate = routed or (self._none, self._one)
+        self._add(
+            kernels.add_linear_kernel,
+            (-(-rows // block), self.size if routed else 1),
+            y, weight.detach(), self._x, rows, width, ids, gate, y.shape[1],
+            B=1 if routed else self.size, BN=block, BK=_power(width), ROUTED=routed is not None,
+            num_warps=warps,
+        )  # fmt: skip
+
+    def _feed_forward(self, layer: Layer, model: BlackMamba) -> None:
+        from blackmamba.ops.decode import kernels
+
+        part, norm = layer.feed_forward, layer.norm
+        m, eps, weight = model.config.d_model, norm.eps, _floats(norm.weight)
+        if isinstance(part, MoE):
+            routed = (self._expert, self._gate)
+            router = part.router
+            e = router.weight.shape[0]
+            self._add(
+                kernels.route_kernel, (self.size,),
+                self._x, weight, eps, _floats(router.weight), _floats(router.bias), *routed, m, e,
+                BE=min(8, _power(e)), BK=_power(m), num_warps=8,
+            )  # fmt: skip
+            fc1, fc2 = part.fc1, part.fc2
+        else:
+            assert isinstance(part, MLP)
+            routed, fc1, fc2 = (self._none, self._one), part.fc1.weight, part.fc2.weight
+        assert isinstance(fc1, Tensor)
+        assert isinstance(fc2, Tensor)
+        f = fc2.shape[-1]
+        block, warps = _blocks(f, m)
+        block = max(1, block // 2)
+        hidden = self._hidden
+        if f != hidden.shape[1]:
+            hidden = hidden.new_zeros(self.size, f)
+        self._add(
+            kernels.expert_in_kernel, (-(-f // block), self.size),
+            self._x, weight, eps, fc1.detach(), routed[0], hidden, m, f,
+            BN=block, BK=_power(m), GELU=model.config.activation == "gelu", num_warps=warps,
+        )  # fmt: skip
+        self._add_linear(hidden, fc2, routed)
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous()
+
+
+def _power(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _blocks(rows: int, width: int) -> tuple[int, int]:
+    """Rows of a program, and its warps: 64 numbers of the weight a thread, fewer where the rows
+    would not keep all processors busy."""
+    padded = _power(width)
+    block = max(1, 8192 // padded)
+    while block > 1 and rows // block < 264 and not gpu.interpreted():
+        block //= 2
+    return block, 4 if block * padded <= 8192 else 8
