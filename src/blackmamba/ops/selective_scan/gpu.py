@@ -216,7 +216,7 @@ class _Call:
 
     def padded_rates(self) -> Tensor:
         """A as (d, N), zeros where there is no state."""
-        return torch.nn.functional.pad(self.A, (0, self.n_padded - self.n))
+        return self._padded(self.A)
 
     def cuda(
         self,
@@ -242,7 +242,12 @@ class _Call:
 
     def padded_state(self, state: Tensor) -> Tensor:
         """(b, d, n) to contiguous float32 (b, d, N)."""
-        return torch.nn.functional.pad(state.float(), (0, self.n_padded - self.n)).contiguous()
+        return self._padded(state.float()).contiguous()
+
+    def _padded(self, tensor: Tensor) -> Tensor:
+        if self.n == self.n_padded:
+            return tensor
+        return torch.nn.functional.pad(tensor, (0, self.n_padded - self.n))
 
 
 def _outputs(x: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -501,15 +506,21 @@ def backward_into(
         ROWS=16,
         num_warps=4,
     )
-    torch.sum(
-        sum_A[..., : call.n], 0, out=grad_A
-    ) if grad_A.dtype == torch.float32 else grad_A.copy_(sum_A[..., : call.n].sum(0))
+    _sum_into(grad_A, sum_A[..., : call.n])
     if D is not None:
-        grad_D.copy_(sum_D.sum(0))
+        _sum_into(grad_D, sum_D)
     if dt_bias is not None:
-        grad_bias.copy_(sum_bias.sum(0))
+        _sum_into(grad_bias, sum_bias)
     if initial_state is not None:
         grad_first.copy_(before[..., : call.n])
+
+
+def _sum_into(grad: Tensor, parts: Tensor) -> None:
+    """The sum over the first dimension, in the gradient's dtype."""
+    if grad.dtype == parts.dtype:
+        torch.sum(parts, 0, out=grad)
+    else:
+        grad.copy_(parts.sum(0))
 
 
 def _registers(tuning: Tuning) -> dict[str, int]:

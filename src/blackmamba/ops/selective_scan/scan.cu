@@ -138,6 +138,17 @@ __device__ __forceinline__ void scaled4(float* out, const float4& v, float by) {
     out[0] = v.x * by, out[1] = v.y * by, out[2] = v.z * by, out[3] = v.w * by;
 }
 
+// B and C of a span, on their way to shared memory: each of the block's threads copies 16 bytes.
+__device__ __forceinline__ void stage(float* to, const float* from) {
+    const u32 address = (u32)__cvta_generic_to_shared(to + threadIdx.x * 4);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from + threadIdx.x * 4) : "memory");
+}
+__device__ __forceinline__ void staged() {  // what was staged is there, and the block is done with what was before
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+}
+__device__ __forceinline__ void soon(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // ---- forward ---------------------------------------------------------------------------------------------------
 // Keeps states and A in registers. Moves x, dt, z and y once. Bound by exponentials: 18 for each number of y.
 // LOCAL: only what the chunk leaves (ends) and what is left of what it began with (decays).
@@ -152,6 +163,7 @@ struct Forward {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const Forward f) {
     __shared__ float2 shared_du[WARPS][SPAN][8];
     __shared__ float shared_y[WARPS][SPAN][8];
+    __shared__ __align__(16) float shared_BC[2][SPAN * 32];
     const Place p = place_of(f.s);
     float2(*du)[8] = shared_du[p.warp];
     float(*ys)[8] = shared_y[p.warp];
@@ -172,8 +184,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
     const Number* dt = f.dt.data + p.row * f.dt.row + p.c4;
     const Number* z = f.z.data + p.row * f.z.row + p.c4;
     Number* y = f.y.data + p.row * f.y.row + p.c4;
-    const float* BC = f.BC + (p.row * f.s.l_padded + p.begin) * 32 + p.q * 4;
+    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * 32;
     const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
+    int buffer = 0;
+    stage(shared_BC[0], next_BC);
     float* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     const bool odd = p.q & 1, high = p.q & 2;
     float total = 0.f, any_reset = 0.f;
@@ -183,6 +197,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
     Four next_dt = load4(dt + t * f.dt.token, inside), next_x = load4(x + t * f.x.token, inside), next_z = {};
     if (HAS_Z && !LOCAL) next_z = load4(z + t * f.z.token, inside);
     for (int span = p.begin; span < p.end; span += SPAN) {
+        staged();
+        const float* BC = shared_BC[buffer] + p.q * 4;
+        buffer ^= 1;
+        next_BC += SPAN * 32;
+        if (span + SPAN < p.end) stage(shared_BC[buffer], next_BC);
         const bool mine = inside;
         const int mine_t = t;
         float xv[4], zv[4];
@@ -211,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
         if (p.active) *reinterpret_cast<float4*>(starts) = make_float4(h[0], h[1], h[2], h[3]);
         starts += (i64)f.s.d * 16;
 #endif
-#pragma unroll 1
+#pragma unroll 2
         for (int group = 0; group < SPAN; group += 4) {
             float part[4];
 #pragma unroll
@@ -289,6 +308,7 @@ struct Backward {
 // The gradient of the state before each chunk, had nothing come from behind, and what is left of it after the chunk.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(const Backward f) {
     __shared__ float2 shared_du[WARPS][SPAN][8];
+    __shared__ __align__(16) float shared_BC[2][SPAN * 32];
     const Place p = place_of(f.s);
     float2(*du)[8] = shared_du[p.warp];
     float A2[4], g[4] = {0.f, 0.f, 0.f, 0.f};
@@ -306,7 +326,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(
     bool inside = t < p.end;
     Four next_dt = load4(dt + t * f.dt.token, inside), next_g = load4(grad_y + t * f.grad_y.token, inside), next_z = {};
     if (HAS_Z) next_z = load4(z + t * f.z.token, inside);
+    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * 32;
+    int buffer = 0;
+    stage(shared_BC[0], next_BC);
     for (int back = spans - 1; back >= 0; back--) {
+        staged();
+        const float* C_at = shared_BC[buffer] + 16 + p.q * 4;
+        buffer ^= 1;
+        next_BC -= SPAN * 32;
+        if (back > 0) stage(shared_BC[buffer], next_BC);
         float raw[4], gy[4], zv[4];
         widen(next_dt, raw);
         widen(next_g, gy);
@@ -327,8 +355,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(
         next_dt = load4(dt + t * f.dt.token, inside);
         next_g = load4(grad_y + t * f.grad_y.token, inside);
         if (HAS_Z) next_z = load4(z + t * f.z.token, inside);
+#if HAS_SEQ
         const i64 token = p.row * f.s.l_padded + p.begin + back * SPAN;
-        const float* C_at = f.BC + token * 32 + 16 + p.q * 4;
+#endif
 #pragma unroll 4
         for (int i = SPAN - 1; i >= 0; i--) {
             const float2 step = du[i][p.lane >> 2];
@@ -362,7 +391,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     __shared__ float4 shared_step[WARPS][SPAN][8];  // delta, delta x, gradient of y before the gate
     __shared__ float shared_sums[3][WARPS][SPAN][8];
     __shared__ float4 shared_first[WARPS][SPAN / 4][32];
-    __shared__ float shared_BC[2][4][32][WARPS + 1];  // of four tokens, by warp
+    __shared__ float shared_of_BC[2][4][32][WARPS + 1];  // of four tokens, by warp
+    __shared__ __align__(16) float shared_BC[2][SPAN * 32];
     const Place p = place_of(f.s);
     float4(*steps)[8] = shared_step[p.warp];
     float4(*firsts)[32] = shared_first[p.warp];
@@ -378,18 +408,33 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const int own_state = p.q * 4 + (c_low ? 1 : 0) + (c_middle ? 2 : 0);
     const int own = (c_high ? 16 : 0) + own_state;
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
-    int turn = 0;
+    int turn = 0, buffer = 0;
+    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * 32;
+    stage(shared_BC[0], next_BC);
+    const Number* dt_at = f.dt.data + p.row * f.dt.row + p.c4;
+    const Number* x_at = f.x.data + p.row * f.x.row + p.c4;
+    const Number* gy_at = f.grad_y.data + p.row * f.grad_y.row + p.c4;
+    const Number* z_at = f.z.data + p.row * f.z.row + p.c4;
+    const float* starts =
+        f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN + spans - 1) * f.s.d + p.channel) * 16 + p.q * 4;
     for (int back = spans - 1; back >= 0; back--) {
         const int span = p.begin + back * SPAN;
         const int t = span + p.t;
         const bool inside = t < p.end;
-        const Four raw_dt = load4(f.dt.data + p.row * f.dt.row + t * f.dt.token + p.c4, inside);
-        const Four raw_x = load4(f.x.data + p.row * f.x.row + t * f.x.token + p.c4, inside);
-        const Four raw_g = load4(f.grad_y.data + p.row * f.grad_y.row + t * f.grad_y.token + p.c4, inside && p.active);
+        const Four raw_dt = load4(dt_at + t * f.dt.token, inside);
+        const Four raw_x = load4(x_at + t * f.x.token, inside);
+        const Four raw_g = load4(gy_at + t * f.grad_y.token, inside && p.active);
         Four raw_z = {};
-        if (HAS_Z) raw_z = load4(f.z.data + p.row * f.z.row + t * f.z.token + p.c4, inside);
-        const float4 first = *reinterpret_cast<const float4*>(
-            f.starts + ((p.row * (f.s.l_padded / SPAN) + span / SPAN) * f.s.d + p.channel) * 16 + p.q * 4);
+        if (HAS_Z) raw_z = load4(z_at + t * f.z.token, inside);
+        const float4 first = *reinterpret_cast<const float4*>(starts);
+        starts -= (i64)f.s.d * 16;
+        if (back > 0) {
+            soon(dt_at + (t - SPAN) * f.dt.token);
+            soon(x_at + (t - SPAN) * f.x.token);
+            soon(gy_at + (t - SPAN) * f.grad_y.token);
+            if (HAS_Z) soon(z_at + (t - SPAN) * f.z.token);
+            soon(starts);
+        }
         {
             float dtv[4], xv[4], gy[4], zv[4], bias[4] = {};
 #if HAS_BIAS
@@ -408,8 +453,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 steps[p.t][(p.lane & 1) * 4 + i] = make_float4(delta, delta * xv[i], gy[i], 0.f);
             }
         }
-        __syncwarp();
-        const float* BC = f.BC + (p.row * f.s.l_padded + span) * 32 + p.q * 4;
+        staged();
+        const float* BC = shared_BC[buffer] + p.q * 4;
+        buffer ^= 1;
+        next_BC -= SPAN * 32;
+        if (back > 0) stage(shared_BC[buffer], next_BC);
 #if HAS_SEQ
         const float* resets = f.resets + p.row * f.s.l_padded + span;
 #endif
@@ -488,7 +536,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 for (int j = 0; j < 2; j++)
                     u[j] = (c_middle ? v[2 * j + 1] : v[2 * j]) + __shfl_xor_sync(FULL, c_middle ? v[2 * j] : v[2 * j + 1], 8);
                 last = (c_high ? u[1] : u[0]) + __shfl_xor_sync(FULL, c_high ? u[0] : u[1], 16);
-                shared_BC[turn][i][own][p.warp] = last;
+                shared_of_BC[turn][i][own][p.warp] = last;
             }
             const float y = HAS_Z ? sum4(part_y, odd, high) : 0.f;
             const float drive = sum4(part_drive, odd, high), decay = sum4(part_decay, odd, high);
@@ -496,11 +544,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             shared_sums[1][p.warp][group * 4 + p.q][p.lane >> 2] = drive;
             shared_sums[2][p.warp][group * 4 + p.q][p.lane >> 2] = decay;
             __syncthreads();
-            {  // over the warps, always in the same order; the other half of shared_BC is written meanwhile
+            {  // over the warps, always in the same order; the other half of shared_of_BC is written meanwhile
                 const int number = threadIdx.x >> 2, i = threadIdx.x & 3;
                 float sum = 0.f;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) sum += shared_BC[turn][i][number][w];
+                for (int w = 0; w < WARPS; w++) sum += shared_of_BC[turn][i][number][w];
                 const i64 tile = (p.row * (f.s.l_padded / 4) + span / 4 + group) * f.s.n_blocks + p.block;
                 f.partial[tile * 128 + threadIdx.x] = sum;
                 turn ^= 1;
