@@ -8,11 +8,23 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating
+from blackmamba.ops.sinkhorn import gpu
 from blackmamba.ops.sinkhorn.reference import SinkhornResult, sinkhorn_reference
 
 __all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_choice"]
 
 _IMPLEMENTATIONS = Implementations("sinkhorn", {"reference": sinkhorn_reference})
+
+
+def _reference_choice(
+    logits: Tensor, scale: float, start: str, tolerance: float, max_iterations: int
+) -> Tensor:
+    return sinkhorn_reference(logits, scale, start, tolerance, max_iterations).plan.argmax(dim=-1)
+
+
+_CHOICES = Implementations(
+    "sinkhorn_choice", {"triton": gpu.choice, "reference": _reference_choice}
+)
 
 
 def sinkhorn(
@@ -47,16 +59,7 @@ def sinkhorn(
         iterate in log space and test the marginals, where the authors' code tests the change of d1
         against a fixed 1e-4, which thousands of tokens pass at once.
     """
-    check_dims("sinkhorn", "logits", logits, "te")
-    check_floating("sinkhorn", logits=logits)
-    if logits.shape[1] == 0:
-        raise InputError(f"sinkhorn: logits has shape {tuple(logits.shape)}, needs an expert")
-    if start not in ("paper", "ones"):
-        raise InputError(f"sinkhorn: start={start!r}, must be 'paper' or 'ones'")
-    if max_iterations < 1:
-        raise InputError(f"sinkhorn: max_iterations={max_iterations}, must be at least 1")
-    if not (scale > 0 and tolerance > 0):
-        raise InputError(f"sinkhorn: scale={scale}, tolerance={tolerance}, must be positive")
+    _check(logits, scale, start, tolerance, max_iterations)
     return _IMPLEMENTATIONS.pick(backend, logits)(logits, scale, start, tolerance, max_iterations)
 
 
@@ -67,6 +70,7 @@ def sinkhorn_choice(
     start: Literal["paper", "ones"] = "paper",
     tolerance: float = 1e-4,
     max_iterations: int = 1000,
+    backend: Backend = "auto",
 ) -> Tensor:
     """The expert of each token: where its row of the plan is largest.
 
@@ -74,27 +78,37 @@ def sinkhorn_choice(
     gradient flows through it.
 
     Args:
-        logits, scale, start, tolerance, max_iterations: see `sinkhorn`.
+        logits, scale, start, tolerance, max_iterations, backend: see `sinkhorn`.
     Returns:
         (t,) int64, each 0 .. e - 1.
     Raises:
-        InputError: as `sinkhorn`.
+        InputError, BackendError: as `sinkhorn`.
     """
-    return _choice(logits.detach(), scale, start, tolerance, max_iterations)
+    return _choice(logits.detach(), scale, start, tolerance, max_iterations, backend)
 
 
 @torch.library.custom_op("blackmamba::sinkhorn_choice", mutates_args=())
 def _choice(
-    logits: Tensor, scale: float, start: str, tolerance: float, max_iterations: int
+    logits: Tensor, scale: float, start: str, tolerance: float, max_iterations: int, backend: str
 ) -> Tensor:
-    result = sinkhorn(
-        logits,
-        scale=scale,
-        start=start,  # pyright: ignore[reportArgumentType] # an operation's schema has no Literal
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-    )
-    return result.plan.argmax(dim=-1)
+    _check(logits, scale, start, tolerance, max_iterations)
+    if backend == "auto" and logits.shape[1] > gpu.MOST_EXPERTS:
+        backend = "reference"
+    run = _CHOICES.pick(backend, logits)  # pyright: ignore[reportArgumentType] # a schema has no Literal
+    return run(logits, scale, start, tolerance, max_iterations)
+
+
+def _check(logits: Tensor, scale: float, start: str, tolerance: float, max_iterations: int) -> None:
+    check_dims("sinkhorn", "logits", logits, "te")
+    check_floating("sinkhorn", logits=logits)
+    if logits.shape[1] == 0:
+        raise InputError(f"sinkhorn: logits has shape {tuple(logits.shape)}, needs an expert")
+    if start not in ("paper", "ones"):
+        raise InputError(f"sinkhorn: start={start!r}, must be 'paper' or 'ones'")
+    if max_iterations < 1:
+        raise InputError(f"sinkhorn: max_iterations={max_iterations}, must be at least 1")
+    if not (scale > 0 and tolerance > 0):
+        raise InputError(f"sinkhorn: scale={scale}, tolerance={tolerance}, must be positive")
 
 
 @_choice.register_fake
