@@ -225,7 +225,7 @@ def _prefill(model: BlackMamba, prompts: list[list[int]]) -> tuple[Tensor, State
 
 def _in_place(model: BlackMamba, state: State) -> State | Decoder | CapturedDecoder:
     """The fastest way to go on from a state: over memory of its own, where the model allows."""
-    if model.embedding.weight.device.type == "cuda":
+    if next(model.parameters()).device.type == "cuda":
         captured = cannot_capture(model, state.batch_size) is None
         return CapturedDecoder(model, state) if captured else state
     return Decoder(model, state) if cannot_decode(model) is None else state
