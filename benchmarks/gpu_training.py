@@ -37,7 +37,11 @@ CLASSES = (
     ("loss", r"cross_entropy|loss_scale"),
     ("optimizer", r"adamw|lpnorm|multi_tensor"),
     ("router", r"sinkhorn|router|choice"),
-    ("experts", r"group|expert|moe|sort|permut|histogram|swiglu|token"),
+    ("experts' products", r"GroupProblemShape|Grouped|grouped|enable_3x_kernel_for_sm9x"),
+    (
+        "experts",
+        r"^(count|place|gather|scatter|activate|activate_backward)_kernel|expert|sort|histogram",
+    ),
     ("products", r"gemm|cutlass|nvjet|xmma|cublas|splitK"),
     ("elementwise", r"elementwise|vectorized|Copy|copy|Memset|Memcpy|fill|Cat|index|reduce|embed"),
 )
@@ -209,11 +213,11 @@ def _print_classes(case: dict[str, Any]) -> None:
     total = sum(case["classes"].values()) or 1.0
     print("      kernels of one step, by class:")
     for name, ms in sorted(case["classes"].items(), key=lambda item: -item[1]):
-        print(f"        {name:<14}{ms:>9.2f} ms{ms / total:>8.1%}")
-    print(f"        {'all':<14}{total:>9.2f} ms, of {case['ms']:.2f} ms between steps")
+        print(f"        {name:<18}{ms:>9.2f} ms{ms / total:>8.1%}")
+    print(f"        {'all':<18}{total:>9.2f} ms, of {case['ms']:.2f} ms between steps")
     print("      the longest kernels:")
     for name, ms, count in case["kernels"]:
-        print(f"        {ms:>9.2f} ms {count:>5} x  {kernel_class(name):<12} {name[:90]}")
+        print(f"        {ms:>9.2f} ms {count:>5} x  {kernel_class(name):<18} {name[:90]}")
 
 
 if __name__ == "__main__":
