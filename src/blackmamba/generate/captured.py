@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blackmamba.errors import BackendError, InputError
 from blackmamba.generate.decoder import KNOWN_MODULES, REPLACED_METHODS
@@ -22,7 +22,7 @@ from blackmamba.model.layer import Layer
 from blackmamba.model.mamba import Mamba
 from blackmamba.model.mlp import MLP
 from blackmamba.model.moe import MoE
-from blackmamba.model.norm import LayerNorm
+from blackmamba.model.norm import LayerNorm, RMSNorm
 from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
 from blackmamba.model.state import LayerState, MambaState
 from blackmamba.ops import gpu
@@ -240,7 +240,8 @@ class _Recording:
             self._states.append(state)
         norm = model.final_norm
         head = table if model.head is None else model.head.weight
-        self._norm_linear(self._x, norm, head, self.logits, layer_norm=isinstance(norm, LayerNorm))
+        assert isinstance(head, Tensor)
+        self._norm_linear(self._x, norm, head, self.logits)
 
     def _add(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         launcher = kernel[grid]
@@ -249,11 +250,10 @@ class _Recording:
     def _norm_linear(
         self,
         x: Tensor,
-        norm: nn.Module | None,
+        norm: RMSNorm | LayerNorm | None,
         weight: Tensor,
         out: Tensor,
         *,
-        layer_norm: bool = False,
         conv: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         from blackmamba.ops.decode import kernels
@@ -261,14 +261,15 @@ class _Recording:
         rows, width = weight.shape
         block, warps = _blocks(rows, width)
         norm_weight: Any = x if norm is None else _floats(norm.weight)
-        norm_bias: Any = _floats(norm.bias) if layer_norm and norm is not None else norm_weight
+        norm_bias: Any = _floats(norm.bias) if isinstance(norm, LayerNorm) else norm_weight
         taps, conv_bias, conv_state = conv or (x, x, x)
         self._add(
             kernels.norm_linear_kernel, (-(-rows // block),),
             x, norm_weight, norm_bias, 0.0 if norm is None else norm.eps, weight.detach(), out,
             rows, width, taps, conv_bias, conv_state, rows // 2,
-            B=self.size, BN=block, BK=_power(width), NORM=norm is not None, LAYER=layer_norm,
-            CONV=conv is not None, TAPS=taps.shape[1] if conv else 2, num_warps=warps,
+            B=self.size, BN=block, BK=_power(width), NORM=norm is not None,
+            LAYER=isinstance(norm, LayerNorm), CONV=conv is not None,
+            TAPS=taps.shape[1] if conv else 2, num_warps=warps,
         )  # fmt: skip
 
     def _mamba(self, layer: Layer, mixer: Mamba, state: MambaState) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blackmamba.ops import gpu
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 
 _TOKENS = 512  # of a program that counts
@@ -54,9 +55,19 @@ def sort_by_expert(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     new = expert_ids.new_empty
     counts, ends = new(n_blocks, padded, dtype=torch.int32), new(padded, dtype=torch.int32)
     order = new(t, dtype=torch.int32)
-    kernels.count_kernel[(n_blocks,)](expert_ids, counts, t, E=padded, BLOCK=_TOKENS)
-    kernels.place_kernel[(n_blocks,)](
-        expert_ids, counts, order, ends, t, n_blocks, E=padded, BLOCK=_TOKENS, BLOCKS=16
+    gpu.launch(kernels.count_kernel, (n_blocks,), expert_ids, counts, t, E=padded, BLOCK=_TOKENS)
+    gpu.launch(
+        kernels.place_kernel,
+        (n_blocks,),
+        expert_ids,
+        counts,
+        order,
+        ends,
+        t,
+        n_blocks,
+        E=padded,
+        BLOCK=_TOKENS,
+        BLOCKS=16,
     )
     return order, ends[:n_experts]
 
@@ -70,7 +81,7 @@ def _gathered(x: Tensor, order: Tensor) -> Tensor:
 
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(x.shape)
-    kernels.gather_kernel[(len(x),)](x, order, out, x.shape[1], x.stride(0), BLOCK=1024)
+    gpu.launch(kernels.gather_kernel, (len(x),), x, order, out, x.shape[1], x.stride(0), BLOCK=1024)
     return out
 
 
@@ -78,7 +89,8 @@ def _scattered(x: Tensor, order: Tensor, scale: Tensor | None) -> Tensor:
     from blackmamba.ops.expert_mlp import kernels
 
     out = torch.empty_like(x)
-    kernels.scatter_kernel[(len(x),)](
+    gpu.launch(
+        kernels.scatter_kernel, (len(x),),
         x, order, x if scale is None else scale, out, x.shape[1],
         HAS_SCALE=scale is not None, BLOCK=1024,
     )  # fmt: skip
@@ -96,7 +108,9 @@ def _forward(
     h = _product()(_gathered(x, order), fc1.transpose(1, 2), offs=ends)
     f = fc2.shape[2]
     hidden = x.new_empty(len(x), f)
-    kernels.activate_kernel[(len(x), -(-f // 1024))](h, hidden, f, GELU=gelu, BLOCK=1024)
+    gpu.launch(
+        kernels.activate_kernel, (len(x), -(-f // 1024)), h, hidden, f, GELU=gelu, BLOCK=1024
+    )
     y = _product()(hidden, fc2.transpose(1, 2), offs=ends)
     return _scattered(y, order, None if gate is None else gate.contiguous()), h, order, ends
 
@@ -122,7 +136,8 @@ def _backward(
     grad = product(grad_y, fc2, offs=ends)
     grad_h, hidden = torch.empty_like(h), torch.empty_like(grad)
     grad_gate = x.new_empty(0) if gate is None else gate.new_empty(len(x))
-    kernels.activate_backward_kernel[(len(x),)](
+    gpu.launch(
+        kernels.activate_backward_kernel, (len(x),),
         grad, h, order, x if gate is None else gate.contiguous(), grad_h, hidden, grad_gate, f,
         GELU=gelu, HAS_GATE=gate is not None, BLOCK=1024,
     )  # fmt: skip

@@ -8,6 +8,7 @@ slowly, step by step, for tests.
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,11 @@ def unfit(*tensors: Tensor | None) -> str | None:
 def on_gpu(*tensors: Tensor | None) -> bool:
     """Whether the tensors, of which there is one, are on a GPU."""
     return any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start a Triton kernel; `kernel[grid](...)`, whose constants no type describes."""
+    kernel[grid](*args, **options)
 
 
 _INSTALLED = importlib.util.find_spec("triton") is not None  # now: torch.compile cannot trace it

@@ -27,7 +27,9 @@ def choice(
     block = max(1, _NUMBERS // padded)
     # interpreted programs run one after another and could not wait for each other
     programs = 1 if gpu.interpreted() else min(_PROGRAMS, -(-t // block))
-    kernels.choice_kernel[(programs,)](
+    gpu.launch(
+        kernels.choice_kernel,
+        (programs,),
         logits,
         ids,
         logits.new_empty(programs),
