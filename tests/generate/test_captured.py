@@ -9,7 +9,7 @@ from numerics import largest_difference
 
 import blackmamba
 from blackmamba.errors import BackendError, InputError
-from blackmamba.generate import captured
+from blackmamba.generate import captured, stream
 from blackmamba.generate.captured import CapturedDecoder, cannot_capture, warmup
 from blackmamba.model import BlackMamba
 from blackmamba.ops import gpu
@@ -52,7 +52,7 @@ def follow(model: BlackMamba, like: BlackMamba, batch: int, steps: int = 4) -> f
     return worst
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 11])
 @torch.inference_mode()
 def test_as_the_model_steps(batch: int):
     model = build()
@@ -113,9 +113,57 @@ def test_generation_is_the_same(monkeypatch: pytest.MonkeyPatch):
     assert {recording.size for recording in captured._FREE[model]} == {1, 4}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.8, "top_k": 20, "seed": 3},
+        {"repetition_penalty": 1.3},
+        {"stop_ids": "the fourth of the first"},
+    ],
+    ids=str,
+)
+def test_sampling_and_stopping_are_the_same(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+):
+    model, options = build(), dict(options)
+    prompts = [[1, 2, 3], [4], [5, 6], [9]]
+    if "stop_ids" in options:
+        options["stop_ids"] = [blackmamba.generate(model, prompts, max_new_tokens=4)[0][-1]]
+    expected = blackmamba.generate(model, prompts, max_new_tokens=8, **options)  # pyright: ignore
+    if "stop_ids" in options:
+        assert len({len(ids) for ids in expected}) > 1  # rows end at different times
+    monkeypatch.setattr(sys.modules["blackmamba.generate.engine"], "_in_place", CapturedDecoder)
+    assert blackmamba.generate(model, prompts, max_new_tokens=8, **options) == expected  # pyright: ignore
+
+
+def test_damaged_weights_are_told(monkeypatch: pytest.MonkeyPatch):
+    model = build()
+    monkeypatch.setattr(sys.modules["blackmamba.generate.engine"], "_in_place", CapturedDecoder)
+    pairs = stream(model, [[1, 2]], max_new_tokens=6)
+    next(pairs)  # of the prompt
+    with torch.no_grad():
+        model.final_norm.weight.fill_(float("nan"))  # pyright: ignore
+    with pytest.raises(InputError, match="NaN"):
+        list(pairs)
+
+
+@torch.inference_mode()
+def test_greedy_choice():
+    model = build()
+    decoder = CapturedDecoder(model, model.initial_state(2))
+    logits = decoder.step(torch.tensor([3, 4], device=DEVICE))
+    ids, usable = decoder.greedy()
+    assert torch.equal(ids, logits.argmax(-1))
+    assert usable.tolist() == [1, 1]
+    again = CapturedDecoder(model, model.initial_state(2))
+    again.step(torch.tensor([3, 4], device=DEVICE))
+    expected = decoder.step(ids.clone())
+    assert torch.equal(again.step(None), expected)
+
+
 def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch):
     assert "biases" in str(cannot_capture(build(linear_bias=True)))
-    assert "at most 8" in str(cannot_capture(build(), 9))
+    assert "at most 256" in str(cannot_capture(build(), 257))
     assert "float64" in str(cannot_capture(build(torch.float64)))
     hooked = build()
     hooked.layers[0].register_forward_hook(lambda *_: None)

@@ -87,3 +87,30 @@ def test_registered_as_torch_wants_it():
     x, fc1, fc2, gate = (v.bfloat16().to(DEVICE).requires_grad_() for v in inputs.values())
     op = torch.ops.blackmamba.expert_mlp_gpu.default
     torch.library.opcheck(op, (x, ids.to(DEVICE), fc1, fc2, gate, False))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 2), (37, 24, 40, 4), (130, 136, 35, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@torch.no_grad()
+def test_few_tokens_without_a_gradient(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, activation: str
+):
+    inputs, ids = make(*shape, idle=shape[-1] > 2)
+    narrow = {k: (v if k == "gate" else v.to(dtype)).to(DEVICE) for k, v in inputs.items()}
+    ids = ids.to(DEVICE)
+    wide = {k: v.double() for k, v in narrow.items()}
+    exact = expert_mlp(expert_ids=ids, backend="torch", activation=activation, **wide)  # pyright: ignore
+    found = expert_mlp(expert_ids=ids, backend="triton", activation=activation, **narrow)  # pyright: ignore
+    assert found.dtype == dtype
+    assert relative_error(found, exact) < (1e-6 if dtype == torch.float32 else 1e-2)
+    del narrow["gate"], wide["gate"]
+    spread = narrow["x"].new_zeros(shape[0], 2 * shape[1])[:, ::2].copy_(narrow["x"])
+    exact = expert_mlp(expert_ids=ids, backend="torch", activation=activation, **wide)  # pyright: ignore
+    found = expert_mlp(
+        expert_ids=ids,
+        backend="triton",
+        activation=activation,
+        **narrow | {"x": spread},  # pyright: ignore
+    )
+    assert relative_error(found, exact) < (1e-6 if dtype == torch.float32 else 1e-2)

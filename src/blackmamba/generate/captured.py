@@ -1,8 +1,11 @@
 """Steps as one CUDA graph over memory made beforehand: the fast way to generate on a GPU.
 
-A step of a few sequences is some hundred kernels of microseconds; launched one by one, the host
-is what it waits for. Here they are recorded once and replayed with one call. A recording has room
-for 1, 2, 4 or 8 sequences and is kept for the next that generates with the same model.
+A step is some hundred kernels of microseconds; launched one by one, the host is what it waits for.
+Here they are recorded once and replayed with one call. A recording has room for SIZES sequences and
+is kept for the next that generates with the same model.
+
+Up to 8 sequences every kernel is our own, a matrix times few vectors, and each loads its weights
+while the one before it still runs. For more, products are the library's (`wide.py`).
 
 Letters: b batch, m d_model, d d_inner, r dt_rank, n d_state, k d_conv, f d_expert, v vocabulary.
 """
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from blackmamba.errors import BackendError, InputError
 from blackmamba.generate.decoder import KNOWN_MODULES, REPLACED_METHODS
+from blackmamba.generate.wide import WideStep
 from blackmamba.model import BlackMamba, State
 from blackmamba.model.layer import Layer
 from blackmamba.model.mamba import Mamba
@@ -28,9 +32,10 @@ from blackmamba.model.state import LayerState, MambaState
 from blackmamba.ops import gpu
 from blackmamba.ops.backend import ENVIRONMENT_VARIABLE, forced_backend
 
-SIZES = (1, 2, 4, 8)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Sequences that a recording has room for."""
 
+_NARROW = 8  # most sequences for kernels that multiply a matrix with each vector in turn
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 8192  # numbers of a vector that a program holds
 
@@ -76,8 +81,9 @@ def cannot_capture(model: BlackMamba, batch_size: int = 1) -> str | None:
 class CapturedDecoder:
     """A batch of sequences that goes on one token at a time; as `Decoder` on a CPU.
 
-    The model is used as in evaluation mode. Activations are float32 whatever the weights are, so
-    for a bfloat16 model the logits differ from those of `model.step` by that one's rounding.
+    The model is used as in evaluation mode. Up to 8 sequences have float32 activations whatever the
+    weights are, so for a bfloat16 model the logits differ from those of `model.step` by that one's
+    rounding.
 
     Args:
         model: on a GPU; see `cannot_capture`.
@@ -97,16 +103,20 @@ class CapturedDecoder:
         self._recording = _taken(model, state.batch_size, graph)
         self._recording.load(state)
 
-    def step(self, next_ids: Tensor) -> Tensor:
+    def step(self, next_ids: Tensor | None) -> Tensor:
         """Read one token of each sequence; nothing waits for the device.
 
         Args:
-            next_ids: (b,) int64, on any device; each within the vocabulary.
+            next_ids: (b,) int64, on any device; each within the vocabulary. None: what `greedy`
+                gave after the last step.
         Returns:
             Logits (b, v) float32 of the token after; the next step overwrites them.
         Raises:
             InputError: a wrong shape or dtype.
         """
+        if next_ids is None:
+            self._recording.run()
+            return self.logits
         if next_ids.shape != (self._batch_size,) or next_ids.dtype != torch.int64:
             raise InputError(
                 f"next_ids of shape {tuple(next_ids.shape)}, {next_ids.dtype}: "
@@ -115,13 +125,23 @@ class CapturedDecoder:
         recording = self._recording
         recording.ids[: self._batch_size].copy_(next_ids, non_blocking=True)
         recording.run()
-        return recording.logits[: self._batch_size]
+        return self.logits
+
+    def greedy(self) -> Tensor:
+        """(2, b) int64, on the device, after a step: the id of the largest logit of the model's
+        tokens, the first of equals; and 1, or 0 if that logit is not finite."""
+        return self._recording.choice[:, : self._batch_size]
 
     def select(self, rows: Tensor | Sequence[int]) -> "CapturedDecoder":
         """A decoder of these rows; see `State.select`."""
         return CapturedDecoder(
             self._model, self.state.select(rows), graph=self._recording.graph is not None
         )
+
+    @property
+    def logits(self) -> Tensor:
+        """(b, v) float32 after the last step."""
+        return self._recording.logits[: self._batch_size]
 
     @property
     def state(self) -> State:
@@ -134,7 +154,7 @@ class CapturedDecoder:
             _FREE.setdefault(self._model, []).append(recording)
 
 
-def warmup(model: BlackMamba, batch_sizes: Iterable[int] = SIZES) -> None:
+def warmup(model: BlackMamba, batch_sizes: Iterable[int] = SIZES[:4]) -> None:
     """Record steps for batches of these sizes now, so that no request waits for it."""
     with torch.inference_mode():
         kept = [CapturedDecoder(model, model.initial_state(size)) for size in batch_sizes]
@@ -172,11 +192,18 @@ class _Recording:
         device = model.embedding.weight.device
         new: Callable[..., Tensor] = lambda *shape: torch.zeros(shape, device=device)  # noqa: E731
         self.ids = torch.zeros(size, dtype=torch.int64, device=device)
+        self.choice = torch.zeros(2, size, dtype=torch.int64, device=device)
         self.logits = new(size, config.vocab_size)
-        self._x = new(size, config.d_model)
         self._launches: list[Callable[[], object]] = []
         self._states: list[MambaState | None] = []
-        self._plan(model, new)
+        self._overlapped = gpu.can_overlap()
+        if size <= _NARROW:
+            self._plan(model, new)
+        else:
+            step = WideStep(model, size, new)
+            self._states += step.states
+            self._launches.append(lambda: step(self.ids, self.logits))
+        self._choose(config.n_tokens)
         self.graph: torch.cuda.CUDAGraph | None = None
         if graph:
             self._launch()  # compiles
@@ -222,6 +249,7 @@ class _Recording:
 
         config, size = model.config, self.size
         m, d, f = config.d_model, config.d_inner, max(config.d_expert, config.d_mlp, 1)
+        self._x = new(size, m)
         self._xz, self._y = new(size, 2 * d), new(size, d)
         self._dbc = new(size, config.dt_rank + 2 * config.d_state)
         self._hidden, self._gate = new(size, f), new(size)
@@ -245,7 +273,18 @@ class _Recording:
 
     def _add(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         launcher = kernel[grid]
+        options["PDL"] = self._overlapped
+        if self._overlapped:
+            options["launch_pdl"] = True
         self._launches.append(lambda: launcher(*args, **options))
+
+    def _choose(self, n_tokens: int) -> None:
+        from blackmamba.ops.decode import kernels
+
+        self._add(
+            kernels.greedy_kernel, (self.size,), self.logits, self.ids, self.choice, n_tokens,
+            self.logits.stride(0), self.size, BK=4096, num_warps=16,
+        )  # fmt: skip
 
     def _norm_linear(
         self,
@@ -283,8 +322,9 @@ class _Recording:
         A2 = (mixer.decay_rates() / math.log(2)).float().detach().contiguous()
         self._add(
             kernels.update_kernel, (-(-d // 32), self.size),
-            self._xz, self._dbc, mixer.dt_proj.weight.detach(), _floats(mixer.dt_bias), A2,
-            _floats(mixer.D), state.ssm, self._y, d, r, n, BD=32, BR=_power(r), N=_power(n),
+            self._xz, self._dbc, self._dbc, mixer.dt_proj.weight.detach(), _floats(mixer.dt_bias),
+            A2, _floats(mixer.D), state.ssm, self._y, d, r, n,
+            BD=32, BR=_power(r), N=_power(n), PRODUCT=True,
         )  # fmt: skip
         self._add_linear(self._y, mixer.out_proj.weight, None)
 

@@ -17,7 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 from blackmamba.errors import InputError
 from blackmamba.generate.captured import CapturedDecoder, cannot_capture
 from blackmamba.generate.decoder import Decoder, cannot_decode
-from blackmamba.generate.sampling import RowUniforms, SamplingConfig, sample
+from blackmamba.generate.sampling import (
+    RowUniforms,
+    SamplingConfig,
+    refuse_unusable,
+    sample,
+    usable_rows,
+)
 from blackmamba.model import BlackMamba, State
 
 # How much of the prompts is read at once: enough to keep a device busy, and a bound on memory.
@@ -126,6 +132,7 @@ class Batch:
         self._held: list[int] = self.rows
         self._state: State | Decoder | CapturedDecoder | None = None
         self._last_ids = torch.empty(0, dtype=torch.int64)
+        self._ahead: Tensor | None = None  # logits of the step after, if it was begun already
         self._seen: Tensor | None = None
 
     def advance(self) -> list[tuple[int, int]]:
@@ -133,12 +140,17 @@ class Batch:
         if not self.rows:
             return []
         with _evaluating(self._model):
-            ids = self._sample(self._next_logits())
-        self._last_ids, self._held = ids, self.rows
+            logits = self._next_logits()
+            if isinstance(self._state, CapturedDecoder):
+                numbers = self._choose_and_go_on(logits, self._state)
+            else:
+                self._last_ids = self._sample(logits)
+                numbers = self._last_ids.tolist()
+        self._held = self.rows
         self._n_left -= 1
         pairs = [
             (row, token_id)
-            for row, token_id in zip(self.rows, ids.tolist(), strict=True)
+            for row, token_id in zip(self.rows, numbers, strict=True)
             if token_id not in self._stop_ids
         ]
         self.rows = [row for row, _ in pairs] if self._n_left else []
@@ -155,6 +167,8 @@ class Batch:
             self._state = _in_place(self._model, state)
             return logits
         self._forget_ended()
+        if self._ahead is not None:
+            return self._ahead
         if isinstance(self._state, Decoder | CapturedDecoder):
             return self._state.step(self._last_ids)
         logits, self._state = self._model.step(self._last_ids, self._state)
@@ -167,18 +181,40 @@ class Batch:
         kept = [i for i, row in enumerate(self._held) if row in rows]
         self._state = self._state.select(kept)
         self._last_ids = self._last_ids[kept]
+        self._ahead = None if self._ahead is None else self._ahead[kept]
         self._seen = None if self._seen is None else self._seen[kept]
         self._held = self.rows
 
-    def _sample(self, logits: Tensor) -> Tensor:
+    def _choose_and_go_on(self, logits: Tensor, decoder: CapturedDecoder) -> list[int]:
+        """The next ids. The device begins the step that reads them before the host knows them."""
+        after_step = self._ahead is not None and self._ahead.data_ptr() == decoder.logits.data_ptr()
+        config, n_tokens = self._config, self._n_tokens
+        if (
+            after_step
+            and (config.temperature, config.repetition_penalty) == (0, 1)
+            and n_tokens == self._model.config.n_tokens
+        ):
+            found, next_ids = decoder.greedy(), None
+            self._last_ids = found[0].clone()
+        else:
+            self._last_ids = next_ids = self._sample(logits, check=False)
+            found = torch.stack((next_ids, usable_rows(logits, n_tokens).to(torch.int64)))
+        read = _Reading(found)
+        self._ahead = decoder.step(next_ids) if self._n_left > 1 else None
+        ids, usable = read.result()
+        refuse_unusable(usable.bool())
+        return ids.tolist()
+
+    def _sample(self, logits: Tensor, check: bool = True) -> Tensor:
         uniforms = None
         if self._config.temperature > 0:
             uniforms = self._uniforms.next(self.rows).to(logits.device)
         if self._config.repetition_penalty != 1:
             self._seen = self._all_seen(logits)
         return sample(
-            logits, self._config, n_tokens=self._n_tokens, seen=self._seen, uniforms=uniforms
-        )
+            logits, self._config,
+            n_tokens=self._n_tokens, seen=self._seen, uniforms=uniforms, check=check,
+        )  # fmt: skip
 
     def _all_seen(self, like: Tensor) -> Tensor:
         """(b, v) bool: the ids of each row's prompt and output so far."""
@@ -188,6 +224,24 @@ class Batch:
         for i, row in enumerate(self.rows):
             seen[i, self._prompts[row]] = True
         return seen
+
+
+class _Reading:
+    """A copy of a tensor for the host, which waits for the copy alone, not for what comes after."""
+
+    def __init__(self, tensor: Tensor):
+        if tensor.device.type != "cuda":
+            self._copy, self._done = tensor.clone(), None
+            return
+        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._copy.copy_(tensor, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def result(self) -> Tensor:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._copy
 
 
 def _prefill(model: BlackMamba, prompts: list[list[int]]) -> tuple[Tensor, State]:

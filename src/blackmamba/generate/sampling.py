@@ -56,6 +56,7 @@ def sample(
     n_tokens: int | None = None,
     seen: Tensor | None = None,
     uniforms: Tensor | None = None,
+    check: bool = True,
 ) -> Tensor:
     """Choose the next id of each row; a row's choice depends on nothing of the other rows.
 
@@ -67,6 +68,8 @@ def sample(
             config.repetition_penalty is not 1.
         uniforms: (b,) float32 of 0 .. 1 - 2**-24, as torch.rand gives; read if config.temperature
             is not 0.
+        check: whether to look at the logits, which waits for the device; without, `usable_rows`
+            tells which ids are any good.
     Returns:
         ids: (b,) int64.
     Raises:
@@ -74,8 +77,8 @@ def sample(
             cannot be chosen from (NaN, +infinity or nothing but -infinity).
     """
     if config.temperature == 0:
-        return _prepared(logits, config, n_tokens, seen).argmax(-1)
-    distribution = probabilities(logits, config, n_tokens=n_tokens, seen=seen)
+        return _prepared(logits, config, n_tokens, seen, check).argmax(-1)
+    distribution = probabilities(logits, config, n_tokens=n_tokens, seen=seen, check=check)
     if uniforms is None or uniforms.shape != logits.shape[:1]:
         shape = None if uniforms is None else tuple(uniforms.shape)
         raise InputError(f"uniforms of shape {shape}: must be {tuple(logits.shape[:1])}")
@@ -88,11 +91,12 @@ def probabilities(
     *,
     n_tokens: int | None = None,
     seen: Tensor | None = None,
+    check: bool = True,
 ) -> Tensor:
     """The distribution that `sample` draws from at a temperature above 0.
 
     Args:
-        logits, config, n_tokens, seen: as for `sample`.
+        logits, config, n_tokens, seen, check: as for `sample`.
     Returns:
         (b, n_tokens) float32 or float64; rows sum to 1.
     Raises:
@@ -101,7 +105,7 @@ def probabilities(
     """
     if config.temperature == 0:
         raise ConfigError("temperature=0.0: greedy decoding has no distribution to draw from")
-    logits = apply_temperature(_prepared(logits, config, n_tokens, seen), config.temperature)
+    logits = apply_temperature(_prepared(logits, config, n_tokens, seen, check), config.temperature)
     if config.top_k > 0:
         logits = keep_top_k(logits, config.top_k)
     if config.top_p < 1:
@@ -111,8 +115,26 @@ def probabilities(
     return logits.softmax(-1)
 
 
+def usable_rows(logits: Tensor, n_tokens: int | None = None) -> Tensor:
+    """(b,) bool: whether an id can be chosen from the first n_tokens logits of each row."""
+    return logits[:, :n_tokens].amax(-1).isfinite()  # the largest is NaN if any is
+
+
+def refuse_unusable(usable: Tensor) -> None:
+    """Raise InputError unless all of `usable_rows` are true; waits for the device."""
+    if not usable.all():
+        raise InputError(
+            f"logits of {int((~usable).sum())} of {len(usable)} rows hold NaN or +infinity, "
+            "or nothing but -infinity: the weights are damaged, or too large for their dtype"
+        )
+
+
 def _prepared(
-    logits: Tensor, config: SamplingConfig, n_tokens: int | None, seen: Tensor | None
+    logits: Tensor,
+    config: SamplingConfig,
+    n_tokens: int | None,
+    seen: Tensor | None,
+    check: bool,
 ) -> Tensor:
     """Checked logits (b, n_tokens) in float32 or wider after the repetition penalty."""
     if logits.dim() != 2 or not logits.is_floating_point():
@@ -128,12 +150,8 @@ def _prepared(
             what = None if seen is None else (tuple(seen.shape), seen.dtype)
             raise InputError(f"seen of {what}: must be {tuple(logits.shape)}, torch.bool")
         wide = penalise_repetition(wide, seen[:, :n_tokens], config.repetition_penalty)
-    usable = wide.amax(-1).isfinite()  # the largest is NaN if any is
-    if not usable.all():
-        raise InputError(
-            f"logits of {int((~usable).sum())} of {len(usable)} rows hold NaN or +infinity, "
-            "or nothing but -infinity: the weights are damaged, or too large for their dtype"
-        )
+    if check:
+        refuse_unusable(usable_rows(wide))
     return wide
 
 

@@ -2,6 +2,8 @@
 
 Nothing waits for the device: how many tokens an expert has is known there alone. Kept for the
 gradient are the input, fc1's output and the order of the tokens; the rest is computed again.
+Up to FEW tokens without a gradient, as in generation, have kernels of their own, which read each
+chosen expert's weights once and are bound by that.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,11 @@ from torch.nn import functional as F
 from blackmamba.ops import gpu
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 
+FEW = 512
+"""Most tokens for which the weights' bytes are what costs."""
+
 _TOKENS = 512  # of a program that counts
+_FEW_BLOCKS = (32, 128, 4, 4)  # rows of a weight, of their numbers at a time; warps; stages
 
 
 def expert_mlp_gpu(
@@ -30,13 +36,14 @@ def expert_mlp_gpu(
 ) -> Tensor:
     """`expert_mlp`; without these kernels where experts are not gated, have biases or are not of
     whole 16 bytes, and in other dtypes than bfloat16, which torch's grouped products take."""
+    plain = fc1_bias is None and fc2_bias is None and gated and 0 not in x.shape
+    if plain and len(x) <= FEW and not torch.is_grad_enabled():
+        fc1, fc2 = fc1.to(x.dtype), fc2.to(x.dtype)
+        return _few(x, expert_ids, fc1, fc2, gate, activation == "gelu")
     if (
-        fc1_bias is not None
-        or fc2_bias is not None
-        or not gated
+        not plain
         or x.dtype != torch.bfloat16
         or any(size % 8 for size in (*fc1.shape[1:], fc2.shape[2]))
-        or 0 in x.shape
     ):
         return expert_mlp_grouped(
             x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate
@@ -57,18 +64,9 @@ def sort_by_expert(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     order = new(t, dtype=torch.int32)
     gpu.launch(kernels.count_kernel, (n_blocks,), expert_ids, counts, t, E=padded, BLOCK=_TOKENS)
     gpu.launch(
-        kernels.place_kernel,
-        (n_blocks,),
-        expert_ids,
-        counts,
-        order,
-        ends,
-        t,
-        n_blocks,
-        E=padded,
-        BLOCK=_TOKENS,
-        BLOCKS=16,
-    )
+        kernels.place_kernel, (n_blocks,),
+        expert_ids, counts, order, ends, t, n_blocks, E=padded, BLOCK=_TOKENS, BLOCKS=16,
+    )  # fmt: skip
     return order, ends[:n_experts]
 
 
@@ -95,6 +93,42 @@ def _scattered(x: Tensor, order: Tensor, scale: Tensor | None) -> Tensor:
         HAS_SCALE=scale is not None, BLOCK=1024,
     )  # fmt: skip
     return out
+
+
+@torch.library.custom_op("blackmamba::expert_mlp_few", mutates_args=())
+def _few(
+    x: Tensor, expert_ids: Tensor, fc1: Tensor, fc2: Tensor, gate: Tensor | None, gelu: bool
+) -> Tensor:
+    """y, for few tokens."""
+    from blackmamba.ops.expert_mlp import kernels
+
+    e, m, f = fc2.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    order, ends = sort_by_expert(expert_ids, e)
+    hidden, y = x.new_empty(len(x), f), x.new_empty(len(x), m)
+    bn, bk, warps, stages = _FEW_BLOCKS
+    if x.dtype == torch.float32:
+        bk, stages = bk // 4, 2
+    options: dict[str, Any] = {
+        "M": 16 if len(x) <= 64 else 32 if len(x) <= 128 else 64, "BN": bn, "BK": bk,
+        "WIDE": x.dtype == torch.float32 or gpu.interpreted(),
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+    gpu.launch(
+        kernels.few_in_kernel, (-(-f // bn), e),
+        x, order, ends, fc1.contiguous(), hidden, m, f, x.stride(0), GELU=gelu, **options,
+    )  # fmt: skip
+    gpu.launch(
+        kernels.few_out_kernel, (-(-m // bn), e),
+        hidden, order, ends, fc2.contiguous(), x if gate is None else gate.contiguous(), y, m, f,
+        HAS_GATE=gate is not None, **options,
+    )  # fmt: skip
+    return y
+
+
+@_few.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("blackmamba::expert_mlp_gpu", mutates_args=())

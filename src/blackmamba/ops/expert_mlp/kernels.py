@@ -1,4 +1,4 @@
-"""Triton kernels between the grouped products of the routed experts.
+"""Triton kernels of the routed experts: between torch's grouped products, and for few tokens.
 
 Letters: t tokens, m d_model, f d_expert, e experts.
 """
@@ -147,3 +147,86 @@ def activate_backward_kernel(
         tl.store(hidden + row * f + k, (factor * a * u).to(kind), inside)
     if HAS_GATE:
         tl.store(grad_gate + token, tl.sum(total, 0))
+
+
+@triton.jit
+def few_in_kernel(
+    x, order, ends, fc1, hidden, m, f, stride,
+    M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """hidden[i] = act(g) u of [g | u] = fc1[expert] x[order[i]].
+
+    Owns BN numbers of one expert's tokens, M at a time. Bound by the bytes of `fc1`.
+    """
+    expert = tl.program_id(1)
+    begin = tl.load(ends + expert - 1, expert > 0, other=0)
+    end = tl.load(ends + expert)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    fc1 += expert.to(tl.int64) * 2 * f * m
+    for first in range(begin, end, M):
+        i = first + tl.arange(0, M)
+        token = tl.load(order + i, i < end, other=0).to(tl.int64)
+        g, u = tl.zeros([M, BN], tl.float32), tl.zeros([M, BN], tl.float32)
+        for start in range(0, m, BK):
+            k = start + tl.arange(0, BK)
+            inside = (n < f)[None, :] & (k < m)[:, None]
+            at = fc1 + n[None, :] * m + k[:, None]
+            wg, wu = tl.load(at, inside, other=0.0), tl.load(at + f * m, inside, other=0.0)
+            v = tl.load(
+                x + token[:, None] * stride + k[None, :],
+                (i < end)[:, None] & (k < m)[None, :],
+                other=0.0,
+            )
+            if WIDE:
+                v, wg, wu = v.to(tl.float32), wg.to(tl.float32), wu.to(tl.float32)
+                g = tl.dot(v, wg, g, input_precision="ieee")
+                u = tl.dot(v, wu, u, input_precision="ieee")
+            else:
+                g, u = tl.dot(v, wg, g), tl.dot(v, wu, u)
+        if GELU:
+            below, _ = _gelu_parts(g)
+            a = g * below
+        else:
+            a = g / (1 + tl.exp2(-LOG2E * g))
+        out = hidden + i[:, None].to(tl.int64) * f + n[None, :]
+        whole = (i < end)[:, None] & (n < f)[None, :]
+        tl.store(out, (a * u).to(out.dtype.element_ty), whole)
+
+
+@triton.jit
+def few_out_kernel(
+    hidden, order, ends, fc2, gate, y, m, f,
+    M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_GATE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """y[order[i]] = gate fc2[expert] hidden[i].
+
+    Owns BN numbers of one expert's tokens, M at a time. Bound by the bytes of `fc2`.
+    """
+    expert = tl.program_id(1)
+    begin = tl.load(ends + expert - 1, expert > 0, other=0)
+    end = tl.load(ends + expert)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    fc2 += expert.to(tl.int64) * f * m
+    for first in range(begin, end, M):
+        i = first + tl.arange(0, M)
+        total = tl.zeros([M, BN], tl.float32)
+        for start in range(0, f, BK):
+            k = start + tl.arange(0, BK)
+            w = tl.load(
+                fc2 + n[None, :] * f + k[:, None], (n < m)[None, :] & (k < f)[:, None], other=0.0
+            )
+            v = tl.load(
+                hidden + i[:, None].to(tl.int64) * f + k[None, :],
+                (i < end)[:, None] & (k < f)[None, :],
+                other=0.0,
+            )
+            if WIDE:
+                v, w = v.to(tl.float32), w.to(tl.float32)
+                total = tl.dot(v, w, total, input_precision="ieee")
+            else:
+                total = tl.dot(v, w, total)
+        token = tl.load(order + i, i < end, other=0).to(tl.int64)
+        if HAS_GATE:
+            total *= tl.load(gate + token, i < end, other=0.0).to(tl.float32)[:, None]
+        out = y + token[:, None] * m + n[None, :]
+        tl.store(out, total.to(out.dtype.element_ty), (i < end)[:, None] & (n < m)[None, :])

@@ -50,6 +50,15 @@ def on_gpu(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
 
 
+def can_overlap() -> bool:
+    """Whether a kernel may start before the one ahead of it ends: NVIDIA's, from Hopper on."""
+    return (
+        not interpreted()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (9, 0)
+    )
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start a Triton kernel; `kernel[grid](...)`, whose constants no type describes."""
     kernel[grid](*args, **options)

@@ -1,0 +1,75 @@
+"""The routed experts forward and backward on a GPU, beside plain and compiled PyTorch.
+
+Tokens are routed at random, weights are random, everything is bfloat16. The limit is the measured
+rate of a large product; FLOPs are those of the three products each way, 18 t m f.
+
+    python benchmarks/gpu_experts.py [--presets blackmamba-1.5b blackmamba-2.8b] [--tokens 16384]
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops import expert_mlp
+from blackmamba.presets import presets
+from gpu_measure import DEVICE, limits, machine, normal, timed
+
+
+def main(
+    names: Sequence[str] = ("blackmamba-1.5b", "blackmamba-2.8b"),
+    tokens: int = 16384,
+    repeats: int = 20,
+    tiny: bool = False,
+) -> None:
+    """Print a line for each contender and preset."""
+    rate = limits(tiny).flops_s
+    print(f"large product: {rate / 1e12:,.0f} TFLOP/s")
+    print(f"{'':<18}{'':<24}{'ms':>8}{'TFLOP/s':>10}{'of limit':>10}")
+    found: dict[str, float] = {}
+    for name in ("tiny",) if tiny else names:
+        config = presets[name]
+        m, f, e = config.d_model, config.d_expert, config.n_experts
+        x = normal(tokens, m).requires_grad_()
+        fc1 = (normal(e, 2 * f, m, seed=1) / m**0.5).requires_grad_()
+        fc2 = (normal(e, m, f, seed=2) / f**0.5).requires_grad_()
+        gate = torch.rand(tokens, device=DEVICE).requires_grad_()
+        ids = torch.randint(0, e, (tokens,), device=DEVICE)
+        grad = normal(tokens, m, seed=3)
+
+        def run(backend: str) -> Tensor:
+            return expert_mlp(x, ids, fc1, fc2, gate=gate, backend=backend)  # noqa: B023 # pyright: ignore
+
+        def step(forward: Callable[[], Tensor]) -> None:
+            for leaf in (x, fc1, fc2, gate):  # noqa: B023
+                leaf.grad = None
+            forward().backward(grad)  # noqa: B023
+
+        compiled = torch.compile(lambda: run("torch"))
+        contenders = {
+            "ours": lambda: step(lambda: run("triton")),
+            "PyTorch, grouped": lambda: step(lambda: run("torch")),
+            "PyTorch, compiled": lambda: step(compiled),  # noqa: B023
+        }
+        if tiny:
+            del contenders["PyTorch, compiled"]
+        for which, seconds in timed(contenders, repeats).items():
+            flops_s = 18 * tokens * m * f / seconds
+            found[f"{name}, {which}"] = seconds * 1e3
+            print(
+                f"{name:<18}{which:<24}{seconds * 1e3:>8.3f}{flops_s / 1e12:>10,.0f}"
+                f"{flops_s / rate:>10.1%}"
+            )
+    print(json.dumps({"benchmark": "gpu_experts", "tokens": tokens, **machine(), **found}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--presets", nargs="+", default=["blackmamba-1.5b", "blackmamba-2.8b"])
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the script")
+    options = parser.parse_args()
+    main(options.presets, options.tokens, options.repeats, options.tiny)
