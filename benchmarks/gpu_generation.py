@@ -60,12 +60,14 @@ def main(
             assert state is not None
             found[f"after {length}"] = decode_rate(CapturedDecoder(model, state), 1, steps)
             print(f"batch 1 after {length:>8,} tokens{found[f'after {length}']:>12,.0f} tokens/s")
-        flops = training_flops_per_token(config) / 3 - 2 * config.vocab_size * config.d_model
         for b, length in [(8, prefills[0]), *((1, length) for length in prefills)]:
             ids = torch.randint(0, config.n_tokens, (b, length), device=DEVICE)
             torch.cuda.reset_peak_memory_stats()
             seconds = clock(lambda ids=ids: read(model, ids), 3)
             rate = ids.numel() / seconds
+            # forward alone, and the head for the last token only
+            flops = training_flops_per_token(config, length) / 3
+            flops -= 2 * config.vocab_size * config.d_model
             found[f"prefill {b} x {length}"] = rate
             share, peak = rate * flops / limit.flops_s, torch.cuda.max_memory_allocated() / 1e9
             print(

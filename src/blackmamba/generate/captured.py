@@ -4,8 +4,8 @@ A step is some hundred kernels of microseconds; launched one by one, the host is
 Here they are recorded once and replayed with one call. A recording has room for SIZES sequences and
 is kept for the next that generates with the same model.
 
-Up to 8 sequences every kernel is our own, a matrix times few vectors, and each loads its weights
-while the one before it still runs. For more, products are the library's (`wide.py`).
+For 1 and 2 sequences every kernel is our own, a matrix times few vectors, and each loads its
+weights while the one before it still runs. For more, products are the library's (`wide.py`).
 
 Letters: b batch, m d_model, d d_inner, r dt_rank, n d_state, k d_conv, f d_expert, v vocabulary.
 """
@@ -35,7 +35,7 @@ from blackmamba.ops.backend import ENVIRONMENT_VARIABLE, forced_backend
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Sequences that a recording has room for."""
 
-_NARROW = 8  # most sequences for kernels that multiply a matrix with each vector in turn
+_NARROW = 2  # most sequences for kernels that multiply a matrix with each vector in turn
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 8192  # numbers of a vector that a program holds
 
@@ -81,9 +81,9 @@ def cannot_capture(model: BlackMamba, batch_size: int = 1) -> str | None:
 class CapturedDecoder:
     """A batch of sequences that goes on one token at a time; as `Decoder` on a CPU.
 
-    The model is used as in evaluation mode. Up to 8 sequences have float32 activations whatever the
-    weights are, so for a bfloat16 model the logits differ from those of `model.step` by that one's
-    rounding.
+    The model is used as in evaluation mode. One and two sequences have float32 activations whatever
+    the weights are, so for a bfloat16 model the logits differ from those of `model.step` by that
+    one's rounding.
 
     Args:
         model: on a GPU; see `cannot_capture`.

@@ -63,7 +63,8 @@ def choice_kernel(
         highest = tl.max(every, 0)
 
     c = tl.where(inside_e, 0.0, -float("inf"))
-    before = c
+    # of its own: Triton carries two names of one value through a loop as one
+    before = tl.zeros([E], tl.float32)
     iteration = 0
     if not PAPER:
         iteration = 1
