@@ -18,6 +18,7 @@ import torch
 
 import blackmamba
 from blackmamba.generate.captured import CapturedDecoder
+from blackmamba.generate.prefill import read_piece
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import training_flops_per_token
 from blackmamba.presets import presets
@@ -85,7 +86,7 @@ def read(model: BlackMamba, ids: torch.Tensor, piece: int = 32768) -> None:
     """A prefill, of long rows piece by piece: memory does not grow with the row."""
     state = None
     for part in ids.split(piece, dim=1):
-        _, state = model.prefill(part, state, logits="last")
+        _, state = read_piece(model, part, state, None)
 
 
 def decode_rate(decoder: CapturedDecoder, batch: int, steps: int) -> float:

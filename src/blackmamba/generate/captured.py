@@ -167,7 +167,7 @@ _FREE: weakref.WeakKeyDictionary[BlackMamba, list["_Recording"]] = weakref.WeakK
 def _taken(model: BlackMamba, batch_size: int, graph: bool) -> "_Recording":
     """A recording that no one uses, with room for the batch."""
     size = next(size for size in SIZES if size >= batch_size)
-    free, weights = _FREE.get(model, []), _fingerprint(model)
+    free, weights = _FREE.get(model, []), fingerprint(model)
     free[:] = [recording for recording in free if recording.weights == weights]
     for i, recording in enumerate(free):
         if recording.size == size and (recording.graph is not None) == graph:
@@ -175,7 +175,7 @@ def _taken(model: BlackMamba, batch_size: int, graph: bool) -> "_Recording":
     return _Recording(model, size, graph, weights)
 
 
-def _fingerprint(model: BlackMamba) -> tuple[tuple[int, int], ...]:
+def fingerprint(model: BlackMamba) -> tuple[tuple[int, int], ...]:
     """Changes when weights move or are written to."""
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
 

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from blackmamba.errors import InputError
 from blackmamba.generate.captured import CapturedDecoder, cannot_capture
 from blackmamba.generate.decoder import Decoder, cannot_decode
+from blackmamba.generate.prefill import read_piece
 from blackmamba.generate.sampling import (
     RowUniforms,
     SamplingConfig,
@@ -28,6 +29,7 @@ from blackmamba.model import BlackMamba, State
 
 # How much of the prompts is read at once: enough to keep a device busy, and a bound on memory.
 _PREFILL_TOKENS = 4096
+_PREFILL_TOKENS_ON_GPU = 16_384
 _PREFILL_TOKENS_PER_ROW = 64
 
 
@@ -253,22 +255,25 @@ def _prefill(model: BlackMamba, prompts: list[list[int]]) -> tuple[Tensor, State
         Logits (b, v) after each prompt's last token, and the memory of all rows.
     """
     device = next(model.parameters()).device
+    at_once = _PREFILL_TOKENS_ON_GPU if device.type == "cuda" else _PREFILL_TOKENS
     rows, start, state = list(range(len(prompts))), 0, None
     read: list[int] = []
     read_logits: list[Tensor] = []
     read_states: list[State] = []
     while rows:
-        stop = start + max(_PREFILL_TOKENS // len(rows), _PREFILL_TOKENS_PER_ROW)
+        stop = start + max(at_once // len(rows), _PREFILL_TOKENS_PER_ROW)
         pieces = [torch.tensor(prompts[row][start:stop]) for row in rows]
         lengths = torch.tensor([len(piece) for piece in pieces])
-        logits, state = model.prefill(
-            pad_sequence(pieces, batch_first=True).to(device),
+        logits, state = read_piece(
+            model,
+            pad_sequence(pieces, batch_first=True),
             state,
-            lengths=None if (lengths == lengths[0]).all() else lengths.to(device),
-            logits="last",
+            None if (lengths == lengths[0]).all() else lengths,
         )
         ends = [i for i, row in enumerate(rows) if len(prompts[row]) <= stop]
         goes_on = [i for i, row in enumerate(rows) if len(prompts[row]) > stop]
+        if len(ends) == len(prompts):
+            return logits, state
         read += [rows[i] for i in ends]
         read_logits.append(logits[ends])
         read_states.append(state.select(ends))

@@ -227,14 +227,10 @@ class BlackMamba(nn.Module):
             least = 1 if logits == "last" else 0
             if low < least or high > l:
                 raise InputError(f"lengths={lengths.tolist()}: each must be {least} .. {l}")
-        x, update, state = self._run(input_ids, state, lengths, None, trace)
-        if logits == "none":
-            return None, state
         if logits == "last":
-            ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths
-            last = torch.arange(b, device=x.device), ends - 1
-            x, update = x[last], update[last]
-        return self._logits(self._normed(x, update)), state
+            return self._read(input_ids, state, lengths, trace)
+        x, update, state = self._run(input_ids, state, lengths, None, trace)
+        return None if logits == "none" else self._logits(self._normed(x, update)), state
 
     def step(self, next_ids: Tensor, state: State) -> tuple[Tensor, State]:
         """Read one token of each sequence.
@@ -294,6 +290,20 @@ class BlackMamba(nn.Module):
             check_shapes("model", seq_idx=(seq_idx, input_ids.shape))
         x, update, _ = self._run(input_ids, None, None, seq_idx, trace)
         return self._normed(x, update)
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        state: State | None,
+        lengths: Tensor | None,
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, State]:
+        """`prefill` with the logits of each row's last token, of arguments known to fit."""
+        x, update, state = self._run(input_ids, state, lengths, None, trace)
+        b, l = input_ids.shape
+        ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths
+        last = torch.arange(b, device=x.device), ends - 1
+        return self._logits(self._normed(x[last], update[last])), state
 
     def _run(
         self,

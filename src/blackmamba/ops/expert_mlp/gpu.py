@@ -2,8 +2,8 @@
 
 Nothing waits for the device: how many tokens an expert has is known there alone. Kept for the
 gradient are the input, fc1's output and the order of the tokens; the rest is computed again.
-Up to FEW tokens without a gradient, as in generation, have kernels of their own, which read each
-chosen expert's weights once and are bound by that.
+Few tokens without a gradient, as in generation, have kernels of their own, which read each chosen
+expert's weights once and are bound by that.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from blackmamba.ops import gpu
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 
-FEW = 512
-"""Most tokens for which the weights' bytes are what costs."""
+FEW = 32
+"""Most tokens of which the kernels for few are faster than torch's grouped products."""
+FEW_WITHOUT_PRODUCT = 512
+"""The same where torch has no grouped product that leaves the host alone."""
 
 _TOKENS = 512  # of a program that counts
 _FEW_BLOCKS = (32, 128, 4, 4)  # rows of a weight, of their numbers at a time; warps; stages
@@ -37,14 +39,13 @@ def expert_mlp_gpu(
     """`expert_mlp`; without these kernels where experts are not gated, have biases or are not of
     whole 16 bytes, and in other dtypes than bfloat16, which torch's grouped products take."""
     plain = fc1_bias is None and fc2_bias is None and gated and 0 not in x.shape
-    if plain and len(x) <= FEW and not torch.is_grad_enabled():
+    aligned = not any(size % 8 for size in (*fc1.shape[1:], fc2.shape[2]))
+    has_product = x.dtype == torch.bfloat16 and aligned
+    few = FEW if has_product else FEW_WITHOUT_PRODUCT
+    if plain and len(x) <= few and not torch.is_grad_enabled():
         fc1, fc2 = fc1.to(x.dtype), fc2.to(x.dtype)
         return _few(x, expert_ids, fc1, fc2, gate, activation == "gelu")
-    if (
-        not plain
-        or x.dtype != torch.bfloat16
-        or any(size % 8 for size in (*fc1.shape[1:], fc2.shape[2]))
-    ):
+    if not (plain and has_product):
         return expert_mlp_grouped(
             x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate
         )

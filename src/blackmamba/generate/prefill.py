@@ -1,0 +1,164 @@
+"""Prompts of a few thousand tokens on a GPU: read by one CUDA graph in place of some 400 launches.
+
+Up to `MOST_TOKENS` the device would wait for the host. So the pass is recorded for a ladder of
+shapes, each when it is met for the second time, and shorter pieces are padded to the next one. A
+model keeps its last `KEPT` recordings; they share their working memory.
+
+Letters: b batch, l sequence, v vocabulary.
+"""
+
+import threading
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blackmamba.generate.captured import SIZES, cannot_capture, fingerprint
+from blackmamba.model import BlackMamba, State
+from blackmamba.ops import gpu
+
+MOST_TOKENS = 8192
+"""With pads; more keep the device busy for longer than the host takes to launch them."""
+KEPT = 24
+
+LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+"""What rows are padded to."""
+
+
+def read_piece(
+    model: BlackMamba, input_ids: Tensor, state: State | None, lengths: Tensor | None
+) -> tuple[Tensor, State]:
+    """`model.prefill` with logits of each row's last token, recorded where that is faster.
+
+    Args:
+        model: in evaluation mode.
+        input_ids: (b, l) int64, on any device, each within the vocabulary.
+        state: memory to go on from; None: nothing was read yet.
+        lengths: (b,) int64, on the CPU, 1 .. l; None: all rows are whole.
+    Returns:
+        Logits (b, v) and the new memory, on the model's device.
+    """
+    device = next(model.parameters()).device
+    shape = _shape(*input_ids.shape)
+    if device.type == "cuda" and shape is not None and cannot_capture(model, shape[0]) is None:
+        whole = (
+            state is None
+            and input_ids.shape[1] == shape[1]
+            and (lengths is None or bool((lengths == shape[1]).all()))
+        )
+        recording = _KEPT.setdefault(model, _Recordings()).find(model, shape, whole)
+        if recording is not None:
+            return recording.read(input_ids, state, lengths)
+    on_device = None if lengths is None else lengths.to(device)
+    return model.prefill(input_ids.to(device), state, lengths=on_device, logits="last")
+
+
+def _shape(b: int, l: int) -> tuple[int, int] | None:
+    """Rows and tokens of the recording for (b, l); None if there is none so large."""
+    rows = next((size for size in SIZES if size >= b), None)
+    length = next((length for length in LENGTHS if length >= l), None)
+    if rows is None or length is None or rows * length > MOST_TOKENS:
+        return None
+    return rows, length
+
+
+class _Recordings:
+    """Those of one model."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._met: set[tuple[int, int, bool]] = set()
+        self._kept: OrderedDict[tuple[int, int, bool], Recording] = OrderedDict()
+        self._weights: object = None
+        self._pool: Any = None
+
+    def find(self, model: BlackMamba, shape: tuple[int, int], whole: bool) -> "Recording | None":
+        """The recording for this shape; None the first time."""
+        key = (*shape, whole)
+        with self._lock:
+            if self._weights != (weights := fingerprint(model)):
+                self._kept.clear()
+                self._weights, self._pool = weights, torch.cuda.graph_pool_handle()
+            if key not in self._kept:
+                if key not in self._met:
+                    self._met.add(key)
+                    return None
+                self._kept[key] = Recording(model, *shape, whole=whole, pool=self._pool)
+            self._kept.move_to_end(key)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+            return self._kept[key]
+
+
+_KEPT: weakref.WeakKeyDictionary[BlackMamba, _Recordings] = weakref.WeakKeyDictionary()
+
+
+class Recording:
+    """The pass over (b, l) tokens.
+
+    Args:
+        model: in evaluation mode; see `cannot_capture`.
+        b, l: the shape; narrower batches and shorter rows are padded.
+        whole: for rows of l tokens that begin with nothing: no pads among a row's tokens.
+        pool: memory that recordings which never run at the same time may share.
+        graph: whether to record; without, the kernels are launched one by one.
+    """
+
+    def __init__(
+        self,
+        model: BlackMamba,
+        b: int,
+        l: int,
+        *,
+        whole: bool,
+        pool: Any = None,
+        graph: bool | None = None,
+    ):
+        device = next(model.parameters()).device
+        self._model = weakref.proxy(model)
+        self._lock = threading.Lock()
+        self._ids = torch.zeros(b, l, dtype=torch.int64, device=device)
+        self._lengths = None if whole else torch.full((b,), l, device=device)
+        self._first = None if whole else model.initial_state(b)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._found: tuple[Tensor, State] | None = None
+        if gpu.missing() is None and not gpu.interpreted() if graph is None else graph:
+            self._run()  # compiles
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool):
+                self._found = self._run()
+
+    @torch.inference_mode()
+    def read(
+        self, input_ids: Tensor, state: State | None, lengths: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """As `read_piece`, for at most as many rows and tokens."""
+        b, l = input_ids.shape
+        with self._lock:
+            self._ids[:b, :l].copy_(input_ids, non_blocking=True)
+            if self._lengths is not None:
+                if lengths is None:
+                    self._lengths[:b].fill_(l)
+                else:
+                    self._lengths[:b].copy_(lengths, non_blocking=True)
+            if self._first is not None:
+                given = {} if state is None else state.to_tensors()
+                for name, own in self._first.to_tensors().items():
+                    own[:b].copy_(given[name]) if given else own[:b].zero_()
+            if self._graph is not None:
+                self._graph.replay()
+            logits, found = self._found or self._run()
+            return logits[:b].clone(), _first_rows(found, b)
+
+    @torch.inference_mode()
+    def _run(self) -> tuple[Tensor, State]:
+        return self._model._read(self._ids, self._first, self._lengths)
+
+
+def _first_rows(state: State, b: int) -> State:
+    """A copy of the first b rows."""
+    tensors = {name: tensor[:b].clone() for name, tensor in state.to_tensors().items()}
+    return State.from_tensors(state, tensors)
