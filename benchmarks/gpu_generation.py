@@ -82,7 +82,7 @@ def main(
     )
 
 
-def read(model: BlackMamba, ids: torch.Tensor, piece: int = 32768) -> None:
+def read(model: BlackMamba, ids: torch.Tensor, piece: int = 16384) -> None:
     """A prefill, of long rows piece by piece: memory does not grow with the row."""
     state = None
     for part in ids.split(piece, dim=1):

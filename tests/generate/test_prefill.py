@@ -35,7 +35,7 @@ def differ(found: tuple[torch.Tensor, State], expected: tuple[torch.Tensor, Stat
 @torch.inference_mode()
 def test_a_padded_pass_reads_the_same(lengths: list[int], goes_on: bool):
     model, generator = build(), torch.Generator().manual_seed(1)
-    recording = Recording(model, 4, 16, whole=False, graph=HAS_GPU)
+    recording = Recording(model, 4, 16, goes_on=True, has_pads=True, graph=HAS_GPU)
     recording.read(torch.full((4, 16), 7), None, torch.tensor([16, 3, 1, 8]))  # leaves its traces
     before = torch.randint(0, 96, (len(lengths), 4), generator=generator).to(DEVICE)
     state = model.prefill(before)[1] if goes_on else None
@@ -50,10 +50,14 @@ def test_a_padded_pass_reads_the_same(lengths: list[int], goes_on: bool):
 @torch.inference_mode()
 def test_whole_rows_have_no_pads():
     model = build()
-    recording = Recording(model, 2, 16, whole=True, graph=HAS_GPU)
+    recording = Recording(model, 2, 16, goes_on=False, has_pads=False, graph=HAS_GPU)
+    going_on = Recording(model, 2, 16, goes_on=True, has_pads=False, graph=HAS_GPU)
     ids = torch.arange(16)[None]
     found = recording.read(ids, None, None)
-    assert differ(found, model.prefill(ids.to(DEVICE), logits="last")) < 1e-5
+    expected = model.prefill(ids.to(DEVICE), logits="last")
+    assert differ(found, expected) < 1e-5
+    again = going_on.read(ids, found[1], None)
+    assert differ(again, model.prefill(ids.to(DEVICE), expected[1], logits="last")) < 1e-5
     kept = found[0].clone()
     recording.read(ids.flip(1), None, None)
     assert torch.equal(found[0], kept)  # what was given out is not written to
@@ -62,8 +66,8 @@ def test_whole_rows_have_no_pads():
 def test_the_ladder():
     assert prefill._shape(1, 1) == (1, 16)
     assert prefill._shape(3, 17) == (4, 32)
-    assert prefill._shape(8, 1024) == (8, 1024)
-    assert prefill._shape(8, 1025) is None
+    assert prefill._shape(8, 2048) == (8, 2048)
+    assert prefill._shape(8, 2049) is None
     assert prefill._shape(257, 1) is None
     assert list(prefill.LENGTHS) == sorted(prefill.LENGTHS)
 
@@ -77,12 +81,12 @@ def test_recorded_when_met_again(monkeypatch: pytest.MonkeyPatch):
     kept = prefill._KEPT[model]
     assert not kept._kept
     assert blackmamba.generate(model, prompts, max_new_tokens=5) == expected
-    assert list(kept._kept) == [(4, 64, False)]
+    assert list(kept._kept) == [(4, 64, True, True)]
     assert blackmamba.generate(model, prompts, max_new_tokens=5) == expected
     with torch.no_grad():
         next(model.parameters()).zero_()  # other weights: nothing recorded is used
     blackmamba.generate(model, prompts, max_new_tokens=1)
-    assert list(kept._kept) == [(4, 64, False)]
+    assert list(kept._kept) == [(4, 64, True, True)]
     with torch.inference_mode():
         logits, _ = read_piece(model, torch.tensor([[3, 4]]), None, None)
     assert logits.abs().max() == 0

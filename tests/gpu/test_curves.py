@@ -80,12 +80,19 @@ def test_float32_kernels_draw_the_references_curve(reference: torch.Tensor):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("weights", ["float32", "master"])
-def test_bfloat16_kernels_draw_the_references_curve(weights: str, reference: torch.Tensor):
-    losses = curve(torch.bfloat16, weights)
-    difference = ((smooth(losses) - smooth(reference)) / smooth(reference)).abs()
-    logger.info("bfloat16, %s: largest difference of means %.3g", weights, difference.max())
-    # a single batch's loss moves by more, with the choice of experts at near ties
-    assert difference.max() < 0.005
+def test_bfloat16_kernels_stay_as_near_as_plain_pytorch(weights: str, reference: torch.Tensor):
+    """Rounding to bfloat16 moves the choice of experts at near ties, and with it the curve."""
+
+    def largest_difference() -> float:
+        losses = curve(torch.bfloat16, weights)
+        return ((smooth(losses) - smooth(reference)) / smooth(reference)).abs().max().item()
+
+    found = largest_difference()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT_VARIABLE, "torch")
+        plain = largest_difference()
+    logger.info("bfloat16, %s: largest difference of means %.3g, %.3g", weights, found, plain)
+    assert found < max(0.005, 1.5 * plain)
 
 
 @pytest.mark.slow

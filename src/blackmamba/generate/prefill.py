@@ -19,11 +19,14 @@ from blackmamba.generate.captured import SIZES, cannot_capture, fingerprint
 from blackmamba.model import BlackMamba, State
 from blackmamba.ops import gpu
 
-MOST_TOKENS = 8192
+MOST_TOKENS = 16_384
 """With pads; more keep the device busy for longer than the host takes to launch them."""
 KEPT = 24
 
-LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+LENGTHS = (
+    16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12_288,
+    16_384,
+)  # fmt: skip
 """What rows are padded to."""
 
 
@@ -43,12 +46,12 @@ def read_piece(
     device = next(model.parameters()).device
     shape = _shape(*input_ids.shape)
     if device.type == "cuda" and shape is not None and cannot_capture(model, shape[0]) is None:
-        whole = (
-            state is None
-            and input_ids.shape[1] == shape[1]
-            and (lengths is None or bool((lengths == shape[1]).all()))
+        has_pads = input_ids.shape[1] < shape[1] or (
+            lengths is not None and bool((lengths < shape[1]).any())
         )
-        recording = _KEPT.setdefault(model, _Recordings()).find(model, shape, whole)
+        recording = _KEPT.setdefault(model, _Recordings()).find(
+            model, shape, goes_on=has_pads or state is not None, has_pads=has_pads
+        )
         if recording is not None:
             return recording.read(input_ids, state, lengths)
     on_device = None if lengths is None else lengths.to(device)
@@ -64,19 +67,25 @@ def _shape(b: int, l: int) -> tuple[int, int] | None:
     return rows, length
 
 
+_Key = tuple[int, int, bool, bool]
+"""b, l, goes_on, has_pads."""
+
+
 class _Recordings:
     """Those of one model."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._met: set[tuple[int, int, bool]] = set()
-        self._kept: OrderedDict[tuple[int, int, bool], Recording] = OrderedDict()
+        self._met: set[_Key] = set()
+        self._kept: OrderedDict[_Key, Recording] = OrderedDict()
         self._weights: object = None
         self._pool: Any = None
 
-    def find(self, model: BlackMamba, shape: tuple[int, int], whole: bool) -> "Recording | None":
-        """The recording for this shape; None the first time."""
-        key = (*shape, whole)
+    def find(
+        self, model: BlackMamba, shape: tuple[int, int], *, goes_on: bool, has_pads: bool
+    ) -> "Recording | None":
+        """The recording for this; None the first time."""
+        key = (*shape, goes_on, has_pads)
         with self._lock:
             if self._weights != (weights := fingerprint(model)):
                 self._kept.clear()
@@ -85,7 +94,9 @@ class _Recordings:
                 if key not in self._met:
                     self._met.add(key)
                     return None
-                self._kept[key] = Recording(model, *shape, whole=whole, pool=self._pool)
+                self._kept[key] = Recording(
+                    model, *shape, goes_on=goes_on, has_pads=has_pads, pool=self._pool
+                )
             self._kept.move_to_end(key)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
@@ -101,7 +112,8 @@ class Recording:
     Args:
         model: in evaluation mode; see `cannot_capture`.
         b, l: the shape; narrower batches and shorter rows are padded.
-        whole: for rows of l tokens that begin with nothing: no pads among a row's tokens.
+        goes_on: whether there is memory to go on from; a row without has zeros.
+        has_pads: whether rows may be shorter than l.
         pool: memory that recordings which never run at the same time may share.
         graph: whether to record; without, the kernels are launched one by one.
     """
@@ -112,7 +124,8 @@ class Recording:
         b: int,
         l: int,
         *,
-        whole: bool,
+        goes_on: bool,
+        has_pads: bool,
         pool: Any = None,
         graph: bool | None = None,
     ):
@@ -120,8 +133,8 @@ class Recording:
         self._model = weakref.proxy(model)
         self._lock = threading.Lock()
         self._ids = torch.zeros(b, l, dtype=torch.int64, device=device)
-        self._lengths = None if whole else torch.full((b,), l, device=device)
-        self._first = None if whole else model.initial_state(b)
+        self._lengths = torch.full((b,), l, device=device) if has_pads else None
+        self._first = model.initial_state(b) if goes_on else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._found: tuple[Tensor, State] | None = None
         if gpu.missing() is None and not gpu.interpreted() if graph is None else graph:

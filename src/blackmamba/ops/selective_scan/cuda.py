@@ -94,5 +94,7 @@ _DEFAULTS = {
     "HAS_FIRST": 0,
     "KEEP": 0,
     "LOCAL": 0,
+    "NARROW_BC": 0,
+    "COPIES": 1,
     "MIN_BLOCKS": 5,
 }

@@ -15,7 +15,8 @@ from blackmamba.ops import gpu
 from blackmamba.ops.selective_scan import cuda
 
 SPAN = 16
-"""Tokens between the states that the forward pass keeps for the backward pass."""
+"""Tokens between the states that the forward pass keeps for the backward pass: rounded to bfloat16
+where the inputs are, for they take more memory than any other tensor of the layer but one."""
 
 
 def selective_scan_gpu(
@@ -157,13 +158,24 @@ class _Call:
             "SOFTPLUS": dt_softplus,
             "HAS_SEQ": seq_idx is not None,
         }
-        self.packed = x.new_empty(self.b, self.l_padded, 2, self.n_padded, dtype=torch.float32)
+        self._B, self._C, self._seq_idx = B, C, seq_idx
+
+    def pack(self, by_cuda: bool, in_orders: bool = False) -> None:
+        """Put B and C side by side; in float32, but that scan.cu takes bfloat16 as it comes: once,
+        or in four orders of states."""
+        x, B, C, seq_idx = self.x, self._B, self._C, self._seq_idx
+        narrow = by_cuda and {t.dtype for t in (x, B, C)} == {torch.bfloat16}
+        self.copies = 4 if narrow and in_orders else 1
+        self.packed = x.new_empty(
+            self.b, self.l_padded, 2, self.copies, self.n_padded,
+            dtype=torch.bfloat16 if narrow else torch.float32,
+        )  # fmt: skip
         self.resets = (
             self.packed
             if seq_idx is None
             else x.new_empty(self.b, self.l_padded, dtype=torch.float32)
         )
-        tokens = max(1, 512 // self.n_padded)
+        tokens = max(1, 512 // (self.n_padded * self.copies))
         _kernels().pack_kernel[(math.ceil(self.l_padded / tokens), self.b)](
             B,
             C,
@@ -178,6 +190,7 @@ class _Call:
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             N=self.n_padded,
             T=tokens,
+            COPIES=self.copies,
             HAS_SEQ=seq_idx is not None,
         )
 
@@ -194,7 +207,7 @@ class _Call:
         return self.d % plan.block == 0 and self.l % SPAN == 0
 
     def states(self, plan: Plan) -> Tensor:
-        return self.packed.new_empty(self.b, plan.n_chunks, self.d, self.n_padded)
+        return self.A.new_empty(self.b, plan.n_chunks, self.d, self.n_padded)
 
     def carry(self, ends: Tensor, decays: Tensor, first: Tensor | None, back: bool) -> Tensor:
         """What each chunk begins with (or, backwards, ends with), of what each leaves."""
@@ -237,7 +250,9 @@ class _Call:
         shared |= {"D": self.D, "bias": self.dt_bias, "resets": self.resets}
         flags = {name: int(value) for name, value in self.flags.items() if name != "N"}
         n_blocks = math.ceil(self.d / plan.block)
-        flags |= {"HAS_D": int(self.D is not None), **defines}
+        narrow = self.packed.dtype == torch.bfloat16
+        flags |= {"HAS_D": int(self.D is not None), "NARROW_BC": int(narrow)}
+        flags |= {"COPIES": self.copies, **defines}
         cuda.launch(name, self.grid(plan)[0], (*sizes, n_blocks), {**shared, **tensors}, flags)
 
     def padded_state(self, state: Tensor) -> Tensor:
@@ -254,7 +269,8 @@ def _outputs(x: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     (b, l, d), n = x.shape, A.shape[1]
     final_state = x.new_empty(b, d, n, dtype=torch.float32)
     starts = (b, math.ceil(l / SPAN), d, _padded(n)) if keep else (0,)
-    return x.new_empty(x.shape), final_state, final_state.new_empty(starts)
+    kept = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    return x.new_empty(x.shape), final_state, x.new_empty(starts, dtype=kept)
 
 
 @torch.library.custom_op("blackmamba::selective_scan_gpu", mutates_args=())
@@ -279,7 +295,8 @@ def _forward(
             return y, final_state.zero_(), starts
         return y, final_state.copy_(initial_state), starts
     call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
-    by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias, starts])
+    by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias])
+    call.pack(by_cuda)
     cut = call.plan(CUDA_FORWARD if by_cuda else FORWARD)
     flags = call.flags | {
         "BD": cut.block,
@@ -410,8 +427,9 @@ def backward_into(
     by_cuda = cuda.fits(
         call.n_padded,
         [call.x, call.dt, call.z, grad_y, *written.values()],
-        [call.D, call.dt_bias, starts],
+        [call.D, call.dt_bias],
     )
+    call.pack(by_cuda, in_orders=True)
     cut = call.plan(CUDA_BACKWARD if by_cuda else BACKWARD)
     z_ = call.x if call.z is None else call.z
     shared = call.flags | {"BD": cut.block, "EVEN": call.even(cut), "num_warps": cut.warps}
@@ -445,7 +463,7 @@ def backward_into(
         after = call.states(cut).zero_()
     n_blocks = math.ceil(d / cut.block)
     parts = b * cut.n_chunks
-    new = call.packed.new_empty
+    new = call.A.new_empty
     partial = new(b, call.l_padded // 4, n_blocks, 8 * call.n_padded)
     sum_A = new(parts, d, call.n_padded)
     sum_D = new(parts, d) if D is not None else sum_A

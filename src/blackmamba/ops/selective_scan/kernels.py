@@ -65,25 +65,38 @@ def _decay(dl, A2, reset, i: tl.constexpr, HAS_SEQ: tl.constexpr):
 
 
 @triton.jit
+def _rounded(h, kind: tl.constexpr):
+    """To the nearest number of this type; the interpreter would cut to bfloat16."""
+    if kind == tl.bfloat16:
+        bits = h.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        h = bits.to(tl.float32, bitcast=True)
+    return h.to(kind)
+
+
+@triton.jit
 def pack_kernel(
     B, C, seq, packed, resets, l, l_padded, n, B_b, B_l, B_n, C_b, C_l, C_n, s_b, s_l,
-    N: tl.constexpr, T: tl.constexpr, HAS_SEQ: tl.constexpr,
+    N: tl.constexpr, T: tl.constexpr, COPIES: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
-    """B and C side by side in float32, zeros where there is no state or no token; and where
-    documents begin.
+    """B and C side by side, zeros where there is no state or no token; and where documents begin.
+    The c-th of COPIES has state k ^ c in place k.
 
     Owns T tokens of one row. Keeps nothing. Moves 2 n numbers a token in, 2 N out. Bound by bytes.
     """
     row = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * T + tl.arange(0, T)
-    k = tl.arange(0, N)
-    mask = (t < l)[:, None] & (k < n)[None, :]
-    b = tl.load(B + row * B_b + t[:, None] * B_l + k[None, :] * B_n, mask, other=0.0)
-    c = tl.load(C + row * C_b + t[:, None] * C_l + k[None, :] * C_n, mask, other=0.0)
-    out = packed + (row * l_padded + t[:, None]) * (2 * N) + k[None, :]
-    written = (t < l_padded)[:, None] & (k < N)[None, :]
-    tl.store(out, b.to(tl.float32), written)
-    tl.store(out + N, c.to(tl.float32), written)
+    place = tl.arange(0, 2 * COPIES * N)  # of a token's numbers: B's copies, then C's
+    k = (place % N) ^ (place // N % COPIES)
+    of_B = place < COPIES * N
+    real = (t < l)[:, None] & (k < n)[None, :]
+    at_B = B + row * B_b + t[:, None] * B_l + k[None, :] * B_n
+    at_C = C + row * C_b + t[:, None] * C_l + k[None, :] * C_n
+    b = tl.load(at_B, real & of_B[None, :], other=0.0)
+    c = tl.load(at_C, real & ~of_B[None, :], other=0.0)
+    out = packed + (row * l_padded + t[:, None]) * (2 * COPIES * N) + place[None, :]
+    numbers = tl.where(of_B[None, :], b.to(tl.float32), c.to(tl.float32))
+    tl.store(out, numbers.to(packed.dtype.element_ty), (t < l_padded)[:, None] & (place >= 0))
     if HAS_SEQ:
         inside = (t > 0) & (t < l)
         here = tl.load(seq + row * s_b + t * s_l, inside, other=0)
@@ -174,9 +187,9 @@ def forward_kernel(
             if t0 % S == 0:
                 kept = starts + tl.cast(t0 // S, tl.int64) * d * N + c[:, None] * N + k[None, :]
                 if EVEN:
-                    tl.store(kept, h)
+                    tl.store(kept, _rounded(h, starts.dtype.element_ty))
                 else:
-                    tl.store(kept, h, here[:, None])
+                    tl.store(kept, _rounded(h, starts.dtype.element_ty), here[:, None])
         if not AHEAD:
             t = (t0 + col)[None, :]
             if EVEN:
@@ -364,9 +377,9 @@ def backward_kernel(
         span = begin + (n_spans - 1 - back) * S
         kept = starts + tl.cast(span // S, tl.int64) * d * N + c[:, None] * N + k[None, :]
         if EVEN:
-            h = tl.load(kept)
+            h = tl.load(kept).to(tl.float32)
         else:
-            h = tl.load(kept, here[:, None], other=0.0)
+            h = tl.load(kept, here[:, None], other=0.0).to(tl.float32)
         firsts = (h,)  # before each group of TILES tiles
         for j in tl.static_range(S // 4 - TILES):
             t = (span + 4 * j + col)[None, :]

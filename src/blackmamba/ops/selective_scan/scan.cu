@@ -4,10 +4,12 @@
 // of 16 tokens without waiting for each other. What is done once for a token and channel (softplus, delta x, gate) is
 // done by the thread that loads it, four channels of one token, and is handed to the others through the warp's own
 // shared memory. A sum over a channel's states adds up over 4 threads, for 4 tokens at once, so that each thread ends
-// with one of them; a sum over the channels likewise.
+// with one of them; a sum over the channels likewise. What limits all this is shared memory, 128 bytes a clock: so what
+// lies there is laid out for every bank to be used at once, and B and C stay as narrow as they came.
 //
 // Compiled at run time, without headers, with: TYPE (0 float32, 1 bfloat16, 2 float16), HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
-// HAS_SEQ, HAS_FIRST, KEEP, LOCAL (each 0 or 1).
+// HAS_SEQ, HAS_FIRST, KEEP, LOCAL, NARROW_BC (each 0 or 1; NARROW_BC: B and C are bfloat16, and so is TYPE), and COPIES
+// (1 or 4: how often a token's B and C are there, see `order_of`).
 //
 // Letters: b batch, l sequence, d d_inner, n d_state = 16.
 
@@ -88,6 +90,59 @@ __device__ __forceinline__ void store4(Number* p, const float* in, bool inside) 
     if (inside) *reinterpret_cast<Four*>(p) = narrow(in);
 }
 
+#define OF_TOKEN (32 * COPIES)  // numbers of B and C
+#define OF_C (16 * COPIES)      // where C begins
+
+#if NARROW_BC
+typedef u16 Part;
+__device__ __forceinline__ void take(float* out, const Part* p) { widen(*reinterpret_cast<const Four*>(p), out); }
+#else
+typedef float Part;
+__device__ __forceinline__ void take(float* out, const Part* p) {
+    const float4 v = *reinterpret_cast<const float4*>(p);
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+}
+#endif
+#if TYPE == 1
+typedef u16 Kept;  // states for the backward pass
+__device__ __forceinline__ float4 kept(const Kept* p) {
+    float v[4];
+    widen(*reinterpret_cast<const Four*>(p), v);
+    return make_float4(v[0], v[1], v[2], v[3]);
+}
+__device__ __forceinline__ void keep(Kept* p, const float* h) { *reinterpret_cast<Four*>(p) = narrow(h); }
+#else
+typedef float Kept;
+__device__ __forceinline__ float4 kept(const Kept* p) { return *reinterpret_cast<const float4*>(p); }
+__device__ __forceinline__ void keep(Kept* p, const float* h) {
+    *reinterpret_cast<float4*>(p) = make_float4(h[0], h[1], h[2], h[3]);
+}
+#endif
+
+// In the backward pass a thread's j-th number is of state j ^ order, so that in the sums over channels all threads hand
+// on the same ones of their registers and need not select them.
+__device__ __forceinline__ int order_of(int lane) { return lane >> 2 & 3; }
+__device__ __forceinline__ void swap_if(bool wanted, float& a, float& b) {
+    const float c = wanted ? b : a, d = wanted ? a : b;
+    a = c, b = d;
+}
+__device__ __forceinline__ void reorder(float* v, int order) {
+    swap_if(order & 1, v[0], v[1]), swap_if(order & 1, v[2], v[3]);
+    swap_if(order & 2, v[0], v[2]), swap_if(order & 2, v[1], v[3]);
+}
+// Where a thread's four of B of a span are; with COPIES they lie there in all four orders.
+__device__ __forceinline__ const Part* ordered(const Part* p, int q, int order) {
+    return p + q * 4 + (COPIES == 4 ? order * 16 : 0);
+}
+__device__ __forceinline__ void take_ordered(float* out, const Part* p, int order) {
+#if COPIES == 4
+    take(out, p);
+#else
+#pragma unroll
+    for (int j = 0; j < 4; j++) out[j] = p[j ^ order];
+#endif
+}
+
 struct Rows {  // a tensor (b, l, d), channels contiguous
     Number* data;
     i64 row, token;  // strides
@@ -134,14 +189,40 @@ __device__ __forceinline__ Place place_of(const Sizes& s) {
     return p;
 }
 
+// Where the four numbers are that a thread loads of the span in which it has token t.
+__device__ __forceinline__ Number* at(const Rows& tensor, const Place& p, int t) {
+    return tensor.data + p.row * tensor.row + t * tensor.token + p.c4;
+}
+
 __device__ __forceinline__ void scaled4(float* out, const float4& v, float by) {
     out[0] = v.x * by, out[1] = v.y * by, out[2] = v.z * by, out[3] = v.w * by;
 }
 
-// B and C of a span, on their way to shared memory: each of the block's threads copies 16 bytes.
-__device__ __forceinline__ void stage(float* to, const float* from) {
-    const u32 address = (u32)__cvta_generic_to_shared(to + threadIdx.x * 4);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from + threadIdx.x * 4) : "memory");
+// Pairs of four channels of one token, 32 bytes a thread; threads take turns so that no two meet in a bank.
+__device__ __forceinline__ void store_pairs(float2* to, int lane, const float* a, const float* b) {
+    const bool later = lane & 4;
+    const float4 low = make_float4(a[0], b[0], a[1], b[1]), high = make_float4(a[2], b[2], a[3], b[3]);
+    float4* at = reinterpret_cast<float4*>(to);
+    at[later] = later ? high : low;
+    at[!later] = later ? low : high;
+}
+__device__ __forceinline__ void first_of_pairs(const float2* from, int lane, float* a) {
+    const bool later = lane & 4;
+    const float4* at = reinterpret_cast<const float4*>(from);
+    const float4 v = at[later], w = at[!later];
+    a[0] = later ? w.x : v.x, a[1] = later ? w.z : v.z, a[2] = later ? v.x : w.x, a[3] = later ? v.z : w.z;
+}
+
+// B and C of a span, on their way to shared memory, 16 bytes a thread.
+__device__ __forceinline__ void stage(Part* to, const Part* from) {
+    constexpr int each = 16 / (int)sizeof(Part), threads = 32 * WARPS;
+#pragma unroll
+    for (int first = 0; first < SPAN * OF_TOKEN; first += each * threads) {
+        const int at = first + threadIdx.x * each;
+        if (at >= SPAN * OF_TOKEN) return;
+        const u32 address = (u32)__cvta_generic_to_shared(to + at);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from + at) : "memory");
+    }
 }
 __device__ __forceinline__ void staged() {  // what was staged is there, and the block is done with what was before
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -155,15 +236,18 @@ __device__ __forceinline__ void soon(const void* p) { asm volatile("prefetch.glo
 
 struct Forward {
     Rows x, dt, z, y;
-    const float *A, *BC, *D, *bias, *resets, *first;
-    float *starts, *ends, *decays;
+    const float* A;
+    const Part* BC;
+    const float *D, *bias, *resets, *first;
+    Kept* starts;
+    float *ends, *decays;
     Sizes s;
 };
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const Forward f) {
-    __shared__ float2 shared_du[WARPS][SPAN][8];
-    __shared__ float shared_y[WARPS][SPAN][8];
-    __shared__ __align__(16) float shared_BC[2][SPAN * 32];
+    __shared__ __align__(16) float2 shared_du[WARPS][SPAN][8];
+    __shared__ __align__(16) float shared_y[WARPS][SPAN][8];
+    __shared__ __align__(16) Part shared_BC[2][SPAN * OF_TOKEN];
     const Place p = place_of(f.s);
     float2(*du)[8] = shared_du[p.warp];
     float(*ys)[8] = shared_y[p.warp];
@@ -180,30 +264,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
 #if HAS_D
     scaled4(skip, *reinterpret_cast<const float4*>(f.D + p.c4), 1.f);
 #endif
-    const Number* x = f.x.data + p.row * f.x.row + p.c4;
-    const Number* dt = f.dt.data + p.row * f.dt.row + p.c4;
-    const Number* z = f.z.data + p.row * f.z.row + p.c4;
-    Number* y = f.y.data + p.row * f.y.row + p.c4;
-    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * 32;
+    int t = p.begin + p.t;
+    const Number* x = at(f.x, p, t);
+    const Number* dt = at(f.dt, p, t);
+    const Number* z = at(f.z, p, t);
+    Number* y = at(f.y, p, t);
+    const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
     const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
     int buffer = 0;
     stage(shared_BC[0], next_BC);
-    float* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
+    Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     const bool odd = p.q & 1, high = p.q & 2;
     float total = 0.f, any_reset = 0.f;
 
-    int t = p.begin + p.t;
     bool inside = t < p.end;
-    Four next_dt = load4(dt + t * f.dt.token, inside), next_x = load4(x + t * f.x.token, inside), next_z = {};
-    if (HAS_Z && !LOCAL) next_z = load4(z + t * f.z.token, inside);
+    Four next_dt = load4(dt, inside), next_x = load4(x, inside), next_z = {};
+    if (HAS_Z && !LOCAL) next_z = load4(z, inside);
     for (int span = p.begin; span < p.end; span += SPAN) {
         staged();
-        const float* BC = shared_BC[buffer] + p.q * 4;
+        const Part* BC = shared_BC[buffer] + p.q * 4;
         buffer ^= 1;
-        next_BC += SPAN * 32;
+        next_BC += SPAN * OF_TOKEN;
         if (span + SPAN < p.end) stage(shared_BC[buffer], next_BC);
         const bool mine = inside;
-        const int mine_t = t;
         float xv[4], zv[4];
         {
             float raw[4], delta[4];
@@ -216,18 +299,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
                 delta[i] = SOFTPLUS ? softplus(raw[i]) : raw[i];
                 if (!mine) delta[i] = 0.f;
             }
-            float4* to = reinterpret_cast<float4*>(&du[p.t][(p.lane & 1) * 4]);
-            to[0] = make_float4(delta[0], delta[0] * xv[0], delta[1], delta[1] * xv[1]);
-            to[1] = make_float4(delta[2], delta[2] * xv[2], delta[3], delta[3] * xv[3]);
+            float drive[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) drive[i] = delta[i] * xv[i];
+            store_pairs(&du[p.t][(p.lane & 1) * 4], p.lane, delta, drive);
         }
         __syncwarp();
         t += SPAN;
         inside = t < p.end;
-        next_dt = load4(dt + t * f.dt.token, inside);
-        next_x = load4(x + t * f.x.token, inside);
-        if (HAS_Z && !LOCAL) next_z = load4(z + t * f.z.token, inside);
+        next_dt = load4(dt += SPAN * f.dt.token, inside);
+        next_x = load4(x += SPAN * f.x.token, inside);
+        if (HAS_Z && !LOCAL) next_z = load4(z += SPAN * f.z.token, inside);
 #if KEEP && !LOCAL
-        if (p.active) *reinterpret_cast<float4*>(starts) = make_float4(h[0], h[1], h[2], h[3]);
+        if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
 #endif
 #pragma unroll 2
@@ -236,8 +320,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float2 step = du[group + i][p.lane >> 2];
-                const float4 B = *reinterpret_cast<const float4*>(BC + i * 32);
-                const float b[4] = {B.x, B.y, B.z, B.w};
+                float b[4];
+                take(b, BC + i * OF_TOKEN);
 #if HAS_SEQ
                 const float reset = resets[i];
 #endif
@@ -247,8 +331,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
                 any_reset += reset;
 #endif
 #else
-                const float4 C = *reinterpret_cast<const float4*>(BC + i * 32 + 16);
-                const float c[4] = {C.x, C.y, C.z, C.w};
+                float c[4];
+                take(c, BC + i * OF_TOKEN + OF_C);
                 part[i] = 0.f;
 #endif
 #pragma unroll
@@ -264,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
 #endif
                 }
             }
-            BC += 4 * 32;
+            BC += 4 * OF_TOKEN;
             resets += 4;
 #if !LOCAL
             ys[group + p.q][p.lane >> 2] = sum4(part, odd, high);
@@ -279,7 +363,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
             out[i] = fmaf(skip[i], xv[i], out[i]);
             if (HAS_Z) out[i] *= zv[i] * sigmoid(zv[i]);
         }
-        store4(y + mine_t * f.y.token, out, mine && p.active);
+        store4(y, out, mine && p.active);
+        y += SPAN * f.y.token;
 #endif
         __syncwarp();
     }
@@ -300,15 +385,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
 
 struct Backward {
     Rows x, dt, z, grad_y, grad_x, grad_dt, grad_z;
-    const float *A, *BC, *D, *bias, *resets, *starts, *after;
+    const float* A;
+    const Part* BC;
+    const float *D, *bias, *resets;
+    const Kept* starts;
+    const float* after;
     float *partial, *grad_first, *grad_A, *grad_D, *grad_bias, *ends, *decays;
     Sizes s;
 };
 
 // The gradient of the state before each chunk, had nothing come from behind, and what is left of it after the chunk.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(const Backward f) {
-    __shared__ float2 shared_du[WARPS][SPAN][8];
-    __shared__ __align__(16) float shared_BC[2][SPAN * 32];
+    __shared__ __align__(16) float2 shared_du[WARPS][SPAN][8];
+    __shared__ __align__(16) Part shared_BC[2][SPAN * OF_TOKEN];
     const Place p = place_of(f.s);
     float2(*du)[8] = shared_du[p.warp];
     float A2[4], g[4] = {0.f, 0.f, 0.f, 0.f};
@@ -326,14 +415,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(
     bool inside = t < p.end;
     Four next_dt = load4(dt + t * f.dt.token, inside), next_g = load4(grad_y + t * f.grad_y.token, inside), next_z = {};
     if (HAS_Z) next_z = load4(z + t * f.z.token, inside);
-    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * 32;
+    const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
     int buffer = 0;
     stage(shared_BC[0], next_BC);
     for (int back = spans - 1; back >= 0; back--) {
         staged();
-        const float* C_at = shared_BC[buffer] + 16 + p.q * 4;
+        const Part* C_at = shared_BC[buffer] + OF_C + p.q * 4;
         buffer ^= 1;
-        next_BC -= SPAN * 32;
+        next_BC -= SPAN * OF_TOKEN;
         if (back > 0) stage(shared_BC[buffer], next_BC);
         float raw[4], gy[4], zv[4];
         widen(next_dt, raw);
@@ -346,9 +435,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(
             if (!inside) raw[i] = 0.f;
             if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
         }
-        float4* to = reinterpret_cast<float4*>(&du[p.t][(p.lane & 1) * 4]);
-        to[0] = make_float4(raw[0], gy[0], raw[1], gy[1]);
-        to[1] = make_float4(raw[2], gy[2], raw[3], gy[3]);
+        store_pairs(&du[p.t][(p.lane & 1) * 4], p.lane, raw, gy);
         __syncwarp();
         t -= SPAN;
         inside = t >= p.begin;
@@ -361,8 +448,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(
 #pragma unroll 4
         for (int i = SPAN - 1; i >= 0; i--) {
             const float2 step = du[i][p.lane >> 2];
-            const float4 C = *reinterpret_cast<const float4*>(C_at + i * 32);
-            const float c[4] = {C.x, C.y, C.z, C.w};
+            float c[4];
+            take(c, C_at + i * OF_TOKEN);
             total += step.x;
             float reset = 0.f;
 #if HAS_SEQ
@@ -388,93 +475,110 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(
 // in shared memory. Moves x, dt, z, the gradients of y, x, dt and z once, and the states before every span once. Bound by
 // instructions.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward(const Backward f) {
-    __shared__ float4 shared_step[WARPS][SPAN][8];  // delta, delta x, gradient of y before the gate
-    __shared__ float shared_sums[3][WARPS][SPAN][8];
+    __shared__ __align__(16) float2 shared_du[WARPS][SPAN][8];
+    __shared__ __align__(16) float shared_go[WARPS][SPAN][8];  // gradient of y before the gate
+    __shared__ __align__(16) float shared_sums[3][WARPS][SPAN][8];
     __shared__ float4 shared_first[WARPS][SPAN / 4][32];
-    __shared__ float shared_of_BC[2][4][32][WARPS + 1];  // of four tokens, by warp
-    __shared__ __align__(16) float shared_BC[2][SPAN * 32];
+    __shared__ float shared_of_BC[2][WARPS][4][40];  // of four tokens, by warp; 40: so that the sums read all banks
+    __shared__ __align__(16) Part shared_BC[2][SPAN * OF_TOKEN];
     const Place p = place_of(f.s);
-    float4(*steps)[8] = shared_step[p.warp];
+    float2(*du)[8] = shared_du[p.warp];
+    float(*go)[8] = shared_go[p.warp];
+    const float2* const own_du = &du[0][p.lane >> 2];
+    const float* const own_go = &go[0][p.lane >> 2];
+    float* const own_sums = &shared_sums[0][p.warp][p.q][p.lane >> 2];
+    constexpr int all_sums = WARPS * SPAN * 8;  // of one kind
     float4(*firsts)[32] = shared_first[p.warp];
     float A2[4], g[4], h[4], sum_A[4] = {0.f, 0.f, 0.f, 0.f};
+    const int order = order_of(p.lane);
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
+    reorder(A2, order);
     const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
     scaled4(g, *reinterpret_cast<const float4*>(f.after + state), 1.f);
+    reorder(g, order);
     if (!p.active) g[0] = g[1] = g[2] = g[3] = 0.f;  // nothing of it goes into the block's sums
     float sum_D[4] = {}, sum_bias[4] = {};
     const bool odd = p.q & 1, high = p.q & 2;
-    const bool c_low = p.lane & 4, c_middle = p.lane & 8, c_high = p.lane & 16;
-    // what this thread ends with, of a token's 16 sums for B and 16 for C
-    const int own_state = p.q * 4 + (c_low ? 1 : 0) + (c_middle ? 2 : 0);
-    const int own = (c_high ? 16 : 0) + own_state;
+    const bool c_high = p.lane & 16;
+    const int own = (c_high ? 16 : 0) + p.q * 4 + order;  // what it ends with, of a token's 16 sums for B and 16 for C
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
     int turn = 0, buffer = 0;
-    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * 32;
+    const i64 last_tile = (p.row * f.s.l_padded + p.begin + spans * SPAN) / 4 - 1;
+    float* partial = f.partial + (last_tile * f.s.n_blocks + p.block) * 128 + threadIdx.x;
+    const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
     stage(shared_BC[0], next_BC);
-    const Number* dt_at = f.dt.data + p.row * f.dt.row + p.c4;
-    const Number* x_at = f.x.data + p.row * f.x.row + p.c4;
-    const Number* gy_at = f.grad_y.data + p.row * f.grad_y.row + p.c4;
-    const Number* z_at = f.z.data + p.row * f.z.row + p.c4;
-    const float* starts =
+    int t = p.begin + (spans - 1) * SPAN + p.t;
+    const Number* dt_at = at(f.dt, p, t);
+    const Number* x_at = at(f.x, p, t);
+    const Number* gy_at = at(f.grad_y, p, t);
+    const Number* z_at = at(f.z, p, t);
+    Number* to_x = at(f.grad_x, p, t);
+    Number* to_dt = at(f.grad_dt, p, t);
+    Number* to_z = HAS_Z ? at(f.grad_z, p, t) : nullptr;
+    const Kept* starts =
         f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN + spans - 1) * f.s.d + p.channel) * 16 + p.q * 4;
     for (int back = spans - 1; back >= 0; back--) {
         const int span = p.begin + back * SPAN;
-        const int t = span + p.t;
         const bool inside = t < p.end;
-        const Four raw_dt = load4(dt_at + t * f.dt.token, inside);
-        const Four raw_x = load4(x_at + t * f.x.token, inside);
-        const Four raw_g = load4(gy_at + t * f.grad_y.token, inside && p.active);
+        const Four raw_dt = load4(dt_at, inside);
+        const Four raw_x = load4(x_at, inside);
+        const Four raw_g = load4(gy_at, inside && p.active);
         Four raw_z = {};
-        if (HAS_Z) raw_z = load4(z_at + t * f.z.token, inside);
-        const float4 first = *reinterpret_cast<const float4*>(starts);
+        if (HAS_Z) raw_z = load4(z_at, inside);
+        t -= SPAN;
+        const float4 first = kept(starts);
         starts -= (i64)f.s.d * 16;
         if (back > 0) {
-            soon(dt_at + (t - SPAN) * f.dt.token);
-            soon(x_at + (t - SPAN) * f.x.token);
-            soon(gy_at + (t - SPAN) * f.grad_y.token);
-            if (HAS_Z) soon(z_at + (t - SPAN) * f.z.token);
+            soon(dt_at -= SPAN * f.dt.token);
+            soon(x_at -= SPAN * f.x.token);
+            soon(gy_at -= SPAN * f.grad_y.token);
+            if (HAS_Z) soon(z_at -= SPAN * f.z.token);
             soon(starts);
         }
         {
-            float dtv[4], xv[4], gy[4], zv[4], bias[4] = {};
+            float delta[4], xv[4], gy[4], zv[4], bias[4] = {};
 #if HAS_BIAS
             scaled4(bias, *reinterpret_cast<const float4*>(f.bias + p.c4), 1.f);
 #endif
-            widen(raw_dt, dtv);
+            widen(raw_dt, delta);
             widen(raw_x, xv);
             widen(raw_g, gy);
             widen(raw_z, zv);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float delta = dtv[i] + bias[i];
-                if (SOFTPLUS) delta = softplus(delta);
-                if (!inside) delta = 0.f;
+                delta[i] += bias[i];
+                if (SOFTPLUS) delta[i] = softplus(delta[i]);
+                if (!inside) delta[i] = 0.f;
+                xv[i] *= delta[i];
                 if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
-                steps[p.t][(p.lane & 1) * 4 + i] = make_float4(delta, delta * xv[i], gy[i], 0.f);
             }
+            store_pairs(&du[p.t][(p.lane & 1) * 4], p.lane, delta, xv);
+            *reinterpret_cast<float4*>(&go[p.t][(p.lane & 1) * 4]) = make_float4(gy[0], gy[1], gy[2], gy[3]);
         }
         staged();
-        const float* BC = shared_BC[buffer] + p.q * 4;
+        const Part* BC = ordered(shared_BC[buffer], p.q, order);
         buffer ^= 1;
-        next_BC -= SPAN * 32;
+        next_BC -= SPAN * OF_TOKEN;
         if (back > 0) stage(shared_BC[buffer], next_BC);
 #if HAS_SEQ
         const float* resets = f.resets + p.row * f.s.l_padded + span;
 #endif
         scaled4(h, first, 1.f);
-        firsts[0][p.lane] = first;
+        reorder(h, order);
+        firsts[0][p.lane] = make_float4(h[0], h[1], h[2], h[3]);
 #pragma unroll 1
         for (int group = 1; group < SPAN / 4; group++) {
+            const float2* const du_at = own_du + (group - 1) * 4 * 8;
+            const Part* const BC_at = BC + (group - 1) * 4 * OF_TOKEN;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int k = group * 4 - 4 + i;
-                const float2 step = *reinterpret_cast<const float2*>(&steps[k][p.lane >> 2]);
-                const float4 B = *reinterpret_cast<const float4*>(BC + k * 32);
-                const float b[4] = {B.x, B.y, B.z, B.w};
+                const float2 step = du_at[i * 8];
+                float b[4];
+                take_ordered(b, BC_at + i * OF_TOKEN, order);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
 #if HAS_SEQ
-                    const float a = exp2_fast(fmaf(step.x, A2[j], resets[k]));
+                    const float a = exp2_fast(fmaf(step.x, A2[j], resets[(group - 1) * 4 + i]));
 #else
                     const float a = exp2_fast(step.x * A2[j]);
 #endif
@@ -485,18 +589,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         }
 #pragma unroll 1
         for (int group = SPAN / 4 - 1; group >= 0; group--) {
+            const float2* const du_at = own_du + group * 4 * 8;
+            const float* const go_at = own_go + group * 4 * 8;
+            const Part* const BC_at = BC + group * 4 * OF_TOKEN;
             float states[5][4], decays[4][4];
             scaled4(states[0], firsts[group][p.lane], 1.f);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int k = group * 4 + i;
-                const float2 step = *reinterpret_cast<const float2*>(&steps[k][p.lane >> 2]);
-                const float4 B = *reinterpret_cast<const float4*>(BC + k * 32);
-                const float b[4] = {B.x, B.y, B.z, B.w};
+                const float2 step = du_at[i * 8];
+                float b[4];
+                take_ordered(b, BC_at + i * OF_TOKEN, order);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
 #if HAS_SEQ
-                    decays[i][j] = exp2_fast(fmaf(step.x, A2[j], resets[k]));
+                    decays[i][j] = exp2_fast(fmaf(step.x, A2[j], resets[group * 4 + i]));
 #else
                     decays[i][j] = exp2_fast(step.x * A2[j]);
 #endif
@@ -506,18 +612,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             float part_y[4], part_drive[4], part_decay[4];
 #pragma unroll
             for (int i = 3; i >= 0; i--) {
-                const int k = group * 4 + i;
-                const float4 step = steps[k][p.lane >> 2];
-                const float4 B = *reinterpret_cast<const float4*>(BC + k * 32);
-                const float4 C = *reinterpret_cast<const float4*>(BC + k * 32 + 16);
-                const float b[4] = {B.x, B.y, B.z, B.w}, c[4] = {C.x, C.y, C.z, C.w};
-                float of_B[4], of_C[4];
+                const float2 step = du_at[i * 8];
+                const float to_y = go_at[i * 8];
+                float b[4], c[4], of_B[4], of_C[4];
+                take_ordered(b, BC_at + i * OF_TOKEN, order);
+                take_ordered(c, BC_at + i * OF_TOKEN + OF_C, order);
                 part_y[i] = part_drive[i] = part_decay[i] = 0.f;
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    g[j] = fmaf(c[j], step.z, g[j]);
+                    g[j] = fmaf(c[j], to_y, g[j]);
                     if (HAS_Z) part_y[i] = fmaf(c[j], states[i + 1][j], part_y[i]);
-                    of_C[j] = states[i + 1][j] * step.z;
+                    of_C[j] = states[i + 1][j] * to_y;
                     of_B[j] = g[j] * step.y;
                     part_drive[i] = fmaf(g[j], b[j], part_drive[i]);
                     g[j] *= decays[i][j];
@@ -526,31 +631,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     sum_A[j] = fmaf(w, step.x, sum_A[j]);
                 }
                 // over the 8 channels of the warp: each thread ends with one sum
-                float v[4], u[2], last;
+                float v[4], u[2];
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    v[j] = (c_low ? of_B[2 * j + 1] : of_B[2 * j]) + __shfl_xor_sync(FULL, c_low ? of_B[2 * j] : of_B[2 * j + 1], 4);
-                    v[2 + j] = (c_low ? of_C[2 * j + 1] : of_C[2 * j]) + __shfl_xor_sync(FULL, c_low ? of_C[2 * j] : of_C[2 * j + 1], 4);
+                    v[j] = of_B[2 * j] + __shfl_xor_sync(FULL, of_B[2 * j + 1], 4);
+                    v[2 + j] = of_C[2 * j] + __shfl_xor_sync(FULL, of_C[2 * j + 1], 4);
                 }
 #pragma unroll
-                for (int j = 0; j < 2; j++)
-                    u[j] = (c_middle ? v[2 * j + 1] : v[2 * j]) + __shfl_xor_sync(FULL, c_middle ? v[2 * j] : v[2 * j + 1], 8);
-                last = (c_high ? u[1] : u[0]) + __shfl_xor_sync(FULL, c_high ? u[0] : u[1], 16);
-                shared_of_BC[turn][i][own][p.warp] = last;
+                for (int j = 0; j < 2; j++) u[j] = v[2 * j] + __shfl_xor_sync(FULL, v[2 * j + 1], 8);
+                shared_of_BC[turn][p.warp][i][own] = (c_high ? u[1] : u[0]) + __shfl_xor_sync(FULL, c_high ? u[0] : u[1], 16);
             }
             const float y = HAS_Z ? sum4(part_y, odd, high) : 0.f;
             const float drive = sum4(part_drive, odd, high), decay = sum4(part_decay, odd, high);
-            if (HAS_Z) shared_sums[0][p.warp][group * 4 + p.q][p.lane >> 2] = y;
-            shared_sums[1][p.warp][group * 4 + p.q][p.lane >> 2] = drive;
-            shared_sums[2][p.warp][group * 4 + p.q][p.lane >> 2] = decay;
+            float* const sums = own_sums + group * 4 * 8;
+            if (HAS_Z) sums[0] = y;
+            sums[all_sums] = drive, sums[2 * all_sums] = decay;
             __syncthreads();
             {  // over the warps, always in the same order; the other half of shared_of_BC is written meanwhile
-                const int number = threadIdx.x >> 2, i = threadIdx.x & 3;
                 float sum = 0.f;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) sum += shared_of_BC[turn][i][number][w];
-                const i64 tile = (p.row * (f.s.l_padded / 4) + span / 4 + group) * f.s.n_blocks + p.block;
-                f.partial[tile * 128 + threadIdx.x] = sum;
+                for (int w = 0; w < WARPS; w++) sum += shared_of_BC[turn][w][threadIdx.x & 3][threadIdx.x >> 2];
+                *partial = sum;
+                partial -= f.s.n_blocks * 128;
                 turn ^= 1;
             }
         }
@@ -568,25 +670,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             widen(raw_g, gy);
             widen(raw_z, zv);
             const int c = (p.lane & 1) * 4;
+            float delta[4], to_y[4], y[4] = {}, drive[4], decay[4];
+            first_of_pairs(&du[p.t][c], p.lane, delta);
+            scaled4(to_y, *reinterpret_cast<const float4*>(&go[p.t][c]), 1.f);
+            if (HAS_Z) scaled4(y, *reinterpret_cast<const float4*>(&shared_sums[0][p.warp][p.t][c]), 1.f);
+            scaled4(drive, *reinterpret_cast<const float4*>(&shared_sums[1][p.warp][p.t][c]), 1.f);
+            scaled4(decay, *reinterpret_cast<const float4*>(&shared_sums[2][p.warp][p.t][c]), 1.f);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float delta = steps[p.t][c + i].x, go = steps[p.t][c + i].z;
-                const float drive = shared_sums[1][p.warp][p.t][c + i], decay = shared_sums[2][p.warp][p.t][c + i];
-                g_x[i] = fmaf(drive, delta, skip[i] * go);
-                g_dt[i] = fmaf(decay, LN2, drive * xv[i]);
+                g_x[i] = fmaf(drive[i], delta[i], skip[i] * to_y[i]);
+                g_dt[i] = fmaf(decay[i], LN2, drive[i] * xv[i]);
                 if (SOFTPLUS) g_dt[i] *= sigmoid(dtv[i] + bias[i]);
                 if (HAS_Z) {
-                    const float y = fmaf(skip[i], xv[i], shared_sums[0][p.warp][p.t][c + i]);
+                    y[i] = fmaf(skip[i], xv[i], y[i]);
                     const float s = sigmoid(zv[i]);
-                    g_z[i] = gy[i] * y * fmaf(zv[i] * s, 1.f - s, s);
+                    g_z[i] = gy[i] * y[i] * fmaf(zv[i] * s, 1.f - s, s);
                 }
-                if (HAS_D) sum_D[i] = fmaf(go, xv[i], sum_D[i]);
+                if (HAS_D) sum_D[i] = fmaf(to_y[i], xv[i], sum_D[i]);
                 if (HAS_BIAS && inside) sum_bias[i] += g_dt[i];
             }
             const bool write = inside && p.active;
-            store4(f.grad_x.data + p.row * f.grad_x.row + t * f.grad_x.token + p.c4, g_x, write);
-            store4(f.grad_dt.data + p.row * f.grad_dt.row + t * f.grad_dt.token + p.c4, g_dt, write);
-            if (HAS_Z) store4(f.grad_z.data + p.row * f.grad_z.row + t * f.grad_z.token + p.c4, g_z, write);
+            store4(to_x, g_x, write);
+            store4(to_dt, g_dt, write);
+            if (HAS_Z) store4(to_z, g_z, write);
+            to_x -= SPAN * f.grad_x.token;
+            to_dt -= SPAN * f.grad_dt.token;
+            if (HAS_Z) to_z -= SPAN * f.grad_z.token;
         }
         __syncwarp();
     }
@@ -600,6 +709,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             sum_bias[i] += __shfl_xor_sync(FULL, sum_bias[i], k);
         }
     if (!p.active) return;
+    reorder(sum_A, order), reorder(g, order);
     *reinterpret_cast<float4*>(f.grad_A + (part * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(sum_A[0], sum_A[1], sum_A[2], sum_A[3]);
     if (p.piece == 0)
         *reinterpret_cast<float4*>(f.grad_first + (p.row * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(g[0], g[1], g[2], g[3]);
