@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blackmamba.errors import BackendError, InputError
 from blackmamba.generate.decoder import KNOWN_MODULES, REPLACED_METHODS
-from blackmamba.generate.wide import WideStep
+from blackmamba.generate.wide import WideStep, padded
 from blackmamba.model import BlackMamba, State
 from blackmamba.model.layer import Layer
 from blackmamba.model.mamba import Mamba
@@ -256,7 +256,7 @@ class _Recording:
         self._expert = torch.zeros(size, dtype=torch.int64, device=self.ids.device)
         self._none, self._one = torch.zeros_like(self._expert), torch.ones_like(self._gate)
         table = model.embedding.weight
-        self._add(kernels.embed_kernel, (size,), self.ids, table, self._x, m, BK=_power(m))
+        self._add(kernels.embed_kernel, (size,), self.ids, table, self._x, m, BK=padded(m))
         for layer in model.layers:
             assert isinstance(layer, Layer)
             state = None
@@ -306,7 +306,7 @@ class _Recording:
             kernels.norm_linear_kernel, (-(-rows // block),),
             x, norm_weight, norm_bias, 0.0 if norm is None else norm.eps, weight.detach(), out,
             rows, width, taps, conv_bias, conv_state, rows // 2,
-            B=self.size, BN=block, BK=_power(width), NORM=norm is not None,
+            B=self.size, BN=block, BK=padded(width), NORM=norm is not None,
             LAYER=isinstance(norm, LayerNorm), CONV=conv is not None,
             TAPS=taps.shape[1] if conv else 2, num_warps=warps,
         )  # fmt: skip
@@ -324,7 +324,7 @@ class _Recording:
             kernels.update_kernel, (-(-d // 32), self.size),
             self._xz, self._dbc, self._dbc, mixer.dt_proj.weight.detach(), _floats(mixer.dt_bias),
             A2, _floats(mixer.D), state.ssm, self._y, d, r, n,
-            BD=32, BR=_power(r), N=_power(n), PRODUCT=True,
+            BD=32, BR=padded(r), N=padded(n), PRODUCT=True,
         )  # fmt: skip
         self._add_linear(self._y, mixer.out_proj.weight, None)
 
@@ -335,7 +335,7 @@ class _Recording:
         rows, width = weight.shape
         self._add(
             kernels.project_kernel, (rows,), self._xz, weight.detach(), self._dbc, rows, width,
-            B=self.size, BK=_power(width), num_warps=4,
+            B=self.size, BK=padded(width), num_warps=4,
         )  # fmt: skip
 
     def _add_linear(self, y: Tensor, weight: Tensor, routed: tuple[Tensor, Tensor] | None) -> None:
@@ -348,7 +348,7 @@ class _Recording:
             kernels.add_linear_kernel,
             (-(-rows // block), self.size if routed else 1),
             y, weight.detach(), self._x, rows, width, ids, gate, y.shape[1],
-            B=1 if routed else self.size, BN=block, BK=_power(width), ROUTED=routed is not None,
+            B=1 if routed else self.size, BN=block, BK=padded(width), ROUTED=routed is not None,
             num_warps=warps,
         )  # fmt: skip
 
@@ -364,7 +364,7 @@ class _Recording:
             self._add(
                 kernels.route_kernel, (self.size,),
                 self._x, weight, eps, _floats(router.weight), _floats(router.bias), *routed, m, e,
-                BE=min(8, _power(e)), BK=_power(m), num_warps=8,
+                BE=min(8, padded(e)), BK=padded(m), num_warps=8,
             )  # fmt: skip
             fc1, fc2 = part.fc1, part.fc2
         else:
@@ -381,7 +381,7 @@ class _Recording:
         self._add(
             kernels.expert_in_kernel, (-(-f // block), self.size),
             self._x, weight, eps, fc1.detach(), routed[0], hidden, m, f,
-            BN=block, BK=_power(m), GELU=model.config.activation == "gelu", num_warps=warps,
+            BN=block, BK=padded(m), GELU=model.config.activation == "gelu", num_warps=warps,
         )  # fmt: skip
         self._add_linear(hidden, fc2, routed)
 
@@ -390,15 +390,11 @@ def _floats(tensor: Tensor) -> Tensor:
     return tensor.detach().float().contiguous()
 
 
-def _power(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def _blocks(rows: int, width: int) -> tuple[int, int]:
     """Rows of a program, and its warps: 64 numbers of the weight a thread, fewer where the rows
     would not keep all processors busy."""
-    padded = _power(width)
-    block = max(1, 8192 // padded)
+    whole = padded(width)
+    block = max(1, 8192 // whole)
     while block > 1 and rows // block < 264 and not gpu.interpreted():
         block //= 2
-    return block, 4 if block * padded <= 8192 else 8
+    return block, 4 if block * whole <= 8192 else 8

@@ -14,7 +14,7 @@ from blackmamba.model.layer import Layer
 from blackmamba.model.mamba import Mamba
 from blackmamba.model.moe import MoE
 from blackmamba.model.state import MambaState
-from blackmamba.ops import gpu
+from blackmamba.ops import expert_mlp, gpu
 
 
 class WideStep:
@@ -28,6 +28,8 @@ class WideStep:
 
     def __init__(self, model: BlackMamba, size: int, new: Callable[..., Tensor]):
         self._model, self._size = model, size
+        self._gate = new(size)
+        self._expert_ids = torch.zeros_like(self._gate, dtype=torch.int64)
         self.states: list[MambaState | None] = []
         self._constants: list[tuple[Tensor, ...]] = []
         d, n, taps = model.config.d_inner, model.config.d_state, model.config.d_conv
@@ -61,11 +63,29 @@ class WideStep:
                 assert state is not None
                 update = self._mamba(layer.mixer, y, state, constants)
             elif isinstance(layer.feed_forward, MoE):
-                update = layer.feed_forward(y)[0]
+                update = self._moe(layer, layer.feed_forward, x, y)
             else:
                 assert layer.feed_forward is not None
                 update = layer.feed_forward(y)
         logits.copy_(model._logits(model._normed(x, update)))
+
+    def _moe(self, layer: Layer, part: MoE, x: Tensor, y: Tensor) -> Tensor:
+        """One kernel chooses the experts of y = norm(x): logits, argmax and gate together."""
+        from blackmamba.ops.decode import kernels
+
+        weight, bias = part.router.weight, part.router.bias
+        e, m = weight.shape
+        gpu.launch(
+            kernels.route_kernel, (self._size,),
+            x, layer.norm.weight.detach().float(), layer.norm.eps, weight.detach().float(),
+            bias.detach().float(), self._expert_ids, self._gate, m, e,
+            BE=min(8, padded(e)), BK=padded(m), PDL=False, num_warps=8,
+        )  # fmt: skip
+        assert isinstance(part.fc1, Tensor)
+        assert isinstance(part.fc2, Tensor)
+        return expert_mlp(
+            y, self._expert_ids, part.fc1, part.fc2, activation=part.activation, gate=self._gate
+        )
 
     def _mamba(
         self, mixer: Mamba, u: Tensor, state: MambaState, constants: tuple[Tensor, ...]
@@ -85,6 +105,11 @@ class WideStep:
         gpu.launch(
             kernels.update_kernel, (-(-d // 64), self._size),
             xz, dbc, mixer.dt_proj(dbc[:, :r]), dt_bias, dt_bias, A2, D, state.ssm, y, d, r, n,
-            BD=64, BR=16, N=max(16, 1 << (n - 1).bit_length()), PRODUCT=False, PDL=False,
+            BD=64, BR=16, N=padded(n), PRODUCT=False, PDL=False,
         )  # fmt: skip
         return mixer.out_proj(y)
+
+
+def padded(size: int) -> int:
+    """A power of two that Triton's products take."""
+    return max(16, 1 << (size - 1).bit_length())

@@ -42,7 +42,7 @@ def _silu(x):
 def _normed(x, weight, bias, eps, width, k, LAYER: tl.constexpr):
     """RMSNorm, or LayerNorm, of one vector."""
     inside = k < width
-    v = tl.load(x + k, inside, other=0.0)
+    v = tl.load(x + k, inside, other=0.0).to(tl.float32)
     if LAYER:
         v = tl.where(inside, v - tl.sum(v, 0) / width, 0.0)
     v *= tl.rsqrt(tl.sum(v * v, 0) / width + eps) * tl.load(weight + k, inside, other=0.0)

@@ -479,7 +479,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     __shared__ __align__(16) float shared_go[WARPS][SPAN][8];  // gradient of y before the gate
     __shared__ __align__(16) float shared_sums[3][WARPS][SPAN][8];
     __shared__ float4 shared_first[WARPS][SPAN / 4][32];
-    __shared__ float shared_of_BC[2][WARPS][4][40];  // of four tokens, by warp; 40: so that the sums read all banks
+    __shared__ float shared_of_BC[2][2][WARPS][4][40];  // of two groups, by warp; 40: so that the sums read all banks
     __shared__ __align__(16) Part shared_BC[2][SPAN * OF_TOKEN];
     const Place p = place_of(f.s);
     float2(*du)[8] = shared_du[p.warp];
@@ -503,36 +503,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const int own = (c_high ? 16 : 0) + p.q * 4 + order;  // what it ends with, of a token's 16 sums for B and 16 for C
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
     int turn = 0, buffer = 0;
-    const i64 last_tile = (p.row * f.s.l_padded + p.begin + spans * SPAN) / 4 - 1;
-    float* partial = f.partial + (last_tile * f.s.n_blocks + p.block) * 128 + threadIdx.x;
     const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
     stage(shared_BC[0], next_BC);
-    int t = p.begin + (spans - 1) * SPAN + p.t;
-    const Number* dt_at = at(f.dt, p, t);
-    const Number* x_at = at(f.x, p, t);
-    const Number* gy_at = at(f.grad_y, p, t);
-    const Number* z_at = at(f.z, p, t);
-    Number* to_x = at(f.grad_x, p, t);
-    Number* to_dt = at(f.grad_dt, p, t);
-    Number* to_z = HAS_Z ? at(f.grad_z, p, t) : nullptr;
+    const Number* dt_at = f.dt.data + p.row * f.dt.row + p.c4;
+    const Number* x_at = f.x.data + p.row * f.x.row + p.c4;
+    const Number* gy_at = f.grad_y.data + p.row * f.grad_y.row + p.c4;
+    const Number* z_at = f.z.data + p.row * f.z.row + p.c4;
     const Kept* starts =
         f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN + spans - 1) * f.s.d + p.channel) * 16 + p.q * 4;
     for (int back = spans - 1; back >= 0; back--) {
         const int span = p.begin + back * SPAN;
+        const int t = span + p.t;
         const bool inside = t < p.end;
-        const Four raw_dt = load4(dt_at, inside);
-        const Four raw_x = load4(x_at, inside);
-        const Four raw_g = load4(gy_at, inside && p.active);
+        const Four raw_dt = load4(dt_at + t * f.dt.token, inside);
+        const Four raw_x = load4(x_at + t * f.x.token, inside);
+        const Four raw_g = load4(gy_at + t * f.grad_y.token, inside && p.active);
         Four raw_z = {};
-        if (HAS_Z) raw_z = load4(z_at, inside);
-        t -= SPAN;
+        if (HAS_Z) raw_z = load4(z_at + t * f.z.token, inside);
         const float4 first = kept(starts);
         starts -= (i64)f.s.d * 16;
         if (back > 0) {
-            soon(dt_at -= SPAN * f.dt.token);
-            soon(x_at -= SPAN * f.x.token);
-            soon(gy_at -= SPAN * f.grad_y.token);
-            if (HAS_Z) soon(z_at -= SPAN * f.z.token);
+            soon(dt_at + (t - SPAN) * f.dt.token);
+            soon(x_at + (t - SPAN) * f.x.token);
+            soon(gy_at + (t - SPAN) * f.grad_y.token);
+            if (HAS_Z) soon(z_at + (t - SPAN) * f.z.token);
             soon(starts);
         }
         {
@@ -639,22 +633,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 }
 #pragma unroll
                 for (int j = 0; j < 2; j++) u[j] = v[2 * j] + __shfl_xor_sync(FULL, v[2 * j + 1], 8);
-                shared_of_BC[turn][p.warp][i][own] = (c_high ? u[1] : u[0]) + __shfl_xor_sync(FULL, c_high ? u[0] : u[1], 16);
+                shared_of_BC[turn][group & 1][p.warp][i][own] = (c_high ? u[1] : u[0]) + __shfl_xor_sync(FULL, c_high ? u[0] : u[1], 16);
             }
             const float y = HAS_Z ? sum4(part_y, odd, high) : 0.f;
             const float drive = sum4(part_drive, odd, high), decay = sum4(part_decay, odd, high);
             float* const sums = own_sums + group * 4 * 8;
             if (HAS_Z) sums[0] = y;
             sums[all_sums] = drive, sums[2 * all_sums] = decay;
+            if (group & 1) continue;
             __syncthreads();
-            {  // over the warps, always in the same order; the other half of shared_of_BC is written meanwhile
+#pragma unroll
+            for (int i = 0; i < 2; i++) {  // over the warps, always in the same order; the other half is written meanwhile
                 float sum = 0.f;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) sum += shared_of_BC[turn][w][threadIdx.x & 3][threadIdx.x >> 2];
-                *partial = sum;
-                partial -= f.s.n_blocks * 128;
-                turn ^= 1;
+                for (int w = 0; w < WARPS; w++) sum += shared_of_BC[turn][i][w][threadIdx.x & 3][threadIdx.x >> 2];
+                const i64 tile = (p.row * (f.s.l_padded / 4) + span / 4 + group + i) * f.s.n_blocks + p.block;
+                f.partial[tile * 128 + threadIdx.x] = sum;
             }
+            turn ^= 1;
         }
         __syncwarp();
         {
@@ -690,12 +686,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (HAS_BIAS && inside) sum_bias[i] += g_dt[i];
             }
             const bool write = inside && p.active;
-            store4(to_x, g_x, write);
-            store4(to_dt, g_dt, write);
-            if (HAS_Z) store4(to_z, g_z, write);
-            to_x -= SPAN * f.grad_x.token;
-            to_dt -= SPAN * f.grad_dt.token;
-            if (HAS_Z) to_z -= SPAN * f.grad_z.token;
+            store4(at(f.grad_x, p, t), g_x, write);
+            store4(at(f.grad_dt, p, t), g_dt, write);
+            if (HAS_Z) store4(at(f.grad_z, p, t), g_z, write);
         }
         __syncwarp();
     }
