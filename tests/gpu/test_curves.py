@@ -48,7 +48,7 @@ def curve(dtype: torch.dtype, weights: str = "float32", capture: bool = False) -
     gradients = CapturedGradients(model) if capture else None
     outcomes = [
         train_step(
-            model, optimizer, *(t.cuda() for t in sampler.batch(step)),
+            model, optimizer, *(t.cuda() for t in sampler.batch(step)[:2]),
             lr=learning_rate(TRAIN, step), grad_clip=1.0, gradients=gradients,
         )
         for step in range(STEPS)

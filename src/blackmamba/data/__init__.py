@@ -1,9 +1,11 @@
 """Text to tokens to batches.
 
 data = prepare(DataConfig(text=("corpus:bible",)), "prepared")
-input_ids, labels = WindowSampler(data.train.tokens, seq_len=256, batch_size=8, seed=0).batch(0)
+batch = WindowSampler(data.train.tokens, seq_len=256, batch_size=8, seed=0).batch(0)
+batch.input_ids, batch.labels
 """
 
+from blackmamba.data.packing import Batch, Packing
 from blackmamba.data.prepare import DataConfig, PreparedData, prepare
 from blackmamba.data.sampler import ValidationStreams, WindowSampler
 from blackmamba.data.text import iter_documents
@@ -11,7 +13,9 @@ from blackmamba.data.tokenizer import Tokenizer
 from blackmamba.data.tokens import TokenFile
 
 __all__ = [
+    "Batch",
     "DataConfig",
+    "Packing",
     "PreparedData",
     "TokenFile",
     "Tokenizer",

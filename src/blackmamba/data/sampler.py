@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from blackmamba.data.packing import IGNORED, Batch, Packing, rows_of_rank
 from blackmamba.errors import ConfigError, DataError, InputError
-
-IGNORED = -100
-"""Label of a place where nothing is predicted."""
 
 Ids = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
@@ -30,14 +28,22 @@ class WindowSampler:
     Args:
         tokens: (n_tokens,), any integer type, usually memory-mapped.
         seq_len: l, inputs of a window.
-        batch_size: b, windows of a batch.
+        batch_size: b, windows of a batch, over all ranks.
         seed: at least 0.
+        packing: whether documents in a window are told apart.
     Raises:
         ConfigError: an argument is out of range.
         DataError: there are fewer than seq_len + 1 tokens.
     """
 
-    def __init__(self, tokens: Ids, seq_len: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        tokens: Ids,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        packing: Packing = Packing(),  # noqa: B008  # frozen
+    ):
         _check_at_least_1(seq_len=seq_len, batch_size=batch_size)
         if seed < 0:
             raise ConfigError(f"seed={seed}: must be at least 0")
@@ -50,27 +56,36 @@ class WindowSampler:
         self._seq_len = seq_len
         self._batch_size = batch_size
         self._seed = seed
+        self._packing = packing
         self.n_windows = len(tokens) // seq_len
         """Windows of an epoch."""
         self._epoch = -1  # whose starts are kept
         self._starts = np.empty(0, np.int64)
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of training step `step`, counted from 0.
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """A rank's slice of the batch of training step `step`, counted from 0.
 
-        Returns:
-            input_ids, labels: (b, l) int64.
+        The slices of all ranks, in order, are the batch of one process.
+
+        Raises:
+            ConfigError: batch_size is no multiple of world_size.
+            InputError: step is negative.
         """
+        places = self.windows(step, rank, world_size)
+        rows_bl = np.empty((len(places), self._seq_len + 1), np.int64)
+        for row, (_, start) in zip(rows_bl, places, strict=True):
+            ids = self._tokens[start : start + self._seq_len + 1]
+            row[: len(ids)] = ids
+            row[len(ids) :] = self._tokens[: self._seq_len + 1 - len(ids)]
+        return self._packing.batch(rows_bl)
+
+    def windows(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+        """(epoch, first token) of each row that `batch` gives for the same arguments."""
         if step < 0:
             raise InputError(f"step={step}: must be at least 0")
-        windows_bl = np.empty((self._batch_size, self._seq_len + 1), np.int64)
-        for row, number in enumerate(range(step * self._batch_size, (step + 1) * self._batch_size)):
-            epoch, place = divmod(number, self.n_windows)
-            start = int(self._starts_of(epoch)[place])
-            ids = self._tokens[start : start + self._seq_len + 1]
-            windows_bl[row, : len(ids)] = ids
-            windows_bl[row, len(ids) :] = self._tokens[: self._seq_len + 1 - len(ids)]
-        return _shifted(windows_bl)
+        numbers = rows_of_rank(step, self._batch_size, rank, world_size)
+        places = (divmod(number, self.n_windows) for number in numbers)
+        return [(epoch, int(self._starts_of(epoch)[place])) for epoch, place in places]
 
     def _starts_of(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         if epoch != self._epoch:

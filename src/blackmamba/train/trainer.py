@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blackmamba.checkpoint import save
 from blackmamba.config import ModelConfig
-from blackmamba.data import PreparedData, Tokenizer, WindowSampler, prepare
+from blackmamba.data import Batch, PreparedData, Tokenizer, WindowSampler, prepare
 from blackmamba.errors import ConfigError, DataError, TrainingError
 from blackmamba.model import BlackMamba, Trace
 from blackmamba.train.checkpoints import (
@@ -161,7 +161,7 @@ class Trainer:
             StopRequest() as stop,
         ):
             while counters.step < settings.steps:
-                step = self._begin_step(*sampler.batch(counters.step))
+                step = self._begin_step(sampler.batch(counters.step))
                 is_last = counters.step == settings.steps
                 is_validated = is_last or _is_due(counters.step, settings.evaluate_every)
                 is_saved = is_last or _is_due(counters.step, settings.checkpoint_every)
@@ -183,7 +183,7 @@ class Trainer:
                     )
         return validation or self._validate()
 
-    def _begin_step(self, input_ids: Tensor, labels: Tensor) -> "_Step":
+    def _begin_step(self, batch: Batch) -> "_Step":
         """Start a step; on a GPU it is not done when this returns."""
         settings, counters = self.config.train, self.counters
         lr = learning_rate(settings, counters.step)
@@ -191,18 +191,20 @@ class Trainer:
         outcome = train_step(
             self.model,
             self.optimizer,
-            _sent(input_ids, self._device),
-            _sent(labels, self._device),
+            _sent(batch.input_ids, self._device),
+            _sent(batch.labels, self._device),
             lr=lr,
             accumulate=settings.accumulate,
             grad_clip=settings.grad_clip,
             trace=trace,
+            seq_idx=None if batch.seq_idx is None else _sent(batch.seq_idx, self._device),
             gradients=self._gradients,
         )
         counters.step += 1
-        counters.tokens += input_ids.numel()
+        n_tokens = batch.input_ids.numel()
+        counters.tokens += n_tokens
         experts = expert_load(trace.routing) if trace is not None and trace.routing else None
-        return _Step(counters.step, counters.tokens, input_ids.numel(), lr, outcome, experts)
+        return _Step(counters.step, counters.tokens, n_tokens, lr, outcome, experts)
 
     def _end_step(
         self, step: "_Step", metrics: MetricsLog, validation: Validation | None, began: float
