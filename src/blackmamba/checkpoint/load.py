@@ -25,6 +25,7 @@ def load(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
     expert_activation: Literal["silu", "gelu"] | None = None,
 ) -> BlackMamba:
     """A model out of a folder, ready to generate (in evaluation mode); quantised if that is.
@@ -35,6 +36,7 @@ def load(
         device: where to put it.
         dtype: of its parameters, whatever the file has; those that `blackmamba.model.keeps_float32`
             names are float32 or wider. Quantised ones stay as they are.
+        compute_dtype: of the products' inputs; None: as `dtype`.
         expert_activation: None: as the folder says, which for the released format is exact GELU
             (docs/released-weights.md says why).
     Raises:
@@ -48,7 +50,7 @@ def load(
     if expert_activation is not None:
         config = dataclasses.replace(opened.config, activation=expert_activation)
         opened = opened._replace(config=config)
-    return _filled(opened, dtype, device)
+    return _filled(opened, dtype, device, compute_dtype)
 
 
 def load_as_stored(folder: Path) -> BlackMamba:
@@ -75,9 +77,15 @@ class _Opened(NamedTuple):
     file: TensorFile
     is_ours: bool
 
-    def empty(self, dtype: torch.dtype) -> BlackMamba:
+    def empty(self, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> BlackMamba:
         """The model without memory."""
-        return BlackMamba(self.config, device="meta", dtype=dtype, quantization=self.quantization)
+        return BlackMamba(
+            self.config,
+            device="meta",
+            dtype=dtype,
+            compute_dtype=compute_dtype,
+            quantization=self.quantization,
+        )
 
     def places(self, model: BlackMamba) -> dict[str, Place]:
         return (native if self.is_ours else released).places(model)
@@ -94,8 +102,13 @@ def _open(folder: Path) -> _Opened:
     return _Opened(config, quantization, file, is_ours)
 
 
-def _filled(opened: _Opened, dtype: torch.dtype, device: torch.device | str) -> BlackMamba:
-    model = opened.empty(dtype)
+def _filled(
+    opened: _Opened,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    compute_dtype: torch.dtype | None = None,
+) -> BlackMamba:
+    model = opened.empty(dtype, compute_dtype)
     places = opened.places(model)
     check_fit(opened.file, places)
     model.to_empty(device=device)

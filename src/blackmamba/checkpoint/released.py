@@ -17,6 +17,8 @@ from blackmamba.config import ModelConfig, to_mapping
 from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.model import BlackMamba
 
+TOKENIZER = "EleutherAI/gpt-neox-20b"
+"""Of the released models, whose folders have none."""
 _NEOX_ROWS, _NEOX_TOKENS = 50_304, 50_277
 _REQUIRED = (
     "num_layers",

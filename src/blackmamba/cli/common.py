@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blackmamba.checkpoint.released import TOKENIZER
 from blackmamba.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-_RELEASED_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="PATH_OR_NAME",
         help="a tokenizer.json, a folder with one, or a hub name; default: the model folder's own, "
-        f"or {_RELEASED_TOKENIZER} for a folder without one",
+        f"or {TOKENIZER} for a folder without one",
     )
 
 
@@ -86,7 +86,7 @@ def load_tokenizer(args: argparse.Namespace) -> "Tokenizer":
     if args.tokenizer:
         return Tokenizer.load(args.tokenizer)
     own = load_tokenizer(args.model)
-    return own if own is not None else Tokenizer.load(_RELEASED_TOKENIZER)
+    return own if own is not None else Tokenizer.load(TOKENIZER)
 
 
 def read_text(path: str) -> str:

@@ -30,6 +30,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="train on this file or folder instead of the recipe's text; repeatable",
     )
     parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="MODEL",
+        help="begin with the weights of this model, run folder or hub name, and its tokenizer "
+        "(train.init)",
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in RUN"
     )
     parser.set_defaults(run=run)
@@ -42,16 +49,20 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from blackmamba.model.size import parameters
-    from blackmamba.train import RichProgress, load_recipe
+    from blackmamba.train import RichProgress, load_recipe, trained_parameters
     from blackmamba.train import run as run_training
 
     overrides = list(args.set)
     if args.text:
         overrides.append(f"data.text={json.dumps(args.text)}")
-    config = load_recipe(args.recipe, overrides)
+    if args.source:
+        overrides.append(f"train.init={json.dumps(args.source)}")
+    config = load_recipe(args.recipe, overrides, begun=args.out if args.resume else None)
     count, settings = parameters(config.model), config.train
+    trained = trained_parameters(config)
     print(
-        f"{count.total:,} parameters, {count.active:,} active per token; "
+        f"{count.total:,} parameters, {count.active:,} active per token"
+        f"{'' if trained == count.total else f', {trained:,} trained'}; "
         f"{settings.steps:,} steps of {settings.batch_size * settings.seq_len:,} tokens"
     )
     console = Console()

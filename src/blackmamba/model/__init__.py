@@ -5,6 +5,7 @@ from blackmamba.model.layer import Trace
 from blackmamba.model.quantize import quantize
 from blackmamba.model.quantized import QuantizedStorage
 from blackmamba.model.router import Routing, RoutingStats
+from blackmamba.model.select import select
 from blackmamba.model.state import AttentionState, MambaState, State
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "Trace",
     "keeps_float32",
     "quantize",
+    "select",
 ]

@@ -9,6 +9,7 @@ from blackmamba.train.evaluation import Validation, validate
 from blackmamba.train.progress import Progress, RichProgress
 from blackmamba.train.recipe import load_recipe, recipe_names, write_recipe
 from blackmamba.train.report import RunResult
+from blackmamba.train.start import trained_parameters
 from blackmamba.train.step import train_step
 from blackmamba.train.trainer import run
 
@@ -23,6 +24,7 @@ __all__ = [
     "recipe_names",
     "run",
     "train_step",
+    "trained_parameters",
     "validate",
     "write_recipe",
 ]

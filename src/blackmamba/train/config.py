@@ -85,6 +85,12 @@ class TrainConfig:
     tensorboard: bool = False
     """Also write event files for TensorBoard."""
 
+    init: str = ""
+    """The model to begin with: a model folder, a run folder or a hub name; "": random weights. The
+    configuration of the model and the tokenizer are then that model's."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are: "embedding", "layers.0-3", "*.router.*"; see `select`."""
+
     def __post_init__(self) -> None:
         for least, names in _AT_LEAST.items():
             for name in names:
@@ -122,6 +128,11 @@ class RunConfig:
             raise ConfigError(
                 f"data.vocab_size={self.data.vocab_size}: must be at most "
                 f"model.vocab_size={self.model.vocab_size}"
+            )
+        if self.data.tokenizer == "train" and self.train.init:
+            raise ConfigError(
+                f"data.tokenizer='train': a run from train.init={self.train.init} needs the "
+                "tokenizer of that model; load_recipe finds it"
             )
 
 

@@ -15,11 +15,12 @@ from blackmamba.ops import AdamWTensors, adamw_, adamw_factors
 
 
 def narrow_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Put the parameters that may be narrow in `dtype`, in place; what they were, by name."""
+    """Put the parameters that may be narrow in `dtype`, in place; what the trained ones were."""
     masters: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if not keeps_float32(name) and parameter.dtype != dtype:
-            masters[name] = parameter.detach()
+            if parameter.requires_grad:
+                masters[name] = parameter.detach()
             parameter.data = parameter.detach().to(dtype)
     return masters
 

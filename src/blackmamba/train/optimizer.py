@@ -33,11 +33,11 @@ def build_optimizer(
     place on a GPU, where nothing then waits for the device, and for weights of 16 bits.
 
     Args:
-        model: whose parameters to train.
+        model: whose parameters to train, but for those that require no gradient.
         config: says how, and whether masters are kept.
         masters: float32 copies of the narrow parameters, by name, to begin with.
     """
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for n, p in named if decays(n)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
@@ -55,6 +55,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {
         f"{name}/{quantity}": value.clone() if quantity == "step" else value  # it may be shared
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
         for quantity, value in optimizer.state[parameter].items()
     }
 
@@ -67,7 +68,7 @@ def restore_optimizer(
     Raises:
         ValueError: the tensors are those of another model.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     shapes = {
         f"{name}/{quantity}": torch.Size() if quantity == "step" else p.shape
         for name, p in parameters.items()

@@ -4,7 +4,8 @@
     data: {text: ["corpus:bible"], vocab_size: 2048}
     train: {steps: 500, batch_size: 16, seq_len: 256, lr: 3e-3}
 
-Where data.tokenizer is "train" and model.vocab_size is not given, it is data.vocab_size.
+Where data.tokenizer is "train" and model.vocab_size is not given, it is data.vocab_size. A recipe
+with train.init needs no model section: model and tokenizer are those of the model that it names.
 """
 
 import importlib.resources
@@ -20,6 +21,7 @@ from blackmamba.files import write_text
 from blackmamba.presets import presets
 from blackmamba.train.config import RunConfig
 from blackmamba.train.origin import origin
+from blackmamba.train.start import with_source
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -30,12 +32,16 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_recipe(
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, begun: Path | None = None
+) -> RunConfig:
     """The run that a recipe describes.
 
     Args:
         name_or_path: "demo", or the path of a YAML file.
         overrides: "train.lr=3e-4": a key's path and a value as YAML reads it.
+        begun: folder of a run to go on with; where it began from the model that train.init names,
+            what is needed of that one is read from its recipe.
     Raises:
         ConfigError: no such recipe, no valid YAML, or a wrong key or value (naming the nearest).
     """
@@ -46,7 +52,12 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     recipe = cast("dict[str, Any]", recipe)
     for override in overrides:
         _override(recipe, override)
-    return from_mapping(RunConfig, _with_preset(recipe))
+    recipe = _with_preset(recipe)
+    train = recipe.get("train")
+    source = cast("dict[str, Any]", train).get("init", "") if isinstance(train, dict) else ""
+    if source:
+        recipe = with_source(recipe, str(source), _recorded(begun, source))
+    return from_mapping(RunConfig, recipe)
 
 
 def write_recipe(config: RunConfig, path: Path) -> None:
@@ -54,6 +65,18 @@ def write_recipe(config: RunConfig, path: Path) -> None:
     source = ", ".join(f"{key} {value}" for key, value in origin().items())
     text = yaml.safe_dump(to_mapping(config), sort_keys=False, default_flow_style=None, width=100)
     write_text(path, f"# blackmamba {source}\n{text}")
+
+
+def _recorded(begun: Path | None, source: object) -> Mapping[str, Any] | None:
+    """The whole recipe of a run that began from `source`; None if there is no such run."""
+    path = None if begun is None else begun / "recipe.yaml"
+    if path is None or not path.is_file():
+        return None
+    recipe = _parse(_read(path), str(path))
+    try:
+        return recipe if recipe["train"]["init"] == source else None
+    except (KeyError, TypeError):
+        return None
 
 
 def _read(name_or_path: str | Path) -> str:

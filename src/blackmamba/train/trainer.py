@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.checkpoint import save
-from blackmamba.config import ModelConfig
-from blackmamba.data import Batch, PreparedData, Tokenizer, WindowSampler, prepare
+from blackmamba.data import Batch, PreparedData, WindowSampler, prepare
 from blackmamba.errors import ConfigError, DataError, TrainingError
 from blackmamba.model import BlackMamba, Trace
 from blackmamba.train.checkpoints import (
@@ -49,10 +48,10 @@ from blackmamba.train.progress import Progress
 from blackmamba.train.recipe import write_recipe
 from blackmamba.train.report import RunResult, draw_loss, write_summary, xz_bits_per_byte
 from blackmamba.train.schedule import learning_rate
+from blackmamba.train.start import DTYPES, started
 from blackmamba.train.step import CapturedGradients, GradientsOfBatch, StepOutcome, train_step
 
 RECIPE, DATA, CHECKPOINTS, MODEL = "recipe.yaml", "data", "checkpoints", "model"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _logger = logging.getLogger(__name__)
 
 
@@ -92,10 +91,8 @@ def run(
     config = _with_dtype(config, checkpoint, device)
     data = _open_data(out, config, checkpoint)
     settings = config.train
-    model = _build(config, data.tokenizer)
-    masters = (
-        narrow_weights(model, _DTYPES[settings.dtype]) if settings.weights != "float32" else {}
-    )
+    model = started(config, data.tokenizer, resumed=checkpoint is not None)
+    masters = narrow_weights(model, DTYPES[settings.dtype]) if settings.weights != "float32" else {}
     model.to(device).recompute = settings.recompute
     optimizer = build_optimizer(model, settings, masters)
     del masters  # they may be on the device by now
@@ -370,26 +367,3 @@ def _open_data(out: Path, config: RunConfig, checkpoint: Checkpoint | None) -> P
     if data.index.fingerprint != checkpoint.data:
         raise DataError(f"{folder}: not the text that this run began with; begin a new run")
     return data
-
-
-def _build(config: RunConfig, tokenizer: Tokenizer) -> BlackMamba:
-    """The untrained model on the CPU: so it is the same on every device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.train.seed)
-        return BlackMamba(
-            fit_vocabulary(config.model, tokenizer), compute_dtype=_DTYPES[config.train.dtype]
-        )
-
-
-def fit_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """`config` with as many unused ids as the tokenizer leaves.
-
-    Raises:
-        ConfigError: the tokenizer has more tokens than the model.
-    """
-    unused = config.vocab_size - tokenizer.n_tokens
-    if unused < 0:
-        raise ConfigError(
-            f"model.vocab_size={config.vocab_size}: the tokenizer has {tokenizer.n_tokens} tokens"
-        )
-    return dataclasses.replace(config, unused_vocab=unused)
