@@ -36,6 +36,7 @@ from blackmamba.train import (
 from blackmamba.train.metrics import MetricsLog, read_metrics
 from blackmamba.train.optimizer import build_optimizer, optimizer_tensors
 from blackmamba.train.report import xz_bits_per_byte
+from blackmamba.train.step import GradientsOfBatch
 
 Small = Callable[..., RunConfig]
 
@@ -217,6 +218,22 @@ def test_accumulation_is_a_large_batch(layers: tuple[str, ...], small: Small):
             assert p.grad is not None
             assert q.grad is not None
             assert largest_difference(p.grad, q.grad) < 1e-6, name
+
+
+def test_labels_weigh_the_same_in_every_micro_batch():
+    """Rows with many, few and one label: as one large batch, whatever it is cut into."""
+    torch.manual_seed(0)
+    model = BlackMamba(presets["mamba-tiny"])
+    ids = torch.randint(512, (4, 13))
+    labels = ids[:, 1:].clone()
+    for row, n_labels in enumerate((12, 3, 1, 7)):
+        labels[row, : 12 - n_labels] = -100
+    compute, outcomes = GradientsOfBatch(model), []
+    for accumulate in (1, 2, 4):
+        loss, found, norm = compute(ids[:, :-1], labels, None, accumulate, None)
+        outcomes.append((loss, norm, found[model.embedding.weight].clone()))
+    for other in outcomes[1:]:
+        torch.testing.assert_close(other, outcomes[0], rtol=2e-5, atol=1e-6)
 
 
 def test_clipping_limits_the_norm_of_all_gradients(small: Small):

@@ -69,7 +69,8 @@ def train_step(
     Args:
         model: in training mode.
         optimizer: of its parameters.
-        input_ids, labels: (b, l) int64; no label is -100, so that micro-batches weigh the same.
+        input_ids, labels: (b, l) int64; labels of -100 do not count. Every label weighs the same,
+            however many its micro-batch has, which must be one at least.
         lr: learning rate of this step.
         accumulate: micro-batches that b is cut into.
         grad_clip: largest norm of all gradients together; 0: no limit.
@@ -112,12 +113,15 @@ class GradientsOfBatch:
         model.zero_grad()
         total = torch.zeros((), device=input_ids.device)
         wide: dict[nn.Parameter, Tensor] = {}
+        counted = (labels != -100).sum(1)
         for i in range(accumulate):
             part = slice(i * len(input_ids) // accumulate, (i + 1) * len(input_ids) // accumulate)
             documents = None if seq_idx is None else seq_idx[part]
             loss = model.loss(input_ids[part], labels[part], seq_idx=documents, trace=trace)
-            (loss / accumulate).backward()
-            total += loss.detach() / accumulate
+            # Equal numbers of labels give `accumulate` itself: no rounding that was not there.
+            ratio = counted.sum() / counted[part].sum() if accumulate > 1 else 1
+            (loss / ratio).backward()
+            total += loss.detach() / ratio
             if accumulate > 1:
                 self._add_wide(wide)
         own = {p: p.grad for p in model.parameters() if p.grad is not None}
