@@ -12,10 +12,11 @@ from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from blackmamba.config import ModelConfig, QuantizationConfig
-from blackmamba.errors import InputError
+from blackmamba.errors import ConfigError, InputError
 from blackmamba.model.init import initialise
 from blackmamba.model.layer import Layer, Trace
 from blackmamba.model.mamba import Mamba
@@ -26,6 +27,7 @@ from blackmamba.model.state import LayerState, State
 from blackmamba.ops import linear, linear_cross_entropy, quantized_linear
 from blackmamba.ops.checks import check_any_integers, check_shapes
 from blackmamba.ops.recompute import Recompute
+from blackmamba.ops.sequence import Pieces
 
 _KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
 
@@ -112,7 +114,12 @@ class BlackMamba(nn.Module):
             self.eval()
 
     def forward(
-        self, input_ids: Tensor, *, seq_idx: Tensor | None = None, trace: Trace | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        seq_idx: Tensor | None = None,
+        trace: Trace | None = None,
+        sequence_group: "dist.ProcessGroup | None" = None,
     ) -> Tensor:
         """Logits of the next token at every position, each row read from its beginning.
 
@@ -123,12 +130,16 @@ class BlackMamba(nn.Module):
                 as if it stood alone (but that Sinkhorn, in training mode, balances the experts over
                 all tokens). None: a row is one document.
             trace: filled with what went on inside.
+            sequence_group: its ranks hold the pieces, one after the other, of the same rows, and
+                all call this with their own: see `blackmamba.ops.sequence`. Experts are balanced
+                over each rank's tokens.
         Returns:
             (b, l, v) in the compute dtype.
         Raises:
             InputError: a wrong shape or dtype, an empty batch, an id out of range.
+            ConfigError: sequence_group, and there are attention layers.
         """
-        return self._logits(self._features(input_ids, seq_idx, trace))
+        return self._logits(self._features(input_ids, seq_idx, trace, sequence_group))
 
     def loss(
         self,
@@ -137,6 +148,7 @@ class BlackMamba(nn.Module):
         *,
         seq_idx: Tensor | None = None,
         trace: Trace | None = None,
+        sequence_group: "dist.ProcessGroup | None" = None,
     ) -> Tensor:
         """Mean cross-entropy in nats over the labels that are not -100, without all logits at once.
 
@@ -145,8 +157,12 @@ class BlackMamba(nn.Module):
             labels: (b, l) int64: the token that follows each position, or -100 to leave it out.
             seq_idx: see `forward`; the label of a document's last token is the caller's choice.
             trace: filled with what went on inside.
+            sequence_group: see `forward`; the label of a piece's last token is the first token of
+                the next piece.
         Returns:
-            A float32 scalar; NaN if every label is -100, as there is nothing to average.
+            A float32 scalar; NaN if every label is -100, as there is nothing to average. With
+            sequence_group, what this rank adds: the mean over the group is the loss of the rows,
+            and the mean of the gradients that its ranks find is the gradient.
         Raises:
             InputError: a wrong shape or dtype, an empty batch, an id or label out of range.
         """
@@ -157,11 +173,15 @@ class BlackMamba(nn.Module):
                 f"{tuple(input_ids.shape)}"
             )
         self._check_range("labels", labels.where(counted, labels.new_zeros(())))
-        x = self._features(input_ids, seq_idx, trace)
+        x = self._features(input_ids, seq_idx, trace, sequence_group)
         total = linear_cross_entropy(
             x.flatten(0, 1), self._head_weight(), labels.flatten(), bias=self._head_bias()
         )
-        return total / counted.sum()
+        n_counted = counted.sum()
+        if sequence_group is None:
+            return total / n_counted
+        dist.all_reduce(n_counted, group=sequence_group)
+        return total * dist.get_world_size(sequence_group) / n_counted
 
     def initial_state(self, batch_size: int) -> State:
         """The memory of `batch_size` sequences of which nothing was read yet."""
@@ -283,12 +303,26 @@ class BlackMamba(nn.Module):
     def _stack(self) -> list[Layer]:
         return list(self.layers)  # pyright: ignore[reportReturnType] # ModuleList forgets the type
 
-    def _features(self, input_ids: Tensor, seq_idx: Tensor | None, trace: Trace | None) -> Tensor:
+    def _features(
+        self,
+        input_ids: Tensor,
+        seq_idx: Tensor | None,
+        trace: Trace | None,
+        sequence_group: "dist.ProcessGroup | None",
+    ) -> Tensor:
         self._check_ids(input_ids)
         if seq_idx is not None:
             check_any_integers("model", "seq_idx", seq_idx)
             check_shapes("model", seq_idx=(seq_idx, input_ids.shape))
-        x, update, _ = self._run(input_ids, None, None, seq_idx, trace)
+        pieces = None
+        if sequence_group is not None:
+            if any(spec.mixer == "attention" for spec in self.config.layer_specs):
+                raise ConfigError(
+                    "rows cut over ranks: this model has attention layers, which would need the "
+                    "keys and values of all ranks; give each rank whole rows"
+                )
+            pieces = Pieces.cut(sequence_group, seq_idx)
+        x, update, _ = self._run(input_ids, None, None, seq_idx, trace, pieces)
         return self._normed(x, update)
 
     def _read(
@@ -312,6 +346,7 @@ class BlackMamba(nn.Module):
         lengths: Tensor | None,
         seq_idx: Tensor | None,
         trace: Trace | None,
+        pieces: Pieces | None = None,
     ) -> tuple[Tensor, Tensor, State]:
         """The residual stream before the last layer, what that adds to it, and the new memory."""
         x, update = self._embed(input_ids), None
@@ -319,7 +354,7 @@ class BlackMamba(nn.Module):
         layers: list[LayerState] = [None] * len(stack) if state is None else list(state.layers)
         for i, layer in enumerate(stack):
             x, update, layers[i] = self._through(layer)(
-                x, update, layers[i], lengths, seq_idx, trace
+                x, update, pieces or layers[i], lengths, seq_idx, trace
             )
         assert update is not None  # there is a layer
         return x, update, State(len(input_ids), tuple(layers))

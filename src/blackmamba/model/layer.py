@@ -29,6 +29,7 @@ from blackmamba.model.norm import RMSNorm
 from blackmamba.model.router import Routing
 from blackmamba.model.state import LayerState
 from blackmamba.ops.recompute import Recompute, not_kept
+from blackmamba.ops.sequence import Pieces
 
 
 @dataclasses.dataclass
@@ -88,7 +89,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         update: Tensor | None,
-        state: LayerState,
+        state: LayerState | Pieces,
         lengths: Tensor | None,
         seq_idx: Tensor | None,
         trace: Trace | None,
@@ -98,7 +99,7 @@ class Layer(nn.Module):
         Args:
             x: (b, l, m), the residual stream as it was before the last layer.
             update: (b, l, m), what that layer adds to it; None: nothing.
-            state: the mixer's memory of what came before, None for nothing.
+            state: the mixer's memory of what came before, None for nothing; `Pieces`: see `Mamba`.
             lengths: (b,) int64, rows are right-padded.
             seq_idx: (b, l), integers: which document of its row each token is of.
             trace: filled with what went on inside.
@@ -106,14 +107,14 @@ class Layer(nn.Module):
             x + update, what this layer adds to that, and the mixer's new memory.
         """
         x, y = self.norm.add(x, update, self.compute_dtype)
-        update = None
+        update, memory = None, None
         if self.mixer is not None:
             with self._not_kept(y, self.norm, x):
-                update, state = self.mixer(y, state, lengths, seq_idx)
+                update, memory = self.mixer(y, state, lengths, seq_idx)
         update = self._fed(x, y, update, trace)
         if trace is not None and trace.keep_hidden:
             trace.hidden[self.index] = x + update
-        return x, update, state
+        return x, update, memory
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """One token: x (b, m) through this layer, and the mixer's new memory."""

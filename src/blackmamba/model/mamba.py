@@ -15,7 +15,8 @@ from blackmamba.model.linear import Linear
 from blackmamba.model.state import MambaState
 from blackmamba.ops import causal_conv1d, mamba_mixer, selective_scan, selective_state_update
 from blackmamba.ops.causal_conv1d import last_inputs
-from blackmamba.ops.recompute import Recompute
+from blackmamba.ops.recompute import Recompute, not_kept
+from blackmamba.ops.sequence import Pieces, inputs_before, selective_scan_of_pieces
 
 
 class Mamba(nn.Module):
@@ -62,7 +63,7 @@ class Mamba(nn.Module):
     def forward(
         self,
         u: Tensor,
-        state: MambaState | None,
+        state: MambaState | Pieces | None,
         lengths: Tensor | None,
         seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, MambaState]:
@@ -70,7 +71,8 @@ class Mamba(nn.Module):
 
         Args:
             u: (b, l, m).
-            state: memory of what came before, None for nothing.
+            state: memory of what came before, None for nothing; or `Pieces`: the rank before has
+                it, and all ranks read at the same time.
             lengths: (b,) int64, rows are right-padded; a pad neither decays nor feeds the state.
             seq_idx: (b, l), integers: which document of its row each token is of.
         Returns:
@@ -79,6 +81,10 @@ class Mamba(nn.Module):
         xz = self.in_proj(u)
         if state is None and lengths is None and isinstance(self.x_proj, Linear):  # pyright: ignore[reportUnnecessaryIsInstance] # or a quantised one
             y, state = self._mix(xz, seq_idx)
+            return self.out_proj(y), state
+        if isinstance(state, Pieces):
+            assert lengths is None
+            y, state = self._mix_pieces(xz, state, seq_idx)
             return self.out_proj(y), state
         x, z = xz.chunk(2, dim=-1)
         x, conv = causal_conv1d(
@@ -125,6 +131,36 @@ class Mamba(nn.Module):
             recompute=self.training and self.recompute == "cheap",
         )
         return y, MambaState(last_inputs(xz[..., :d], None, memory, None, seq_idx), ssm)
+
+    def _mix_pieces(
+        self, xz: Tensor, pieces: Pieces, seq_idx: Tensor | None
+    ) -> tuple[Tensor, MambaState]:
+        """As `_mix`, of this rank's piece of each sequence."""
+        x_before, z = xz.chunk(2, dim=-1)
+        weight, bias = self.conv_weight.to(xz.dtype), self.conv_bias.to(xz.dtype)
+        before = inputs_before(x_before, self._conv_shape[1], pieces, seq_idx)
+
+        def convolved() -> tuple[Tensor, Tensor]:
+            return causal_conv1d(x_before, weight, bias, initial_state=before, seq_idx=seq_idx)
+
+        x, conv = convolved()
+        recompute = self.training and self.recompute == "cheap"
+        with not_kept(x, lambda: convolved()[0], recompute):
+            dt, B, C = self.x_proj(x).split(self._split, dim=-1)
+            y, ssm = selective_scan_of_pieces(
+                x,
+                self.dt_proj(dt),
+                self.decay_rates(),
+                B,
+                C,
+                self.D,
+                z,
+                pieces,
+                dt_bias=self.dt_bias,
+                dt_softplus=True,
+                seq_idx=seq_idx,
+            )
+        return y, MambaState(conv, ssm)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Read one token of each sequence: u (b, m) to (b, m), and the new memory."""
