@@ -12,7 +12,7 @@ from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from blackmamba.config import ModelConfig, QuantizationConfig
@@ -119,7 +119,7 @@ class BlackMamba(nn.Module):
         *,
         seq_idx: Tensor | None = None,
         trace: Trace | None = None,
-        sequence_group: "dist.ProcessGroup | None" = None,
+        sequence_group: ProcessGroup | None = None,
     ) -> Tensor:
         """Logits of the next token at every position, each row read from its beginning.
 
@@ -148,7 +148,7 @@ class BlackMamba(nn.Module):
         *,
         seq_idx: Tensor | None = None,
         trace: Trace | None = None,
-        sequence_group: "dist.ProcessGroup | None" = None,
+        sequence_group: ProcessGroup | None = None,
     ) -> Tensor:
         """Mean cross-entropy in nats over the labels that are not -100, without all logits at once.
 
@@ -161,8 +161,8 @@ class BlackMamba(nn.Module):
                 the next piece.
         Returns:
             A float32 scalar; NaN if every label is -100, as there is nothing to average. With
-            sequence_group, what this rank adds: the mean over the group is the loss of the rows,
-            and the mean of the gradients that its ranks find is the gradient.
+            sequence_group, the mean over this rank's labels: that of the rows weighs each rank's by
+            its number of them, and so does its gradient, which is the sum of what the ranks find.
         Raises:
             InputError: a wrong shape or dtype, an empty batch, an id or label out of range.
         """
@@ -177,11 +177,7 @@ class BlackMamba(nn.Module):
         total = linear_cross_entropy(
             x.flatten(0, 1), self._head_weight(), labels.flatten(), bias=self._head_bias()
         )
-        n_counted = counted.sum()
-        if sequence_group is None:
-            return total / n_counted
-        dist.all_reduce(n_counted, group=sequence_group)
-        return total * dist.get_world_size(sequence_group) / n_counted
+        return total / counted.sum()
 
     def initial_state(self, batch_size: int) -> State:
         """The memory of `batch_size` sequences of which nothing was read yet."""
@@ -308,7 +304,7 @@ class BlackMamba(nn.Module):
         input_ids: Tensor,
         seq_idx: Tensor | None,
         trace: Trace | None,
-        sequence_group: "dist.ProcessGroup | None",
+        sequence_group: ProcessGroup | None,
     ) -> Tensor:
         self._check_ids(input_ids)
         if seq_idx is not None:

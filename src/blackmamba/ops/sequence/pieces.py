@@ -16,7 +16,7 @@ from blackmamba.ops.checks import check_any_integers, check_dims
 class Pieces:
     """A batch of rows, of which rank i of `group` holds the i-th piece. See `cut`."""
 
-    group: "dist.ProcessGroup"
+    group: dist.ProcessGroup
     rank: int
     """This process's, within the group."""
     size: int
@@ -25,7 +25,7 @@ class Pieces:
     None: always, but for the first piece."""
 
     @staticmethod
-    def cut(group: "dist.ProcessGroup", seq_idx: Tensor | None) -> "Pieces":
+    def cut(group: dist.ProcessGroup, seq_idx: Tensor | None) -> "Pieces":
         """How the rows at hand are cut; every rank of the group calls it.
 
         Args:
@@ -53,7 +53,7 @@ class Pieces:
         return memory.where(keep, memory.new_zeros(()))
 
 
-def gathered(tensor: Tensor, group: "dist.ProcessGroup") -> Tensor:
+def gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(p, ...): the tensor of every rank, in their order; no gradient."""
     out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
     dist.all_gather(list(out.unbind()), tensor.contiguous(), group=group)
