@@ -44,6 +44,9 @@ BASE: dict[str, Any] = {"steps": 10, "batch_size": 4, "seq_len": 8, "lr": 1e-3}
         {"grad_clip": -1.0}, {"grad_clip": math.inf}, {"seed": -1}, {"evaluate_every": -1},
         {"evaluate_batch_size": 0}, {"evaluate_seq_len": 0}, {"checkpoint_every": -1},
         {"keep_checkpoints": 0}, {"log_every": 0}, {"max_bad_steps": 0},
+        {"decay_fraction": 1.1}, {"decay_fraction": -0.1}, {"ema_decay": 1.0}, {"ema_decay": -0.1},
+        {"spike_window": 1}, {"spike_threshold": 0.0}, {"max_rollbacks": -1},
+        {"spikes": "rollback"}, {"loggers": ("wandb", "wandb")},
     ],
     ids=str,
 )  # fmt: skip
@@ -70,6 +73,27 @@ def test_schedule_rises_in_a_line_and_falls_in_a_cosine():
     assert [learning_rate(short, s) for s in (0, 9)] == [5e-5, 5e-4]
     flat = TrainConfig(**BASE | {"min_lr_ratio": 1.0, "warmup_steps": 10})
     assert [learning_rate(flat, s) for s in (9, 10)] == [1e-3, 1e-3]
+
+
+def test_stable_then_decay_and_constant():
+    flat = {"steps": 20, "warmup_steps": 4, "min_lr_ratio": 0.2, "lr": 1.0}
+    constant = TrainConfig(**BASE | flat | {"schedule": "constant"})
+    assert [learning_rate(constant, s) for s in (0, 3, 4, 19)] == [0.25, 1.0, 1.0, 1.0]
+    for shape, at_quarter in (("linear", 0.75), ("1-sqrt", 0.5)):
+        options = {"schedule": "wsd", "decay_fraction": 0.4, "decay_shape": shape}
+        config = TrainConfig(**BASE | flat | options)
+        assert config.decay_steps == 8
+        rates = [learning_rate(config, step) for step in range(21)]
+        assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+        assert rates[4:13] == [1.0] * 9  # the first step of the decay has the peak still
+        assert rates[14] == pytest.approx(0.2 + 0.8 * at_quarter)
+        assert rates[12:] == sorted(rates[12:], reverse=True)
+        assert rates[20] == pytest.approx(0.2)
+        longer = dataclasses.replace(config, steps=40)
+        assert [learning_rate(longer, s) for s in range(24)] == [*rates[:13], *[1.0] * 11]
+    whole = TrainConfig(**BASE | flat | {"schedule": "wsd", "decay_fraction": 1.0})
+    assert learning_rate(whole, 3) == 1.0
+    assert learning_rate(whole, 8) == pytest.approx(0.2 + 0.8 * 0.5)  # a quarter of 16 steps
 
 
 def test_which_parameters_decay():
@@ -137,13 +161,13 @@ def test_shipped_recipes_are_valid():
 def test_overrides_are_typed_like_the_recipe():
     config = load_recipe(
         "tiny", ["train.lr=3e-4", "data.text=[a, b.txt]", "model.preset=mamba-tiny",
-                 "train.tensorboard=true", " model.d_model =32"],
+                 "train.loggers=[tensorboard]", " model.d_model =32"],
     )  # fmt: skip
     assert config.train.lr == 3e-4
     assert config.data.text == ("a", "b.txt")
     assert config.model.layers == ("mamba",) * 4
     assert config.model.d_model == 32
-    assert config.train.tensorboard
+    assert config.train.loggers == ("tensorboard",)
 
 
 def test_vocabulary_follows_the_trained_tokenizer_unless_it_is_given():
@@ -222,8 +246,8 @@ def test_what_only_watches_may_change(small: Callable[..., RunConfig]):
         small(),
         small(
             steps=99, evaluate_every=1, evaluate_batch_size=2, evaluate_seq_len=3, log_every=1,
-            checkpoint_every=1, keep_checkpoints=9, max_bad_steps=1, tensorboard=True,
-            device="auto", recompute="cheap", capture=True,
+            checkpoint_every=1, keep_checkpoints=9, max_bad_steps=1, loggers=("wandb",),
+            device="auto", recompute="cheap", capture=True, keep_best=True, max_rollbacks=1,
         ),
     )  # fmt: skip
 

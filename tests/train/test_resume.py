@@ -47,7 +47,7 @@ run(load_recipe(recipe), out, resume=True, progress=Death())
 
 def rows(out: Path) -> list[dict[str, Any]]:
     """The metrics without what a clock says."""
-    clock = ("seconds", "tokens_per_s")
+    clock = ("seconds", "tokens_per_s", "machine")
     found = read_metrics(out / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in clock} for row in found]
 

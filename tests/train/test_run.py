@@ -362,7 +362,7 @@ def test_tensorboard_gets_the_same_numbers(small: Small, tmp_path: Path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(small(tensorboard=True), tmp_path)
+    run(small(loggers=("tensorboard",)), tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     read = [event.value for event in events.Scalars("train/loss")]
     assert read == pytest.approx(losses(tmp_path), rel=1e-6)
@@ -374,8 +374,10 @@ def test_tensorboard_must_be_installed(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ConfigError, match=r"train.tensorboard=true: .*blackmamba\[train\]"):
-        run(small(tensorboard=True), tmp_path / "out")
+    with pytest.raises(
+        ConfigError, match=r"train.loggers: tensorboard is not installed; .*blackmamba\[train\]"
+    ):
+        run(small(loggers=("tensorboard",)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -426,7 +428,7 @@ def test_a_summary_that_cannot_be_written(small: Small, tmp_path: Path):
 def test_metrics_survive_a_line_cut_short_and_nothing_else(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-    with MetricsLog(tmp_path, step=2, tensorboard=False) as log:
+    with MetricsLog(tmp_path, step=2) as log:
         log.write({"step": 3, "loss": 1.0})
     assert [row["loss"] for row in read_metrics(path)] == [3.0, 2.0, 1.0]
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
@@ -438,7 +440,7 @@ def test_metrics_survive_a_line_cut_short_and_nothing_else(tmp_path: Path):
 
 def test_metrics_that_cannot_be_written(tmp_path: Path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with MetricsLog(tmp_path, step=0, tensorboard=False) as log:
+    with MetricsLog(tmp_path, step=0) as log:
         log.write({"step": 1})
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
         try:
@@ -446,7 +448,7 @@ def test_metrics_that_cannot_be_written(tmp_path: Path):
                 log.write({"step": 2})
             resource.setrlimit(resource.RLIMIT_FSIZE, (5, limits[1]))
             with pytest.raises(TrainingError, match=r"cannot be written \(File too large\)"):
-                MetricsLog(tmp_path, step=1, tensorboard=False)
+                MetricsLog(tmp_path, step=1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-00000123/ is a model folder that `blackmamba.load` reads, and beside it
 
-    optimizer.safetensors   AdamW's moments and counts, as <parameter>/<quantity>
+    optimizer.safetensors   what the optimizer remembers, as <parameter>/<quantity>
     trainer.json            counters, the run's configuration, the data's fingerprint, version
 
 The folder appears under its name when it is whole and on disk. Which windows come next follows from
@@ -12,6 +12,7 @@ the step alone, and nothing draws random numbers once the weights are there.
 import dataclasses
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from blackmamba.data import Tokenizer
 from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.files import atomic_folder, settle
 from blackmamba.model import BlackMamba
+from blackmamba.train.average import WeightAverage
 from blackmamba.train.config import RunConfig
 from blackmamba.train.optimizer import optimizer_tensors, restore_optimizer
 from blackmamba.train.origin import origin
@@ -44,8 +46,23 @@ class Counters:
     bad_steps: int = 0
     """Steps skipped because loss or gradient was not finite."""
     bad_in_a_row: int = 0
+    """Skipped just now, one after another, for any reason."""
     seconds: float = 0.0
     """Spent on training, validation and checkpoints, over all resumes."""
+
+    skipped_batches: int = 0
+    """The next step reads batch `step + skipped_batches` of the sampler: how many roll-backs left
+    out."""
+    spikes: int = 0
+    """Steps skipped because loss or gradient was an outlier."""
+    rollbacks: int = 0
+    recent_losses: tuple[float, ...] = ()
+    """What outliers are told from, oldest first; see `SpikeGuard`."""
+    recent_norms: tuple[float, ...] = ()
+
+    best_step: int = 0
+    """After which the validation was best; 0: there was none yet."""
+    best_nats_per_token: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +86,10 @@ def save_checkpoint(
     config: RunConfig,
     data: str,
     keep: int,
+    keep_also: Collection[int] = (),
+    average: WeightAverage | None = None,
 ) -> Path:
-    """Write the checkpoint of this step and remove all but the last `keep`.
+    """Write the checkpoint of this step; remove all but the last `keep` and those of `keep_also`.
 
     Raises:
         CheckpointError: it cannot be written (a full disk); the older ones are whole.
@@ -86,7 +105,7 @@ def save_checkpoint(
     try:
         with atomic_folder(folder) as temporary:
             save(model, temporary, tokenizer=tokenizer)
-            save_file(optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
+            save_file(optimizer_tensors(model, optimizer, average), temporary / _OPTIMIZER)
             settle(temporary / _OPTIMIZER)
             text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
             (temporary / _TRAINER).write_text(text, encoding="utf-8")
@@ -95,17 +114,21 @@ def save_checkpoint(
             f"{folder}: the checkpoint cannot be written ({error}); older ones are as they were"
         ) from None
     for old in _folders(root)[:-keep]:
-        _remove(old)
+        if _step_of(old) not in keep_also:
+            _remove(old)
     return folder
 
 
-def newest_checkpoint(root: Path) -> Checkpoint | None:
+def newest_checkpoint(root: Path, every: int = 1) -> Checkpoint | None:
     """The checkpoint to resume from; None if there is none.
 
+    Args:
+        root: of all checkpoints.
+        every: only those after a multiple of so many steps.
     Raises:
         CheckpointError: its trainer.json is damaged or of another format.
     """
-    folders = _folders(root)
+    folders = [folder for folder in _folders(root) if _step_of(folder) % every == 0]
     if not folders:
         return None
     path = folders[-1] / _TRAINER
@@ -125,8 +148,13 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
         raise _damaged(path, error) from None
 
 
-def restore(checkpoint: Checkpoint, model: BlackMamba, optimizer: torch.optim.Optimizer) -> None:
-    """Give `model` and `optimizer` the values that they had.
+def restore(
+    checkpoint: Checkpoint,
+    model: BlackMamba,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None = None,
+) -> None:
+    """Give `model`, `optimizer` and `average` the values that they had.
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the model.
@@ -141,7 +169,7 @@ def restore(checkpoint: Checkpoint, model: BlackMamba, optimizer: torch.optim.Op
 
     path = checkpoint.folder / _OPTIMIZER
     try:
-        restore_optimizer(model, optimizer, load_file(path))
+        restore_optimizer(model, optimizer, load_file(path), average)
     except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(path, error) from None
 
@@ -155,6 +183,10 @@ def remove_leftovers(root: Path) -> None:
 def _folders(root: Path) -> list[Path]:
     """Of all checkpoints, oldest first."""
     return sorted(p for p in root.glob("step-*") if p.name[5:].isdecimal())
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _remove(folder: Path) -> None:

@@ -7,16 +7,19 @@ from typing import Literal
 from blackmamba.config import ModelConfig
 from blackmamba.data import DataConfig
 from blackmamba.errors import ConfigError
+from blackmamba.train.loggers import LoggerName
 
 _AT_LEAST = {
     1: ("steps", "batch_size", "accumulate", "seq_len", "evaluate_batch_size", "evaluate_seq_len",
         "log_every", "keep_checkpoints", "max_bad_steps"),
-    0: ("warmup_steps", "seed", "evaluate_every", "checkpoint_every", "grad_clip", "weight_decay"),
+    2: ("spike_window",),
+    0: ("warmup_steps", "seed", "evaluate_every", "checkpoint_every", "grad_clip", "weight_decay",
+        "max_rollbacks"),
 }  # fmt: skip
 _FREE_ON_RESUME = frozenset((
     "steps", "device", "evaluate_every", "evaluate_batch_size", "evaluate_seq_len",
-    "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "tensorboard",
-    "recompute", "capture",
+    "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "loggers",
+    "recompute", "capture", "keep_best", "max_rollbacks",
 ))  # fmt: skip
 
 
@@ -39,7 +42,7 @@ class TrainConfig:
     which Sinkhorn then finds for each micro-batch alone. Divides batch_size."""
     warmup_steps: int = 0
     min_lr_ratio: float = 0.1
-    """The cosine falls from lr to min_lr_ratio * lr."""
+    """The schedule falls from lr to min_lr_ratio * lr."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -79,11 +82,45 @@ class TrainConfig:
     """Steps from one checkpoint to the next; there is always one at the end. 0: only that."""
     keep_checkpoints: int = 2
     log_every: int = 10
-    """Steps from one record of the experts' load to the next."""
+    """Steps from one record of what takes more looking to the next: the experts' load, the
+    gradient's norm by part, utilisation and memory."""
     max_bad_steps: int = 10
     """So many steps in a row without a finite loss and gradient end the run."""
-    tensorboard: bool = False
-    """Also write event files for TensorBoard."""
+    loggers: tuple[LoggerName, ...] = ()
+    """Where the numbers go beside metrics.jsonl; each is a package to be installed."""
+
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """The learning rate after the warm-up. "wsd" (warm-up, stable, decay): constant, and down in
+    the last steps alone, so that a run can be made longer from a checkpoint before them."""
+    decay_fraction: float = 0.2
+    """Share of all steps in which "wsd" falls."""
+    decay_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
+    """How "wsd" falls: at share x of the way down to 1 - sqrt(x) or 1 - x."""
+
+    ema_decay: float = 0.0
+    """A moving average of the weights, float32, is kept, validated and saved as RUN/model_ema:
+    after each step so much of it stays (less in the first steps). 0: none."""
+
+    spikes: Literal["ignore", "skip", "rollback"] = "ignore"
+    """What happens to a step whose loss or gradient norm is an outlier. "skip": no update.
+    "rollback": the run goes back to the newest checkpoint of `checkpoint_every`, and goes on with
+    the data after the outlier's; where there is none yet, "skip"."""
+    spike_window: int = 100
+    """Usual steps of which outliers are told; as many steps at the beginning are never any."""
+    spike_threshold: float = 10.0
+    """An outlier is above the median by more than so many deviations, each 1.4826 times the median
+    absolute deviation."""
+    max_rollbacks: int = 5
+    """One more ends the run."""
+
+    keep_best: bool = False
+    """Keep the checkpoint of the best validation beside the last ones; a validation that is better
+    than all before is saved, whether a checkpoint is due or not."""
+
+    @property
+    def decay_steps(self) -> int:
+        """Of "wsd"."""
+        return round(self.decay_fraction * self.steps)
 
     init: str = ""
     """The model to begin with: a model folder, a run folder or a hub name; "": random weights. The
@@ -97,18 +134,26 @@ class TrainConfig:
                 value = getattr(self, name)
                 if not least <= value < math.inf:
                     raise ConfigError(f"train.{name}={value}: must be finite and at least {least}")
-        for name in ("lr", "adam_eps"):
+        for name in ("lr", "adam_eps", "spike_threshold"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(
                     f"train.{name}={getattr(self, name)}: must be positive and finite"
                 )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(
                     f"train.{name}={getattr(self, name)}: must be at least 0 and below 1"
                 )
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ConfigError(f"train.min_lr_ratio={self.min_lr_ratio}: must be 0 .. 1")
+        for name in ("min_lr_ratio", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: must be 0 .. 1")
+        if self.spikes == "rollback" and not self.checkpoint_every:
+            raise ConfigError(
+                "train.spikes='rollback': needs checkpoints to go back to; set "
+                "train.checkpoint_every, or train.spikes='skip'"
+            )
+        if len(set(self.loggers)) < len(self.loggers):
+            raise ConfigError(f"train.loggers={list(self.loggers)}: each may be there once")
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"train.accumulate={self.accumulate}: must divide batch_size={self.batch_size}"

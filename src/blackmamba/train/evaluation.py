@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from blackmamba.data import PreparedData, ValidationStreams
 from blackmamba.model import BlackMamba
+from blackmamba.train.metrics import finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,28 @@ class Validation:
     def bits_per_byte(self) -> float:
         """What a compressor that uses this model would need for each byte of text."""
         return self.nats / math.log(2) / self.n_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Validations:
+    """Of one moment of a run."""
+
+    weights: Validation
+    average: Validation | None
+    """Of the moving average of the weights, if there is one."""
+
+    def row(self) -> dict[str, dict[str, float | None]]:
+        """Their part of a line of metrics.jsonl."""
+        found = {"validation": self.weights}
+        if self.average is not None:
+            found["validation_ema"] = self.average
+        return {
+            name: {
+                "nats_per_token": finite(validation.nats_per_token),
+                "bits_per_byte": finite(validation.bits_per_byte),
+            }
+            for name, validation in found.items()
+        }
 
 
 @torch.inference_mode()

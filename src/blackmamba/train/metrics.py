@@ -1,23 +1,34 @@
-"""What a run measures: a JSON object a line in metrics.jsonl and, if wanted, TensorBoard events.
+"""What a run measures: a JSON object a line in metrics.jsonl, and whatever loggers are wanted.
 
-Each step has exactly one line, also after resumes: step, loss, lr, grad_norm, skipped, tokens,
-tokens_per_s, seconds; some have also `experts` (by layer) and `validation`. A number that is not
-finite is null.
+Each step has exactly one line, also after resumes and roll-backs: step, loss, lr, grad_norm,
+skipped, tokens, tokens_per_s, seconds. Every `log_every` steps a line has also `experts` (by
+layer), `grad_norms` (by part) and `machine` (mean tokens_per_s since the last, mfu, memory_bytes);
+some have `validation` and `validation_ema`. `spike` is true for an outlier; `rolled_back` says
+what a roll-back before this step left out. A number that is not finite is null.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
-from blackmamba.errors import ConfigError, TrainingError
+import torch
+from torch import Tensor
+
+from blackmamba.errors import TrainingError
 from blackmamba.files import write_text
 from blackmamba.model import Routing
+from blackmamba.train.loggers import Logger
+from blackmamba.train.readings import Readings
 
 Row = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
+
+
+def _none(_: int) -> Sequence[Logger]:
+    return ()
 
 
 class MetricsLog:
@@ -26,23 +37,32 @@ class MetricsLog:
     Args:
         folder: of the run.
         step: steps that are done; lines of later ones, from before a resume, are dropped.
-        tensorboard: also write event files into folder/tensorboard.
+        begin_loggers: opens the loggers that go on after so many steps.
     Raises:
-        ConfigError: TensorBoard is wanted and not installed.
+        ConfigError: what a logger needs is not installed.
         TrainingError: the file is damaged or cannot be written.
     """
 
-    def __init__(self, folder: Path, *, step: int, tensorboard: bool):
+    def __init__(
+        self, folder: Path, *, step: int, begin_loggers: Callable[[int], Sequence[Logger]] = _none
+    ):
         self._path = folder / METRICS_FILE
+        self._begin_loggers = begin_loggers
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
         rows = [row for row in read_metrics(self._path) if row["step"] <= step]
         try:
             write_text(self._path, "".join(map(_line, rows)))
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None
-        self._writer: Any = None
-        if tensorboard:
-            self._writer = _summary_writer()(str(folder / "tensorboard"), purge_step=step + 1)
+        self._loggers = self._begin_loggers(step)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written of later steps."""
+        self._close()
+        self._begin(step)
 
     def write(self, row: Row) -> None:
         """Add a step."""
@@ -52,9 +72,10 @@ class MetricsLog:
                 left = left[self._file.write(left) :]
         except OSError as error:
             raise self._unwritable(error) from None
-        if self._writer is not None:
-            for name, value in _scalars(row):
-                self._writer.add_scalar(name, value, row["step"])
+        if self._loggers:
+            numbers = dict(_scalars(row))
+            for logger in self._loggers:
+                logger.write(row["step"], numbers)
 
     def sync(self) -> None:
         """Put everything on disk, so that it is there whenever a later checkpoint is."""
@@ -67,9 +88,12 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for logger in self._loggers:
+            logger.close()
 
     def _unwritable(self, error: OSError) -> TrainingError:
         return TrainingError(f"{self._path}: cannot be written ({error.strerror})")
@@ -99,23 +123,38 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
-def expert_load(routing: Mapping[int, Routing]) -> dict[str, dict[str, float]]:
-    """How evenly each routed layer used its experts, by layer index.
+class ExpertLoad:
+    """How evenly each routed layer of a step used its experts; asking waits until it is known."""
 
-    max_load is the busiest expert's tokens over the mean (1: balanced); the others are those of
-    `RoutingStats`.
-    """
-    found: dict[str, dict[str, float]] = {}
-    for layer, routed in routing.items():
-        stats = routed.statistics()
-        load = stats.tokens_per_expert.double()
-        found[str(layer)] = {
-            "max_load": (load.max() / load.mean()).item(),
-            "load_entropy": stats.load_entropy.item(),
-            "argmax_agreement": stats.argmax_agreement.item(),
-            "mean_gate": stats.mean_gate.item(),
-        }
-    return found
+    def __init__(self, routing: Mapping[int, Routing]):
+        self._layers = list(routing)
+        found: dict[str, Tensor] = {}
+        for layer, routed in routing.items():
+            stats = routed.statistics()
+            load = stats.tokens_per_expert.double()
+            figures = (stats.load_entropy, stats.argmax_agreement, stats.mean_gate)
+            found[f"{layer} share"] = load / load.sum()
+            found[f"{layer} figures"] = torch.stack([f.double() for f in figures])
+        self._readings = Readings(found)
+
+    def by_layer(self) -> dict[str, dict[str, Any]]:
+        """By layer index: `RoutingStats` in numbers.
+
+        max_load is the busiest expert's tokens over the mean (1: balanced), share each expert's
+        part of the tokens.
+        """
+        known = self._readings.known()
+        found: dict[str, dict[str, Any]] = {}
+        for layer in self._layers:
+            share, figures = known[f"{layer} share"], known[f"{layer} figures"]
+            found[str(layer)] = {
+                "max_load": max(share) * len(share),
+                "load_entropy": figures[0],
+                "argmax_agreement": figures[1],
+                "mean_gate": figures[2],
+                "share": [round(s, 6) for s in share],
+            }
+        return found
 
 
 def finite(value: float) -> float | None:
@@ -133,25 +172,5 @@ def _scalars(row: Mapping[str, Any], prefix: str = "train") -> Iterator[tuple[st
             inner = cast("dict[str, Any]", value)
             name = key if prefix == "train" else f"{prefix}/{key}"
             yield from _scalars(inner, name)
-        elif value is not None and key != "step":
+        elif isinstance(value, int | float) and key != "step":
             yield f"{prefix}/{key}", float(value)
-
-
-def check_tensorboard() -> None:
-    """See that TensorBoard's event files can be written.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    _summary_writer()
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "train.tensorboard=true: tensorboard is not installed; "
-            "pip install 'blackmamba[train]', or set train.tensorboard=false"
-        ) from None
-    return SummaryWriter

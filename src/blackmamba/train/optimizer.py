@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from blackmamba.train.average import WeightAverage
 from blackmamba.train.config import TrainConfig
 from blackmamba.train.mixed import MixedAdamW
 
@@ -50,30 +51,42 @@ def build_optimizer(
     return MixedAdamW(groups, config.lr, betas, config.adam_eps, on_device)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that the optimizer remembers, by "<parameter>/<quantity>"; nothing before a step."""
-    return {
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
+) -> dict[str, Tensor]:
+    """All that the optimizer remembers, by "<parameter>/<quantity>"; nothing before a step.
+
+    With an average of the weights, that as "<parameter>/average".
+    """
+    tensors = {
         f"{name}/{quantity}": value.clone() if quantity == "step" else value  # it may be shared
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
         for quantity, value in optimizer.state[parameter].items()
     }
+    if average is not None:
+        tensors |= {f"{name}/average": value for name, value in average.tensors.items()}
+    return tensors
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    average: WeightAverage | None = None,
 ) -> None:
-    """Make the optimizer remember what `optimizer_tensors` gave.
+    """Make the optimizer, and the average, remember what `optimizer_tensors` gave.
 
     Raises:
         ValueError: the tensors are those of another model.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    averages = {} if average is None else average.tensors
     shapes = {
         f"{name}/{quantity}": torch.Size() if quantity == "step" else p.shape
         for name, p in parameters.items()
         for quantity in _quantities(optimizer, p)
-    }
+    } | {f"{name}/average": value.shape for name, value in averages.items()}
     wrong = {k for k, v in tensors.items() if shapes.get(k) != v.shape}
     if tensors:
         wrong |= shapes.keys() - tensors.keys()
@@ -81,6 +94,9 @@ def restore_optimizer(
         raise ValueError(f"{min(wrong)} and {len(wrong) - 1} more do not fit the model")
     for key, value in tensors.items():
         name, quantity = key.split("/")
+        if quantity == "average":
+            averages[name].copy_(value)
+            continue
         parameter = parameters[name]
         optimizer.state[parameter][quantity] = value.to(parameter.device, copy=True)
 

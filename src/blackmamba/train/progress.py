@@ -22,8 +22,14 @@ class Progress:
     def on_evaluation(self, step: int, validation: Validation) -> None:
         """The validation text was predicted after `step` steps."""
 
+    def on_average(self, step: int, validation: Validation) -> None:
+        """So did the moving average of the weights, if there is one."""
+
     def on_checkpoint(self, folder: Path) -> None:
         """A checkpoint is on disk."""
+
+    def on_rollback(self, step: int, to: int) -> None:
+        """Step `step` was an outlier: the run goes on from the checkpoint after `to` steps."""
 
 
 class RichProgress(Progress):
@@ -37,10 +43,13 @@ class RichProgress(Progress):
             BarColumn(bar_width=None),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("{task.fields[mfu]}"),
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._bar.add_task("train", total=None, loss="-", speed="-", visible=False)
+        self._task = self._bar.add_task(
+            "train", total=None, loss="-", speed="-", mfu="", visible=False
+        )
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -55,9 +64,13 @@ class RichProgress(Progress):
         self._bar.reset(self._task, total=steps, completed=step, visible=True)
 
     def on_step(self, row: dict[str, Any]) -> None:
-        loss = "not finite, skipped" if row["skipped"] else f"{row['loss']:.3f}"
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
+        skipped = ", skipped" if row["skipped"] else ""
+        speed = row.get("machine", row)["tokens_per_s"]
+        if "machine" in row:
+            self._bar.update(self._task, mfu=f"MFU {100 * row['machine']['mfu']:.0f} %")
         self._bar.update(
-            self._task, completed=row["step"], loss=loss, speed=f"{row['tokens_per_s']:,.0f}"
+            self._task, completed=row["step"], loss=loss + skipped, speed=f"{speed:,.0f}"
         )
 
     def on_evaluation(self, step: int, validation: Validation) -> None:
@@ -69,3 +82,14 @@ class RichProgress(Progress):
 
     def on_checkpoint(self, folder: Path) -> None:
         self._console.print(f"saved {folder}", highlight=False, markup=False)
+
+    def on_average(self, step: int, validation: Validation) -> None:
+        self._console.print(
+            f"step {step}: average of weights {validation.nats_per_token:.3f} nats per token, "
+            f"{validation.bits_per_byte:.3f} bits per byte",
+            highlight=False,
+        )
+
+    def on_rollback(self, step: int, to: int) -> None:
+        self._console.print(f"step {step}: an outlier; back to step {to}", highlight=False)
+        self._bar.update(self._task, completed=to)

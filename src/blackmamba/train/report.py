@@ -22,6 +22,9 @@ class RunResult:
     steps: int
     bad_steps: int
     """Of `steps`, those skipped because loss or gradient was not finite."""
+    spikes: int
+    """Steps skipped because loss or gradient was an outlier."""
+    rollbacks: int
     tokens: int
     """Read in training."""
     seconds: float
@@ -29,20 +32,35 @@ class RunResult:
     nats_per_token: float
     """On the whole validation text."""
     bits_per_byte: float
+    ema_bits_per_byte: float | None
+    """Of the moving average of the weights, if there is one."""
+    best_step: int
+    """After which the validation was best."""
+    best_nats_per_token: float
     xz_bits_per_byte: float | None
     """What `xz -9e` needs for the same text; None if that is too long to try."""
+    product_flops_per_s: float
+    """Of a large product on this machine: what utilisation (mfu) is a share of."""
     model: Path
     """Folder of the trained model."""
 
     def report(self) -> str:
         """A few lines for people."""
         minutes, seconds = divmod(round(self.seconds), 60)
-        skipped = f" ({self.bad_steps} skipped: not finite)" if self.bad_steps else ""
+        reasons = ((self.bad_steps, "skipped: not finite"), (self.spikes, "outliers"),
+                   (self.rollbacks, "roll-backs"))  # fmt: skip
+        said = ", ".join(f"{n} {what}" for n, what in reasons if n)
+        skipped = f" ({said})" if said else ""
+        ema = (
+            f"\naverage of weights: {self.ema_bits_per_byte:.3f} bits per byte"
+            if self.ema_bits_per_byte is not None
+            else ""
+        )
         xz = f" (xz -9e: {self.xz_bits_per_byte:.3f})" if self.xz_bits_per_byte else ""
         return (
             f"{self.steps} steps{skipped}, {self.tokens:,} tokens in {minutes} min {seconds} s\n"
             f"validation: {self.nats_per_token:.3f} nats per token, "
-            f"{self.bits_per_byte:.3f} bits per byte{xz}\n"
+            f"{self.bits_per_byte:.3f} bits per byte{xz}{ema}\n"
             f"model: {self.model}"
         )
 
@@ -50,8 +68,9 @@ class RunResult:
 def write_summary(result: RunResult, folder: Path) -> None:
     """Write summary.json: the result, and which code it came from."""
     plain: dict[str, Any] = {**dataclasses.asdict(result), "model": result.model.name, **origin()}
-    for name in ("nats_per_token", "bits_per_byte"):
-        plain[name] = finite(plain[name])
+    for name, value in plain.items():
+        if isinstance(value, float):
+            plain[name] = finite(value)
     write_text(folder / "summary.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 

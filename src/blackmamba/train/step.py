@@ -5,7 +5,7 @@ and what the host wants to know of it is on its way while the next one begins.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,42 +13,51 @@ from torch import Tensor, nn
 from blackmamba.model import BlackMamba, Trace
 from blackmamba.ops import global_norm
 from blackmamba.train.mixed import MixedAdamW
+from blackmamba.train.readings import Readings
+from blackmamba.train.spikes import SpikeGuard
 
 
 class StepOutcome:
-    """Loss and norm of a step; asking for them waits until they are known."""
+    """What a step did; asking waits until it is known."""
 
-    def __init__(self, loss: Tensor, grad_norm: Tensor):
+    def __init__(
+        self, loss: Tensor, grad_norm: Tensor, is_taken: Tensor, part_norms: Mapping[str, Tensor]
+    ):
         """Scalars on the device."""
-        numbers = torch.stack((loss.double(), grad_norm.double()))
-        self._event: torch.cuda.Event | None = None
-        if numbers.is_cuda:
-            host = torch.empty_like(numbers, device="cpu", pin_memory=True)
-            numbers = host.copy_(numbers, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        self._numbers = numbers
+        self._names = list(part_norms)
+        parts = {} if not part_norms else {"parts": torch.stack(list(part_norms.values()))}
+        numbers = torch.stack((loss.double(), grad_norm.double(), is_taken.double()))
+        self._readings = Readings({"step": numbers, **parts})
 
     @property
     def loss(self) -> float:
         """Mean nats per token, before the update."""
-        return self._known()[0]
+        return self._readings.known()["step"][0]
 
     @property
     def grad_norm(self) -> float:
         """Of all gradients together, before clipping."""
-        return self._known()[1]
+        return self._readings.known()["step"][1]
 
     @property
     def is_finite(self) -> bool:
-        """Whether there was an update."""
-        return all(map(math.isfinite, self._known()))
+        """Whether loss and norm are."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
-    def _known(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        return self._numbers.tolist()
+    @property
+    def is_taken(self) -> bool:
+        """Whether there was an update."""
+        return bool(self._readings.known()["step"][2])
+
+    @property
+    def is_spike(self) -> bool:
+        """Whether it was left out as an outlier."""
+        return self.is_finite and not self.is_taken
+
+    @property
+    def part_norms(self) -> dict[str, float]:
+        """Of the gradients of each part that was asked for, before clipping."""
+        return dict(zip(self._names, self._readings.known().get("parts", ()), strict=True))
 
 
 def train_step(
@@ -63,8 +72,12 @@ def train_step(
     trace: Trace | None = None,
     seq_idx: Tensor | None = None,
     gradients: "GradientsOfBatch | None" = None,
+    guard: SpikeGuard | None = None,
+    parts: Mapping[str, Sequence[nn.Parameter]] | None = None,
 ) -> StepOutcome:
     """Update the weights once; leave them and the optimizer alone if something is not finite.
+
+    A group of the optimizer may have an "lr_ratio": its learning rate is so many times `lr`.
 
     Args:
         model: in training mode.
@@ -77,17 +90,24 @@ def train_step(
         trace: filled by the last micro-batch.
         seq_idx: (b, l), see `BlackMamba.loss`.
         gradients: what computes them; None: `GradientsOfBatch(model)`.
+        guard: says which finite steps to leave out too.
+        parts: parameters of which the norm of their gradients is wanted, by name of the part.
     """
     compute = gradients or GradientsOfBatch(model)
     loss, found, norm = compute(input_ids, labels, seq_idx, accumulate, trace)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
+    go = loss.isfinite() & norm.isfinite() if guard is None else guard.is_usual(loss, norm)
+    norms = {
+        name: gradient_norm([found[p] for p in members if p in found])
+        for name, members in (parts or {}).items()
+        if any(p in found for p in members)
+    }
+    outcome = StepOutcome(loss, norm, go, norms)
     if isinstance(optimizer, MixedAdamW):
         scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0) if grad_clip else 1.0
-        optimizer.update(found, gradient_scale=scale, go=loss.isfinite() & norm.isfinite())
-        return StepOutcome(loss, norm)
-    outcome = StepOutcome(loss, norm)
-    if outcome.is_finite:
+        optimizer.update(found, gradient_scale=scale, go=go)
+    elif outcome.is_taken:
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         optimizer.step()

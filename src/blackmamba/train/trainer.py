@@ -5,12 +5,13 @@ RUN/
     data/             tokenizer and tokens
     metrics.jsonl     a line a step          tensorboard/   the same, if wanted
     checkpoints/      step-00000123/, ...    model/         the trained model
+    model_ema/        the average of its weights, if wanted
     loss.png          summary.json
 """
 
 import contextlib
 import dataclasses
-import logging
+import math
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -19,40 +20,40 @@ import torch
 from torch import Tensor
 
 from blackmamba.checkpoint import save
-from blackmamba.data import Batch, PreparedData, WindowSampler, prepare
-from blackmamba.errors import ConfigError, DataError, TrainingError
+from blackmamba.data import Batch, PreparedData, WindowSampler
+from blackmamba.errors import ConfigError, TrainingError
 from blackmamba.model import BlackMamba, Trace
-from blackmamba.train.checkpoints import (
-    Checkpoint,
-    Counters,
-    newest_checkpoint,
-    remove_leftovers,
-    restore,
-    save_checkpoint,
+from blackmamba.model.size import training_flops_per_token
+from blackmamba.train.average import WeightAverage
+from blackmamba.train.checkpoints import Counters, newest_checkpoint, restore, save_checkpoint
+from blackmamba.train.config import RunConfig
+from blackmamba.train.evaluation import Validation, Validations, validate
+from blackmamba.train.folder import (
+    CHECKPOINTS,
+    MODEL,
+    RECIPE,
+    enter,
+    open_data,
+    pick_device,
+    with_dtype,
 )
-from blackmamba.train.config import RunConfig, check_resumable
-from blackmamba.train.evaluation import Validation, validate
 from blackmamba.train.interrupt import StopRequest
+from blackmamba.train.loggers import Logger, check_loggers, open_loggers
 from blackmamba.train.memory import keep_freed_memory
-from blackmamba.train.metrics import (
-    METRICS_FILE,
-    MetricsLog,
-    Row,
-    check_tensorboard,
-    expert_load,
-    finite,
-)
+from blackmamba.train.metrics import ExpertLoad, MetricsLog, Row, finite
 from blackmamba.train.mixed import narrow_weights
 from blackmamba.train.optimizer import build_optimizer
+from blackmamba.train.parts import parameters_by_part
 from blackmamba.train.progress import Progress
 from blackmamba.train.recipe import write_recipe
 from blackmamba.train.report import RunResult, draw_loss, write_summary, xz_bits_per_byte
 from blackmamba.train.schedule import learning_rate
+from blackmamba.train.speed import peak_memory, product_rate
+from blackmamba.train.spikes import SpikeGuard
 from blackmamba.train.start import DTYPES, started
 from blackmamba.train.step import CapturedGradients, GradientsOfBatch, StepOutcome, train_step
 
-RECIPE, DATA, CHECKPOINTS, MODEL = "recipe.yaml", "data", "checkpoints", "model"
-_logger = logging.getLogger(__name__)
+AVERAGE = "model_ema"
 
 
 def run(
@@ -77,43 +78,53 @@ def run(
             that may not change (see `check_resumable`); there is no such device.
         DataError: the text is missing, too little, or not what the run began with.
         CheckpointError: a checkpoint is damaged, or a model or checkpoint cannot be written.
-        TrainingError: too many steps in a row were not finite, or `out` cannot be written to.
+        TrainingError: too many steps in a row were skipped, the run went back too often, or `out`
+            cannot be written to.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     out, settings, progress = Path(out), config.train, progress or Progress()
-    device = _pick_device(settings.device)
+    device = pick_device(settings.device)
     if settings.capture and device.type != "cuda":
         raise ConfigError("train.capture=true: there are graphs on a GPU only; set it to false")
     keep_freed_memory(device)
-    if settings.tensorboard:
-        check_tensorboard()
-    checkpoint = _enter(out, config, resume)
-    config = _with_dtype(config, checkpoint, device)
-    data = _open_data(out, config, checkpoint)
+    check_loggers(settings.loggers)
+    checkpoint = enter(out, config, resume)
+    config = with_dtype(config, checkpoint, device)
+    data = open_data(out, config, checkpoint)
     settings = config.train
     model = started(config, data.tokenizer, resumed=checkpoint is not None)
     masters = narrow_weights(model, DTYPES[settings.dtype]) if settings.weights != "float32" else {}
     model.to(device).recompute = settings.recompute
     optimizer = build_optimizer(model, settings, masters)
     del masters  # they may be on the device by now
+    average = WeightAverage(model, optimizer, settings.ema_decay) if settings.ema_decay else None
     counters = Counters()
     if checkpoint is not None:
-        restore(checkpoint, model, optimizer)
+        restore(checkpoint, model, optimizer, average)
         counters = checkpoint.counters
     with _writing(out):
         write_recipe(config, out / RECIPE)
 
-    trainer = Trainer(config, out, data, model, optimizer, counters, progress)
-    validation = trainer.train()
+    trainer = Trainer(config, out, data, model, optimizer, average, counters, progress)
+    found = trainer.train()
     save(model, out / MODEL, tokenizer=data.tokenizer)
+    if average is not None:
+        with average.in_place():
+            save(model, out / AVERAGE, tokenizer=data.tokenizer)
     result = RunResult(
         steps=counters.step,
         bad_steps=counters.bad_steps,
+        spikes=counters.spikes,
+        rollbacks=counters.rollbacks,
         tokens=counters.tokens,
         seconds=counters.seconds,
-        nats_per_token=validation.nats_per_token,
-        bits_per_byte=validation.bits_per_byte,
+        nats_per_token=found.weights.nats_per_token,
+        bits_per_byte=found.weights.bits_per_byte,
+        ema_bits_per_byte=None if found.average is None else found.average.bits_per_byte,
+        best_step=counters.best_step,
+        best_nats_per_token=counters.best_nats_per_token,
         xz_bits_per_byte=xz_bits_per_byte(data.validation_text),
+        product_flops_per_s=trainer.rate,
         model=out / MODEL,
     )
     with _writing(out):
@@ -132,42 +143,57 @@ class Trainer:
         data: PreparedData,
         model: BlackMamba,
         optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
         counters: Counters,
         progress: Progress,
     ):
         self.config, self.out, self.data = config, out, data
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.average = model, optimizer, average
         self.counters, self.progress = counters, progress
         self._device = model.embedding.weight.device
         self._is_ahead = self._device.type != "cpu"
         self._gradients = (CapturedGradients if config.train.capture else GradientsOfBatch)(model)
+        self._parts = parameters_by_part(model)
+        self._guard = self._new_guard()
+        self._unlogged = [0.0, 0]  # seconds and tokens of the steps since the last log
+        self._rolled_back: dict[str, int] | None = None  # to be written down with the next step
+        self.rate = product_rate(self._device.type, model.compute_dtype)
+        self._flops_per_token = training_flops_per_token(model.config, config.train.seq_len)
 
-    def train(self) -> Validation:
+    def train(self) -> Validations:
         """All steps that are left; returns the validation after the last."""
         settings, counters = self.config.train, self.counters
         sampler = WindowSampler(
             self.data.train.tokens, settings.seq_len, settings.batch_size, settings.seed
         )
-        validation: Validation | None = None
+        found: Validations | None = None
         waiting: _Step | None = None  # on a GPU: runs, while the host prepares the next
-        self._since = time.monotonic()
-        began = self._since - counters.seconds
+        self._began, self._since = time.monotonic() - counters.seconds, time.monotonic()
         self.progress.on_start(counters.step, settings.steps)
         with (
-            MetricsLog(self.out, step=counters.step, tensorboard=settings.tensorboard) as metrics,
+            MetricsLog(self.out, step=counters.step, begin_loggers=self._begin_loggers) as metrics,
             StopRequest() as stop,
         ):
             while counters.step < settings.steps:
-                step = self._begin_step(sampler.batch(counters.step))
+                number = counters.step + counters.skipped_batches
+                step = self._begin_step(number, sampler.batch(number))
                 is_last = counters.step == settings.steps
                 is_validated = is_last or _is_due(counters.step, settings.evaluate_every)
                 is_saved = is_last or _is_due(counters.step, settings.checkpoint_every)
                 if waiting is not None:
-                    self._end_step(waiting, metrics, None, began)
+                    if not self._is_kept(waiting, metrics):
+                        waiting = None
+                        continue
+                    self._end_step(waiting, metrics, None)
                 waiting = step
                 if is_validated or is_saved or not self._is_ahead or stop.requested:
-                    validation = self._validate() if is_validated else None
-                    self._end_step(waiting, metrics, validation, began)
+                    if not self._is_kept(waiting, metrics):
+                        waiting = None
+                        continue
+                    found = self._validate() if is_validated else None
+                    if found is not None and self._is_best(found):
+                        is_saved = is_saved or settings.keep_best
+                    self._end_step(waiting, metrics, found)
                     waiting = None
                 is_stopping = waiting is None and stop.requested
                 if is_saved or is_stopping:
@@ -178,13 +204,14 @@ class Trainer:
                         f"saved and stopped after step {counters.step} of {settings.steps}; "
                         "--resume goes on from there"
                     )
-        return validation or self._validate()
+        return found or self._validate()
 
-    def _begin_step(self, batch: Batch) -> "_Step":
+    def _begin_step(self, number: int, batch: Batch) -> "_Step":
         """Start a step; on a GPU it is not done when this returns."""
         settings, counters = self.config.train, self.counters
         lr = learning_rate(settings, counters.step)
-        trace = Trace() if _is_due(counters.step + 1, settings.log_every) else None
+        is_logged = _is_due(counters.step + 1, settings.log_every)
+        trace = Trace() if is_logged else None
         outcome = train_step(
             self.model,
             self.optimizer,
@@ -196,20 +223,24 @@ class Trainer:
             trace=trace,
             seq_idx=None if batch.seq_idx is None else _sent(batch.seq_idx, self._device),
             gradients=self._gradients,
+            guard=self._guard,
+            parts=self._parts if is_logged else None,
         )
         counters.step += 1
         n_tokens = batch.input_ids.numel()
         counters.tokens += n_tokens
-        experts = expert_load(trace.routing) if trace is not None and trace.routing else None
-        return _Step(counters.step, counters.tokens, n_tokens, lr, outcome, experts)
+        if self.average is not None:
+            self.average.update(counters.step)
+        experts = ExpertLoad(trace.routing) if trace is not None and trace.routing else None
+        return _Step(
+            counters.step, number, counters.tokens, n_tokens, lr, outcome, experts, is_logged
+        )
 
-    def _end_step(
-        self, step: "_Step", metrics: MetricsLog, validation: Validation | None, began: float
-    ) -> None:
+    def _end_step(self, step: "_Step", metrics: MetricsLog, found: Validations | None) -> None:
         """Wait for a step's numbers and write them down.
 
         Raises:
-            TrainingError: too many in a row were not finite.
+            TrainingError: too many in a row were skipped.
         """
         settings, counters, outcome = self.config.train, self.counters, step.outcome
         row: Row = {
@@ -217,70 +248,170 @@ class Trainer:
             "loss": finite(outcome.loss),
             "lr": step.lr,
             "grad_norm": finite(outcome.grad_norm),
-            "skipped": not outcome.is_finite,
+            "skipped": not outcome.is_taken,
             "tokens": step.tokens,
         }
-        now = time.monotonic()
-        row["tokens_per_s"] = round(step.n_tokens / (now - self._since), 1)
-        self._since = now
+        if outcome.is_spike:
+            row["spike"] = True
+        if self._rolled_back is not None:
+            row["rolled_back"], self._rolled_back = self._rolled_back, None
+        row["tokens_per_s"] = round(step.n_tokens / step.seconds, 1)
+        self._unlogged[0] += step.seconds
+        self._unlogged[1] += step.n_tokens
         if step.experts is not None:
-            row["experts"] = step.experts
-        if validation is not None:
-            row["validation"] = {
-                "nats_per_token": finite(validation.nats_per_token),
-                "bits_per_byte": finite(validation.bits_per_byte),
-            }
+            row["experts"] = step.experts.by_layer()
+        if step.is_logged:
+            row["grad_norms"] = {k: finite(v) for k, v in outcome.part_norms.items()}
+            row["machine"] = self._machine()
+        if found is not None:
+            row |= found.row()
         counters.bad_steps += not outcome.is_finite
-        counters.bad_in_a_row = 0 if outcome.is_finite else counters.bad_in_a_row + 1
-        counters.seconds = now - began
+        counters.spikes += outcome.is_spike
+        counters.bad_in_a_row = 0 if outcome.is_taken else counters.bad_in_a_row + 1
+        counters.seconds = time.monotonic() - self._began
         row["seconds"] = round(counters.seconds, 3)
         metrics.write(row)
         self.progress.on_step(row)
         if counters.bad_in_a_row >= settings.max_bad_steps:
+            what = "an outlier" if outcome.is_spike else "not finite"
             raise TrainingError(
-                f"step {step.number}: loss or gradient was not finite for "
+                f"step {step.number}: loss or gradient was {what} for "
                 f"{counters.bad_in_a_row} steps in a row; "
                 f"try a train.lr below {settings.lr:g} or a longer train.warmup_steps"
+                + (", or a larger train.spike_threshold" if outcome.is_spike else "")
             )
 
-    def _validate(self) -> Validation:
+    def _machine(self) -> dict[str, float]:
+        """How fast the steps since the last time were, and what they took."""
+        seconds, tokens = self._unlogged
+        self._unlogged = [0.0, 0]
+        speed = tokens / seconds
+        return {
+            "tokens_per_s": round(speed, 1),
+            "mfu": round(speed * self._flops_per_token / self.rate, 4),
+            "memory_bytes": peak_memory(self._device.type),
+        }
+
+    def _is_kept(self, step: "_Step", metrics: MetricsLog) -> bool:
+        """Wait until a step is done. False: it was an outlier, and the run went back.
+
+        Raises:
+            TrainingError: it went back too often.
+        """
+        settings, counters = self.config.train, self.counters
+        is_spike = step.outcome.is_spike
+        now = time.monotonic()
+        step.seconds, self._since = now - self._since, now
+        if settings.spikes != "rollback" or not is_spike:
+            return True
+        checkpoint = newest_checkpoint(self.out / CHECKPOINTS, settings.checkpoint_every)
+        if checkpoint is None:
+            return True  # there is nothing to go back to: the step was skipped
+        rollbacks = counters.rollbacks + 1
+        if rollbacks > settings.max_rollbacks:
+            raise TrainingError(
+                f"step {step.number}: loss {step.outcome.loss:.4g} or gradient norm "
+                f"{step.outcome.grad_norm:.4g} is an outlier, after {counters.rollbacks} "
+                f"roll-backs (train.max_rollbacks); try a train.lr below {settings.lr:g}, "
+                "or a larger train.spike_threshold"
+            )
+        restore(checkpoint, self.model, self.optimizer, self.average)
+        spikes, kept = counters.spikes + 1, checkpoint.counters
+        for field in dataclasses.fields(counters):
+            setattr(counters, field.name, getattr(kept, field.name))
+        counters.spikes, counters.rollbacks = spikes, rollbacks
+        counters.skipped_batches = step.batch + 1 - counters.step
+        counters.seconds = now - self._began
+        self._guard = self._new_guard()
+        self._rolled_back = {
+            "from_step": step.number,
+            "skipped_batches": counters.skipped_batches - kept.skipped_batches,
+        }
+        metrics.rewind(counters.step)
+        self.progress.on_rollback(step.number, counters.step)
+        self._since = time.monotonic()
+        return False
+
+    def _new_guard(self) -> SpikeGuard | None:
+        """One that goes on from the counters; None if outliers do not matter."""
+        settings, counters = self.config.train, self.counters
+        if settings.spikes == "ignore":
+            return None
+        remembered = counters.recent_losses, counters.recent_norms
+        return SpikeGuard(settings.spike_window, settings.spike_threshold, self._device, remembered)
+
+    def _is_best(self, found: Validations) -> bool:
+        """Whether no validation was better; it is remembered."""
+        counters, nats = self.counters, found.weights.nats_per_token
+        is_best = not counters.best_step or nats < counters.best_nats_per_token
+        if is_best and math.isfinite(nats):
+            counters.best_step, counters.best_nats_per_token = counters.step, nats
+            return True
+        return False
+
+    def _validate(self) -> Validations:
+        """Of the weights and, if there is one, of their average."""
         settings = self.config.train
-        validation = validate(
-            self.model,
-            self.data,
-            batch_size=settings.evaluate_batch_size,
-            seq_len=settings.evaluate_seq_len,
-        )
-        self.progress.on_evaluation(self.counters.step, validation)
-        return validation
+        options = {
+            "batch_size": settings.evaluate_batch_size,
+            "seq_len": settings.evaluate_seq_len,
+        }
+        weights = validate(self.model, self.data, **options)
+        average: Validation | None = None
+        if self.average is not None:
+            with self.average.in_place():
+                average = validate(self.model, self.data, **options)
+        found = Validations(weights, average)
+        self.progress.on_evaluation(self.counters.step, weights)
+        if average is not None:
+            self.progress.on_average(self.counters.step, average)
+        self._since = time.monotonic()
+        return found
 
     def _save(self) -> None:
+        settings, counters = self.config.train, self.counters
+        if self._guard is not None:
+            counters.recent_losses, counters.recent_norms = self._guard.remembered()
+        keep_also = {counters.best_step} if settings.keep_best else set[int]()
+        if settings.spikes == "rollback":  # a signal's own checkpoint must not push it out
+            keep_also.add(counters.step - counters.step % settings.checkpoint_every)
         folder = save_checkpoint(
             self.out / CHECKPOINTS,
             self.model,
             self.data.tokenizer,
             self.optimizer,
-            counters=self.counters,
+            counters=counters,
             config=self.config,
             data=self.data.index.fingerprint,
-            keep=self.config.train.keep_checkpoints,
+            keep=settings.keep_checkpoints,
+            keep_also=keep_also,
+            average=self.average,
         )
         self.progress.on_checkpoint(folder)
+        self._since = time.monotonic()
+
+    def _begin_loggers(self, step: int) -> list[Logger]:
+        return open_loggers(self.config.train.loggers, self.out, step=step, config=self.config)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Step:
     """A step that was begun."""
 
     number: int
     """From 1."""
+    batch: int
+    """The sampler's number of what it read."""
     tokens: int
     """Read up to its end."""
     n_tokens: int
     """Its own."""
     lr: float
     outcome: StepOutcome
-    experts: dict[str, dict[str, float]] | None
+    experts: ExpertLoad | None
+    is_logged: bool
+    seconds: float = 0.0
+    """From the end of the step before to its own."""
 
 
 @contextlib.contextmanager
@@ -298,72 +429,3 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-# ---- before the first step -----------------------------------------------------------------
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device='cuda': no usable GPU here; use 'auto' or 'cpu'")
-    return torch.device(name)
-
-
-def _enter(out: Path, config: RunConfig, resume: bool) -> Checkpoint | None:
-    """See that the run may use the folder `out`; the checkpoint to go on from, if any."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: not a folder; a run needs one of its own")
-    held = [name for name in (RECIPE, METRICS_FILE, CHECKPOINTS, MODEL) if (out / name).exists()]
-    if held and not resume:
-        raise ConfigError(
-            f"{out}: holds a run already ({held[0]}); go on with it by --resume, "
-            "or choose another --out"
-        )
-    remove_leftovers(out / CHECKPOINTS)
-    checkpoint = newest_checkpoint(out / CHECKPOINTS)
-    if checkpoint is None:
-        if resume:
-            _logger.warning("%s: no checkpoint to resume from; beginning with step 1", out)
-        return None
-    check_resumable(checkpoint.config, _with_dtype(config, checkpoint, torch.device("cpu")))
-    if checkpoint.counters.step > config.train.steps:
-        raise ConfigError(
-            f"train.steps={config.train.steps}: {checkpoint.folder} has more steps done already"
-        )
-    return checkpoint
-
-
-def _with_dtype(
-    config: RunConfig, checkpoint: Checkpoint | None, device: torch.device
-) -> RunConfig:
-    """The configuration with what it stands for in the place of "auto"."""
-    train, begun = config.train, None if checkpoint is None else checkpoint.config.train
-    if train.dtype == "auto":
-        dtype = "bfloat16" if _multiplies_bfloat16(device) else "float32"
-        train = dataclasses.replace(train, dtype=begun.dtype if begun else dtype)
-    if train.weights == "auto":
-        weights = "master" if device.type == "cuda" and train.dtype == "bfloat16" else "float32"
-        train = dataclasses.replace(train, weights=begun.weights if begun else weights)
-    return dataclasses.replace(config, train=train)
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for products of bfloat16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def _open_data(out: Path, config: RunConfig, checkpoint: Checkpoint | None) -> PreparedData:
-    folder = out / DATA
-    if checkpoint is None:
-        return prepare(config.data, folder)
-    try:
-        data = PreparedData.open(folder)  # the text itself may be gone by now
-    except DataError:
-        data = prepare(config.data, folder)
-    if data.index.fingerprint != checkpoint.data:
-        raise DataError(f"{folder}: not the text that this run began with; begin a new run")
-    return data

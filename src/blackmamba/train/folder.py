@@ -1,0 +1,80 @@
+"""The folder of a run: whether it may be used, where its run goes on, what lies in it."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+
+from blackmamba.data import PreparedData, prepare
+from blackmamba.errors import ConfigError, DataError
+from blackmamba.train.checkpoints import Checkpoint, newest_checkpoint, remove_leftovers
+from blackmamba.train.config import RunConfig, check_resumable
+from blackmamba.train.metrics import METRICS_FILE
+
+RECIPE, DATA, CHECKPOINTS, MODEL = "recipe.yaml", "data", "checkpoints", "model"
+_logger = logging.getLogger(__name__)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device='cuda': no usable GPU here; use 'auto' or 'cpu'")
+    return torch.device(name)
+
+
+def enter(out: Path, config: RunConfig, resume: bool) -> Checkpoint | None:
+    """See that the run may use the folder `out`; the checkpoint to go on from, if any."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: not a folder; a run needs one of its own")
+    held = [name for name in (RECIPE, METRICS_FILE, CHECKPOINTS, MODEL) if (out / name).exists()]
+    if held and not resume:
+        raise ConfigError(
+            f"{out}: holds a run already ({held[0]}); go on with it by --resume, "
+            "or choose another --out"
+        )
+    remove_leftovers(out / CHECKPOINTS)
+    checkpoint = newest_checkpoint(out / CHECKPOINTS)
+    if checkpoint is None:
+        if resume:
+            _logger.warning("%s: no checkpoint to resume from; beginning with step 1", out)
+        return None
+    check_resumable(checkpoint.config, with_dtype(config, checkpoint, torch.device("cpu")))
+    if checkpoint.counters.step > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps}: {checkpoint.folder} has more steps done already"
+        )
+    return checkpoint
+
+
+def with_dtype(config: RunConfig, checkpoint: Checkpoint | None, device: torch.device) -> RunConfig:
+    """The configuration with what it stands for in the place of "auto"."""
+    train, begun = config.train, None if checkpoint is None else checkpoint.config.train
+    if train.dtype == "auto":
+        dtype = "bfloat16" if _multiplies_bfloat16(device) else "float32"
+        train = dataclasses.replace(train, dtype=begun.dtype if begun else dtype)
+    if train.weights == "auto":
+        weights = "master" if device.type == "cuda" and train.dtype == "bfloat16" else "float32"
+        train = dataclasses.replace(train, weights=begun.weights if begun else weights)
+    return dataclasses.replace(config, train=train)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def open_data(out: Path, config: RunConfig, checkpoint: Checkpoint | None) -> PreparedData:
+    folder = out / DATA
+    if checkpoint is None:
+        return prepare(config.data, folder)
+    try:
+        data = PreparedData.open(folder)  # the text itself may be gone by now
+    except DataError:
+        data = prepare(config.data, folder)
+    if data.index.fingerprint != checkpoint.data:
+        raise DataError(f"{folder}: not the text that this run began with; begin a new run")
+    return data
