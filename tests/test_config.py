@@ -74,6 +74,17 @@ def test_unknown_layer_is_named(text: str):
         ({"layers": ("attention",)}, "n_heads=0"),
         ({"layers": ("attention",), "n_heads": 3, "n_kv_heads": 2}, "must divide n_heads"),
         ({"layers": ("attention",), "n_heads": 2, "n_kv_heads": 2, "d_head": 3}, "even head width"),
+        ({"experts_per_token": 0}, "experts_per_token=0: must be at least 1"),
+        ({"experts_per_token": 9}, "experts_per_token=9: layer 'moe' has 8 experts"),
+        ({"layers": ("moe:2",), "experts_per_token": 3}, "layer 'moe:2' has 2 experts"),
+        ({"d_shared_expert": -1}, "d_shared_expert=-1: must be finite and at least 0"),
+        ({"router_z_loss": float("nan")}, "router_z_loss=nan: must be finite"),
+        ({"balance_loss": 0.1}, "balance_loss=0.1: router='sinkhorn' balances by its plan"),
+        ({"selection_bias": True}, "selection_bias=True: router='sinkhorn'"),
+        ({"normalize_gates": True}, "normalize_gates=True: needs experts_per_token"),
+        ({"router": "softmax", "sinkhorn_scope": "global"}, "router='softmax' has no plan"),
+        ({"router": "softmax", "balance_scope": "global"}, "needs a balance_loss above 0"),
+        ({"router": "sigmoid", "selection_bias_update": "error"}, "needs selection_bias=True"),
     ],
 )
 def test_wrong_values_are_named(changes: dict[str, Any], message: str):

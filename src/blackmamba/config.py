@@ -59,6 +59,8 @@ class ModelConfig:
     expand: int = 2
     d_state: int = 16
     d_conv: int = 4
+    mamba_norm: bool = False
+    """RMSNorms on dt (before dt_proj), B and C of each Mamba layer."""
 
     n_experts: int = 8
     d_expert: int = 0
@@ -70,12 +72,42 @@ class ModelConfig:
     gated: bool = True
     """h = act(gate) * up from one product of twice the width; False: h = act(up)."""
 
+    router: Literal["sinkhorn", "softmax", "sigmoid"] = "sinkhorn"
+    """How a token's experts are chosen and weighted; docs/routers.md says which to take.
+
+    "sinkhorn", the paper's: by a balanced plan in training and by the largest logits in inference;
+    gates are sigmoids. "softmax" and "sigmoid": by the largest scores always, which are the gates.
+    """
+    experts_per_token: int = 1
+    """k: the outputs of so many experts are added up, each times its gate."""
+    normalize_gates: bool = False
+    """Divide the gates by their sum over the k chosen experts; for k of at least 2."""
+    d_shared_expert: int = 0
+    """Width of an expert beside the routed ones that every token goes through; 0: none. Several
+    shared experts are the same as one of their widths together."""
+    balance_loss: float = 0.0
+    """Weight of each routed layer's balance loss; for "softmax" and "sigmoid"."""
+    balance_scope: Literal["rank", "global"] = "rank"
+    """Whose load the balance loss looks at: of the rank's micro-batch, or of all ranks and of the
+    step's micro-batches so far."""
+    router_z_loss: float = 0.0
+    """Weight of each routed layer's z-loss, the mean of logsumexp(logits)^2."""
+    selection_bias: bool = False
+    """Add a bias to the scores when experts are chosen, not to the gates, and move it against the
+    load after every step; for "softmax" and "sigmoid"."""
+    selection_bias_rate: float = 1e-3
+    """How far it moves; 0: it stays as it is."""
+    selection_bias_update: Literal["sign", "error"] = "sign"
+    """"sign": by the rate, up or down; "error": by the rate times (1 - load / mean load)."""
+
     sinkhorn_scale: float = 2.0
     """Training assignment: Sinkhorn runs on exp(sinkhorn_scale * router logits)."""
     sinkhorn_start: Literal["paper", "ones"] = "paper"
     sinkhorn_tolerance: float = 1e-2
     """Largest relative error of a marginal at which the iteration stops."""
     sinkhorn_max_iterations: int = 100
+    sinkhorn_scope: Literal["rank", "global"] = "rank"
+    """Over which tokens the plan is balanced: the rank's micro-batch, or that of all ranks."""
 
     n_heads: int = 0
     """Query heads; needed when a layer is "attention"."""
@@ -98,12 +130,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "vocab_size", "expand", "d_state", "d_conv", "n_experts", "d_head",
-                     "sinkhorn_max_iterations"):  # fmt: skip
+                     "sinkhorn_max_iterations", "experts_per_token"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("norm_eps", "rope_theta", "sinkhorn_scale", "sinkhorn_tolerance"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ConfigError(f"{name}={getattr(self, name)}: must be positive and finite")
+        for name in ("balance_loss", "router_z_loss", "selection_bias_rate", "d_shared_expert"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be finite and at least 0")
         if not self.layers:
             raise ConfigError("layers is empty: a model needs at least one layer")
         if not 0 <= self.unused_vocab < self.vocab_size:
@@ -118,6 +153,7 @@ class ModelConfig:
             )
         if any(s.feed_forward == "mlp" for s in specs) and self.d_mlp < 1:
             raise ConfigError(f"d_mlp={self.d_mlp}: layers of kind mlp need d_mlp of at least 1")
+        self._check_router()
         if any(s.mixer == "attention" for s in specs):
             if self.n_heads < 1 or self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
                 raise ConfigError(
@@ -126,6 +162,41 @@ class ModelConfig:
                 )
             if self.d_head % 2:
                 raise ConfigError(f"d_head={self.d_head}: rotary positions need an even head width")
+
+    def _check_router(self) -> None:
+        k = self.experts_per_token
+        for text, spec in zip(self.layers, self.layer_specs, strict=True):
+            if spec.feed_forward == "moe" and k > spec.n_experts:
+                raise ConfigError(
+                    f"experts_per_token={k}: layer {text!r} has {spec.n_experts} experts"
+                )
+        if self.router == "sinkhorn":
+            for name in ("balance_loss", "selection_bias"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r}: router='sinkhorn' balances by its plan; "
+                        "this is for router='softmax' or 'sigmoid'"
+                    )
+        elif self.sinkhorn_scope != "rank":
+            raise ConfigError(
+                f"sinkhorn_scope={self.sinkhorn_scope!r}: router={self.router!r} has no plan"
+            )
+        if self.normalize_gates and k == 1:
+            raise ConfigError(
+                "normalize_gates=True: needs experts_per_token of at least 2; the gate of one "
+                "expert would always be 1, and the router would learn nothing"
+            )
+        if self.balance_scope != "rank" and not self.balance_loss:
+            raise ConfigError(f"balance_scope={self.balance_scope!r}: needs a balance_loss above 0")
+        if self.selection_bias_update != "sign" and not self.selection_bias:
+            raise ConfigError(
+                f"selection_bias_update={self.selection_bias_update!r}: needs selection_bias=True"
+            )
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether routers remember what load they had since the last step of the optimizer."""
+        return self.selection_bias or self.balance_scope == "global"
 
     @property
     def d_inner(self) -> int:

@@ -31,21 +31,30 @@ ODD = ModelConfig(
     final_norm="rms_norm",
     gated=False,
 )
+ROUTED = dataclasses.replace(
+    ODD, router="softmax", experts_per_token=3, d_shared_expert=13, mamba_norm=True,
+    selection_bias=True,
+)  # fmt: skip
+OWN = {"odd": ODD, "routed": ROUTED}
 
 
-@pytest.mark.parametrize("name", [*presets, "odd"])
+def config_of(name: str) -> ModelConfig:
+    return OWN[name] if name in OWN else presets[name]
+
+
+@pytest.mark.parametrize("name", [*presets, *OWN])
 def test_total_parameters_are_those_of_the_built_model(name: str):
-    config = ODD if name == "odd" else presets[name]
+    config = config_of(name)
     built = BlackMamba(config, device="meta")
     assert parameters(config).total == sum(p.numel() for p in built.parameters())
 
 
-@pytest.mark.parametrize("name", ["tiny", "odd"])
-def test_active_parameters_leave_out_all_experts_but_one(name: str):
-    config = ODD if name == "odd" else presets[name]
+@pytest.mark.parametrize("name", ["tiny", *OWN])
+def test_active_parameters_leave_out_all_experts_but_the_chosen(name: str):
+    config = config_of(name)
     built = BlackMamba(config, device="meta")
     idle = sum(
-        p.numel() - p.numel() // p.shape[0]
+        p.numel() // p.shape[0] * (p.shape[0] - config.experts_per_token)
         for key, p in built.named_parameters()
         if key.rsplit(".", 1)[-1] in ("fc1", "fc2", "fc1_bias", "fc2_bias")
     )
@@ -70,7 +79,7 @@ def test_twins_have_about_the_same_active_parameters(size: str):
 @pytest.mark.parametrize("name", ["tiny", "transformer-tiny", "odd"])
 @pytest.mark.parametrize("context", [1, 9])
 def test_state_bytes_are_those_of_a_state(name: str, context: int):
-    config = ODD if name == "odd" else presets[name]
+    config = config_of(name)
     model = BlackMamba(config).eval()
     _, state = model.prefill(torch.ones(3, context, dtype=torch.int64))
     assert state.nbytes == 3 * state_bytes(config, context)
@@ -81,13 +90,15 @@ def test_flops_agree_with_torch_counts_of_the_products(monkeypatch: pytest.Monke
     monkeypatch.setenv("BLACKMAMBA_BACKEND", "reference")  # its scan has no products
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = presets["mamba-tiny"]
+    config = dataclasses.replace(
+        presets["tiny"], router="sigmoid", experts_per_token=3, d_shared_expert=40
+    )
     model, n_tokens = BlackMamba(config).eval(), 8
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(torch.ones(1, n_tokens, dtype=torch.int64))
     by_op = counter.get_flop_counts()["Global"]
     d, n, k = config.d_inner, config.d_state, config.d_conv
-    elsewhere = config.n_layers * (2 * k * d + 8 * d * n + 5 * d)
+    elsewhere = config.layers.count("mamba") * (2 * k * d + 8 * d * n + 5 * d)
     assert sum(by_op.values()) == n_tokens * (flops_per_token(config, 0) - elsewhere)
 
 

@@ -21,7 +21,7 @@ import blackmamba
 from blackmamba.config import ModelConfig
 from blackmamba.data import Tokenizer, prepare
 from blackmamba.errors import ConfigError, DataError, TrainingError
-from blackmamba.model import BlackMamba
+from blackmamba.model import BlackMamba, Losses
 from blackmamba.presets import presets
 from blackmamba.train import (
     Progress,
@@ -275,13 +275,17 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str, small: Small):
 def bad_steps(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Steps, from 1, in which the loss shall be NaN."""
     wanted: set[int] = set()
-    original, calls = BlackMamba.loss, iter(range(1, 1000))
+    original, calls = BlackMamba.losses, iter(range(1, 1000))
 
-    def loss(self: BlackMamba, *args: Any, **options: Any) -> torch.Tensor:
-        value = original(self, *args, **options)
-        return value * math.nan if next(calls) in wanted else value
+    def losses(self: BlackMamba, *args: Any, **options: Any) -> Losses:
+        found = original(self, *args, **options)
+        if next(calls) not in wanted:
+            return found
+        return found._replace(
+            total=found.total * math.nan, cross_entropy=found.cross_entropy * math.nan
+        )
 
-    monkeypatch.setattr(BlackMamba, "loss", loss)
+    monkeypatch.setattr(BlackMamba, "losses", losses)
     return wanted
 
 

@@ -13,6 +13,7 @@ from blackmamba.checkpoint.tensors import Place, TensorFile, check_fit, open_ten
 from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.model import BlackMamba, keeps_float32
+from blackmamba.model.balance import forget_load
 
 if TYPE_CHECKING:
     from blackmamba.data import Tokenizer
@@ -112,6 +113,7 @@ def _filled(
     places = opened.places(model)
     check_fit(opened.file, places)
     model.to_empty(device=device)
+    forget_load(model)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     with torch.no_grad():
         for name, place in places.items():

@@ -135,8 +135,11 @@ def read_quantization(plain: Mapping[str, Any], path: object) -> QuantizationCon
 def places(model: BlackMamba) -> dict[str, Place]:
     """Name of every tensor that `model` needs, and where it goes: to the one of that name."""
     found = {n: Place(n, None, tuple(p.shape)) for n, p in model.named_parameters()}
-    for name, buffer in model.named_buffers():  # quantised
-        found[name] = Place(name, None, tuple(buffer.shape), buffer.dtype)
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():  # quantised, or a selection bias
+        if name in saved:
+            dtype = None if name.endswith("selection_bias") else buffer.dtype
+            found[name] = Place(name, None, tuple(buffer.shape), dtype)
     return found
 
 

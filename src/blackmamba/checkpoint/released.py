@@ -99,7 +99,8 @@ def write_config(config: ModelConfig, max_sequence_length: int = 2048) -> dict[s
 
     "expert_activation" and, where vocab_size does not imply it, "unused_vocab" are our additions,
     as the format has no place for them; the original ignores them. What only training looks at
-    (sinkhorn_*) is not written.
+    (sinkhorn_*, balance and z-loss) is not written: router="sigmoid" with one expert a token and no
+    selection bias infers what "sinkhorn" does, and comes back as that.
 
     Args:
         config: the model's.
@@ -116,7 +117,12 @@ def write_config(config: ModelConfig, max_sequence_length: int = 2048) -> dict[s
         "residual_dtype": "float32",
         "tie_embeddings": True,
         "head_bias": config.linear_bias,
+        "mamba_norm": False,
     }
+    if any(s.feed_forward == "moe" for s in specs):  # sigmoid of the largest logit, one expert
+        fixed |= {"experts_per_token": 1, "d_shared_expert": 0, "selection_bias": False}
+        if config.router == "softmax":
+            problems.append("router='softmax'")
     problems += [f"{k}={plain[k]!r}" for k, value in fixed.items() if plain[k] != value]
     if any(s.mixer == "attention" for s in specs):
         problems.append("attention layers")

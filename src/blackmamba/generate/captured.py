@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.errors import BackendError, InputError
-from blackmamba.generate.decoder import KNOWN_MODULES, REPLACED_METHODS
+from blackmamba.generate.decoder import KNOWN_MODULES, REPLACED_METHODS, beyond_the_paper
 from blackmamba.generate.wide import WideStep, padded
 from blackmamba.model import BlackMamba, State
 from blackmamba.model.layer import Layer
@@ -53,6 +53,8 @@ def cannot_capture(model: BlackMamba, batch_size: int = 1) -> str | None:
         return f"a layer is wider than {_WIDEST}"
     if config.linear_bias or config.head_bias or not config.gated or config.d_conv < 2:
         return "it has biases, experts without gates, or no convolution"
+    if (reason := beyond_the_paper(config)) is not None:
+        return f"it has no kernels for {reason}"
     for name, module in model.named_modules():
         if isinstance(module, QuantizedStorage | QuantizedLinear | QuantizedEmbedding):
             return f"{name} is quantised"

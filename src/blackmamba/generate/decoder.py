@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blackmamba.config import ModelConfig
 from blackmamba.errors import BackendError, InputError
 from blackmamba.model import BlackMamba, State
 from blackmamba.model.attention import Attention
@@ -38,12 +39,30 @@ REPLACED_METHODS = {"forward", "step"}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # weights.hpp
 
 
+def beyond_the_paper(config: ModelConfig) -> str | None:
+    """What of a model the kernels do not know: they have one expert a token, that of the largest
+    logit, weighted by its sigmoid, as "sinkhorn" and "sigmoid" infer; None if there is nothing."""
+    if config.mamba_norm:
+        return "dt, B and C are normed"
+    if not any(spec.feed_forward == "moe" for spec in config.layer_specs):
+        return None
+    if config.experts_per_token > 1:
+        return f"{config.experts_per_token} experts a token"
+    if config.d_shared_expert:
+        return "a shared expert"
+    if config.router == "softmax" or config.selection_bias:
+        return f"router {config.router!r}{' with a selection bias' * config.selection_bias}"
+    return None
+
+
 def cannot_decode(model: BlackMamba) -> str | None:
     """Why no `Decoder` takes this model; None if one does."""
     if (forced := forced_backend()) not in ("auto", "native"):
         return f"{ENVIRONMENT_VARIABLE}={forced} asks for another backend"
     if (reason := native.missing()) is not None:
         return reason
+    if (reason := beyond_the_paper(model.config)) is not None:
+        return f"it has no kernels for {reason}"
     for name, module in model.named_modules():
         if isinstance(module, Attention):
             return "the model has attention layers, whose memory grows with every token"

@@ -78,6 +78,8 @@ def _mamba(layer: Mamba, damping: float) -> None:
 def _moe(layer: MoE, damping: float) -> None:
     nn.init.normal_(layer.router.weight, std=_STD)
     layer.router.bias.zero_()
+    for buffer in layer.router.buffers():  # no load yet, and no bias against it
+        buffer.zero_()
     fc1, fc2 = _plain(layer.fc1), _plain(layer.fc2)
     _uniform(fc1, fc1.shape[2])
     _uniform(fc2, fc2.shape[2])

@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import ConfigError, InputError
+from blackmamba.model.balance import Losses, Reduce, RouterLoad, losses
 from blackmamba.model.init import initialise
 from blackmamba.model.layer import Layer, Trace
 from blackmamba.model.mamba import Mamba
+from blackmamba.model.moe import MoE
 from blackmamba.model.norm import final_norm
 from blackmamba.model.quantize import store_quantized
 from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
@@ -54,7 +56,12 @@ class BlackMamba(nn.Module):
             model is for inference: it is in evaluation mode and has no gradients. See `quantize`.
 
     The weights are random, drawn from torch's global generator. Training and evaluation mode differ
-    in the router alone: Sinkhorn-balanced choice in training, largest logit in evaluation.
+    in the router alone, and only of kind "sinkhorn": balanced choice in training, largest logits in
+    evaluation.
+
+    Attributes:
+        reduce_load: sums the experts' load over ranks, for balance_scope="global"; None: this
+            process is the only one.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class BlackMamba(nn.Module):
                 )
         self.config = config
         self.quantization = quantization
+        self.reduce_load: Reduce | None = None
         self.compute_dtype = compute_dtype or dtype
         where = None if device is None else torch.device(device)
         wide = torch.promote_types(dtype, torch.float32)
@@ -127,8 +135,9 @@ class BlackMamba(nn.Module):
             input_ids: (b, l) int64, each within 0 .. vocab_size - 1; neither b nor l may be 0.
             seq_idx: (b, l), any integer dtype, for rows of several documents one after the other:
                 which one each token is of, by a number that no other in its row has. Each is read
-                as if it stood alone (but that Sinkhorn, in training mode, balances the experts over
-                all tokens). None: a row is one document.
+                as if it stood alone (but that in training mode experts are balanced over all tokens
+                together). A negative number marks pads, which balance losses and counts leave out;
+                Sinkhorn's plan does not. None: a row is one document.
             trace: filled with what went on inside.
             sequence_group: its ranks hold the pieces, one after the other, of the same rows, and
                 all call this with their own: see `blackmamba.ops.sequence`. Experts are balanced
@@ -139,7 +148,7 @@ class BlackMamba(nn.Module):
             InputError: a wrong shape or dtype, an empty batch, an id out of range.
             ConfigError: sequence_group, and there are attention layers.
         """
-        return self._logits(self._features(input_ids, seq_idx, trace, sequence_group))
+        return self._logits(self._features(input_ids, seq_idx, trace, sequence_group)[0])
 
     def loss(
         self,
@@ -150,7 +159,25 @@ class BlackMamba(nn.Module):
         trace: Trace | None = None,
         sequence_group: ProcessGroup | None = None,
     ) -> Tensor:
-        """Mean cross-entropy in nats over the labels that are not -100, without all logits at once.
+        """What training minimises: `losses(...).total`."""
+        return self.losses(
+            input_ids, labels, seq_idx=seq_idx, trace=trace, sequence_group=sequence_group
+        ).total
+
+    def losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        seq_idx: Tensor | None = None,
+        trace: Trace | None = None,
+        sequence_group: ProcessGroup | None = None,
+    ) -> Losses:
+        """Mean cross-entropy in nats over the labels that are not -100, without all logits at once;
+        and in training mode what the configuration adds to it for the experts' balance.
+
+        In training mode, with gradients, routers count here how many tokens each expert had; see
+        `balance_step`.
 
         Args:
             input_ids: (b, l) int64.
@@ -160,9 +187,10 @@ class BlackMamba(nn.Module):
             sequence_group: see `forward`; the label of a piece's last token is the first token of
                 the next piece.
         Returns:
-            A float32 scalar; NaN if every label is -100, as there is nothing to average. With
-            sequence_group, the mean over this rank's labels: that of the rows weighs each rank's by
-            its number of them, and so does its gradient, which is the sum of what the ranks find.
+            float32 scalars; the cross-entropy is NaN if every label is -100, as there is nothing to
+            average. With sequence_group, the mean over this rank's labels: that of the rows weighs
+            each rank's by its number of them, and so does its gradient, which is the sum of what
+            the ranks find.
         Raises:
             InputError: a wrong shape or dtype, an empty batch, an id or label out of range.
         """
@@ -173,11 +201,19 @@ class BlackMamba(nn.Module):
                 f"{tuple(input_ids.shape)}"
             )
         self._check_range("labels", labels.where(counted, labels.new_zeros(())))
-        x = self._features(input_ids, seq_idx, trace, sequence_group)
+        x, loads = self._features(input_ids, seq_idx, trace, sequence_group)
         total = linear_cross_entropy(
             x.flatten(0, 1), self._head_weight(), labels.flatten(), bias=self._head_bias()
         )
-        return total / counted.sum()
+        routers = [
+            layer.feed_forward.router
+            for layer in self._stack()
+            if isinstance(layer.feed_forward, MoE)
+        ]
+        found = losses(total / counted.sum(), loads, routers, self.config, self.reduce_load)
+        if trace is not None:
+            trace.losses = found
+        return found
 
     def initial_state(self, batch_size: int) -> State:
         """The memory of `batch_size` sequences of which nothing was read yet."""
@@ -245,7 +281,7 @@ class BlackMamba(nn.Module):
                 raise InputError(f"lengths={lengths.tolist()}: each must be {least} .. {l}")
         if logits == "last":
             return self._read(input_ids, state, lengths, trace)
-        x, update, state = self._run(input_ids, state, lengths, None, trace)
+        x, update, state, _ = self._run(input_ids, state, lengths, None, trace)
         return None if logits == "none" else self._logits(self._normed(x, update)), state
 
     def step(self, next_ids: Tensor, state: State) -> tuple[Tensor, State]:
@@ -305,7 +341,7 @@ class BlackMamba(nn.Module):
         seq_idx: Tensor | None,
         trace: Trace | None,
         sequence_group: ProcessGroup | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[RouterLoad]]:
         self._check_ids(input_ids)
         if seq_idx is not None:
             check_any_integers("model", "seq_idx", seq_idx)
@@ -318,8 +354,8 @@ class BlackMamba(nn.Module):
                     "keys and values of all ranks; give each rank whole rows"
                 )
             pieces = Pieces.cut(sequence_group, seq_idx)
-        x, update, _ = self._run(input_ids, None, None, seq_idx, trace, pieces)
-        return self._normed(x, update)
+        x, update, _, loads = self._run(input_ids, None, None, seq_idx, trace, pieces)
+        return self._normed(x, update), loads
 
     def _read(
         self,
@@ -329,7 +365,7 @@ class BlackMamba(nn.Module):
         trace: Trace | None = None,
     ) -> tuple[Tensor, State]:
         """`prefill` with the logits of each row's last token, of arguments known to fit."""
-        x, update, state = self._run(input_ids, state, lengths, None, trace)
+        x, update, state, _ = self._run(input_ids, state, lengths, None, trace)
         b, l = input_ids.shape
         ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths
         last = torch.arange(b, device=x.device), ends - 1
@@ -343,19 +379,25 @@ class BlackMamba(nn.Module):
         seq_idx: Tensor | None,
         trace: Trace | None,
         pieces: Pieces | None = None,
-    ) -> tuple[Tensor, Tensor, State]:
-        """The residual stream before the last layer, what that adds to it, and the new memory."""
+    ) -> tuple[Tensor, Tensor, State, list[RouterLoad]]:
+        """The residual stream before the last layer, what that adds to it, the new memory, and how
+        the experts of each routed layer were used, if the layers say so."""
         x, update = self._embed(input_ids), None
+        loads: list[RouterLoad] = []
         stack = self._stack()
         layers: list[LayerState] = [None] * len(stack) if state is None else list(state.layers)
         for i, layer in enumerate(stack):
-            x, update, layers[i] = self._through(layer)(
+            x, update, layers[i], load = self._through(layer)(
                 x, update, pieces or layers[i], lengths, seq_idx, trace
             )
+            if load is not None:
+                loads.append(load)
         assert update is not None  # there is a layer
-        return x, update, State(len(input_ids), tuple(layers))
+        return x, update, State(len(input_ids), tuple(layers)), loads
 
-    def _through(self, layer: Layer) -> Callable[..., tuple[Tensor, Tensor, LayerState]]:
+    def _through(
+        self, layer: Layer
+    ) -> Callable[..., tuple[Tensor, Tensor, LayerState, RouterLoad | None]]:
         if not (layer.recompute == "layers" and self.training and torch.is_grad_enabled()):
             return layer
         return partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)

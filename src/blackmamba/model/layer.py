@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from blackmamba.config import LayerSpec, ModelConfig
 from blackmamba.model.attention import Attention
+from blackmamba.model.balance import Losses, RouterLoad, router_load, wants_load
 from blackmamba.model.mamba import Mamba
 from blackmamba.model.mlp import MLP
 from blackmamba.model.moe import MoE
@@ -41,6 +42,8 @@ class Trace:
     """The residual stream (b, l, m) after each layer; only if keep_hidden."""
     routing: dict[int, Routing] = dataclasses.field(default_factory=dict[int, Routing])
     """Of each layer with experts; tokens in row-major order of (b, l)."""
+    losses: Losses | None = None
+    """Of `BlackMamba.loss`."""
 
 
 class Layer(nn.Module):
@@ -59,6 +62,7 @@ class Layer(nn.Module):
     ):
         super().__init__()
         self.index = index
+        self.config = config
         self.compute_dtype = compute_dtype
         self.recompute: Recompute = "none"
         self.norm = RMSNorm(config.d_model, config.norm_eps, device=device, dtype=wide)
@@ -71,7 +75,7 @@ class Layer(nn.Module):
         self.feed_forward: MLP | MoE | None = None
         self.feed_forward_norm: RMSNorm | None = None
         if spec.feed_forward == "mlp":
-            self.feed_forward = MLP(config, device=device, dtype=dtype)
+            self.feed_forward = MLP(config, config.d_mlp, device=device, dtype=dtype)
         elif spec.feed_forward == "moe":
             self.feed_forward = MoE(config, spec.n_experts, device=device, dtype=dtype, wide=wide)
         if self.mixer is not None and self.feed_forward is not None:
@@ -93,7 +97,7 @@ class Layer(nn.Module):
         lengths: Tensor | None,
         seq_idx: Tensor | None,
         trace: Trace | None,
-    ) -> tuple[Tensor, Tensor, LayerState]:
+    ) -> tuple[Tensor, Tensor, LayerState, RouterLoad | None]:
         """Read a piece of each sequence.
 
         Args:
@@ -101,30 +105,39 @@ class Layer(nn.Module):
             update: (b, l, m), what that layer adds to it; None: nothing.
             state: the mixer's memory of what came before, None for nothing; `Pieces`: see `Mamba`.
             lengths: (b,) int64, rows are right-padded.
-            seq_idx: (b, l), integers: which document of its row each token is of.
+            seq_idx: (b, l), integers: which document of its row each token is of; negative: a pad.
             trace: filled with what went on inside.
         Returns:
-            x + update, what this layer adds to that, and the mixer's new memory.
+            x + update, what this layer adds to that, the mixer's new memory, and in training, if
+            the configuration wants it, how the experts were used.
         """
         x, y = self.norm.add(x, update, self.compute_dtype)
         update, memory = None, None
         if self.mixer is not None:
             with self._not_kept(y, self.norm, x):
                 update, memory = self.mixer(y, state, lengths, seq_idx)
-        update = self._fed(x, y, update, trace)
+        update, routing = self._fed(x, y, update)
+        load = None
+        if routing is not None:
+            if trace is not None:
+                trace.routing[self.index] = routing
+            if self.training and wants_load(self.config):
+                counted = None if seq_idx is None else seq_idx.flatten() >= 0
+                load = router_load(routing, self.config, counted)
         if trace is not None and trace.keep_hidden:
             trace.hidden[self.index] = x + update
-        return x, update, memory
+        return x, update, memory, load
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """One token: x (b, m) through this layer, and the mixer's new memory."""
         y, update = self.norm(x, self.compute_dtype), None
         if self.mixer is not None:
             update, state = self.mixer.step(y, state)  # pyright: ignore[reportArgumentType] # its own kind of state
-        return x + self._fed(x, y, update, None), state
+        return x + self._fed(x, y, update)[0], state
 
-    def _fed(self, x: Tensor, y: Tensor, update: Tensor | None, trace: Trace | None) -> Tensor:
+    def _fed(self, x: Tensor, y: Tensor, update: Tensor | None) -> tuple[Tensor, Routing | None]:
         """The mixer's update, and the feed-forward part of y = norm(x), or of its own norm of x."""
+        routing = None
         if self.feed_forward is not None:
             norm = self.norm
             if self.feed_forward_norm is not None:
@@ -133,13 +146,11 @@ class Layer(nn.Module):
             with self._not_kept(y, norm, x):
                 if isinstance(self.feed_forward, MoE):
                     fed, routing = self.feed_forward(y)
-                    if trace is not None:
-                        trace.routing[self.index] = routing
                 else:
                     fed = self.feed_forward(y)
             update = fed if update is None else update + fed
         assert update is not None  # a layer has at least one part
-        return update
+        return update, routing
 
     def _not_kept(self, y: Tensor, norm: RMSNorm, x: Tensor) -> AbstractContextManager[object]:
         again = partial(norm, x, self.compute_dtype)

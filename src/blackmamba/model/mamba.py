@@ -2,9 +2,11 @@
 
 Letters: b batch, l sequence, m d_model, d d_inner, r dt_rank, n d_state, k d_conv.
 
-Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.4, figure 3 and algorithm 2.
+Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.4, figure 3 and algorithm 2; Lieber et al.
+2024 (arXiv 2403.19887), section 6.4, for the norms of dt, B and C.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from blackmamba.config import ModelConfig
 from blackmamba.model.linear import Linear
+from blackmamba.model.norm import RMSNorm
 from blackmamba.model.state import MambaState
 from blackmamba.ops import causal_conv1d, mamba_mixer, selective_scan, selective_state_update
 from blackmamba.ops.causal_conv1d import last_inputs
@@ -48,6 +51,13 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d, n, device=device, dtype=wide))
         self.D = nn.Parameter(torch.empty(d, device=device, dtype=wide))
         self.out_proj = Linear(d, m, bias=config.linear_bias, **options)
+        self.dt_norm: RMSNorm | None = None
+        self.B_norm: RMSNorm | None = None
+        self.C_norm: RMSNorm | None = None
+        if config.mamba_norm:
+            self.dt_norm, self.B_norm, self.C_norm = (
+                RMSNorm(width, config.norm_eps, device=device, dtype=wide) for width in (r, n, n)
+            )
         self.recompute: Recompute = "none"
         self._split = (r, n, n)
         self._conv_shape = (d, k - 1)
@@ -79,28 +89,44 @@ class Mamba(nn.Module):
             (b, l, m) and the new memory.
         """
         xz = self.in_proj(u)
-        if state is None and lengths is None and isinstance(self.x_proj, Linear):  # pyright: ignore[reportUnnecessaryIsInstance] # or a quantised one
+        is_whole = state is None and lengths is None and self.dt_norm is None
+        if is_whole and isinstance(self.x_proj, Linear):  # pyright: ignore[reportUnnecessaryIsInstance] # or a quantised one
             y, state = self._mix(xz, seq_idx)
             return self.out_proj(y), state
         if isinstance(state, Pieces):
             assert lengths is None
             y, state = self._mix_pieces(xz, state, seq_idx)
             return self.out_proj(y), state
-        x, z = xz.chunk(2, dim=-1)
-        x, conv = causal_conv1d(
-            x,
-            self.conv_weight.to(x.dtype),
-            self.conv_bias.to(x.dtype),
+        before, z = xz.chunk(2, dim=-1)
+        convolve = partial(
+            causal_conv1d,
+            before,
+            self.conv_weight.to(xz.dtype),
+            self.conv_bias.to(xz.dtype),
             initial_state=None if state is None else state.conv,
             lengths=lengths,
             seq_idx=seq_idx,
         )
-        dt, B, C = self.x_proj(x).split(self._split, dim=-1)
+        x, conv = convolve()
+        with not_kept(x, lambda: convolve()[0], self.training and self.recompute == "cheap"):
+            y, ssm = self._scanned(x, z, state, lengths, seq_idx)
+        return self.out_proj(y), MambaState(conv, ssm)
+
+    def _scanned(
+        self,
+        x: Tensor,
+        z: Tensor,
+        state: MambaState | None,
+        lengths: Tensor | None,
+        seq_idx: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """From behind the convolution to before out_proj: (b, l, d), and the scan's state."""
+        dt, B, C = self._small_ones(x)
         dt = self.dt_proj(dt)
         if lengths is not None:  # softplus(-inf) = 0: exp(0 A) = 1 and 0 B x = 0 leave h as it is
-            pad = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
+            pad = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
             dt = dt.masked_fill(pad[:, :, None], -torch.inf)
-        y, ssm = selective_scan(
+        return selective_scan(
             x,
             dt,
             self.decay_rates(),
@@ -113,7 +139,13 @@ class Mamba(nn.Module):
             initial_state=None if state is None else state.ssm,
             seq_idx=seq_idx,
         )
-        return self.out_proj(y), MambaState(conv, ssm)
+
+    def _small_ones(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., d) to (..., r), (..., n) and (..., n)."""
+        dt, B, C = self.x_proj(x).split(self._split, dim=-1)
+        if self.dt_norm is None or self.B_norm is None or self.C_norm is None:
+            return dt, B, C
+        return self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
 
     def _mix(self, xz: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
         """All between in_proj and out_proj, of whole sequences: (b, l, 2 d) to (b, l, d)."""
@@ -146,7 +178,7 @@ class Mamba(nn.Module):
         x, conv = convolved()
         recompute = self.training and self.recompute == "cheap"
         with not_kept(x, lambda: convolved()[0], recompute):
-            dt, B, C = self.x_proj(x).split(self._split, dim=-1)
+            dt, B, C = self._small_ones(x)
             y, ssm = selective_scan_of_pieces(
                 x,
                 self.dt_proj(dt),
@@ -172,7 +204,7 @@ class Mamba(nn.Module):
             initial_state=state.conv,
         )
         x = x[:, 0]
-        dt, B, C = self.x_proj(x).split(self._split, dim=-1)
+        dt, B, C = self._small_ones(x)
         y, ssm = selective_state_update(
             state.ssm,
             x,

@@ -1,4 +1,4 @@
-"""The dense feed-forward layer; an expert computes the same.
+"""The dense feed-forward layer, or shared expert; a routed expert computes the same.
 
 Source: Shazeer 2020 (arXiv 2002.05202), eq. 5 and 6 (SwiGLU is the gated form with SiLU).
 """
@@ -16,9 +16,16 @@ from blackmamba.ops import activate
 class MLP(nn.Module):
     """fc2(act(gate) * up), where fc1 gives [gate | up]; not gated: fc2(act(fc1(x)))."""
 
-    def __init__(self, config: ModelConfig, *, device: torch.device | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        width: int,
+        *,
+        device: torch.device | None,
+        dtype: torch.dtype,
+    ):
         super().__init__()
-        m, f = config.d_model, config.d_mlp
+        m, f = config.d_model, width
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.activation: Literal["silu", "gelu"] = config.activation
         self.gated = config.gated

@@ -1,9 +1,9 @@
-"""The routed feed-forward layer: each token goes through one of many experts.
+"""The routed feed-forward layer: each token goes through one or a few of many experts.
 
 Letters: t tokens, m d_model, f d_expert, e experts.
 
-Source: BlackMamba (arXiv 2402.01771); Fedus et al. 2021 (arXiv 2101.03961), eq. 2, with one expert
-a token and a sigmoid gate.
+Source: BlackMamba (arXiv 2402.01771); Fedus et al. 2021 (arXiv 2101.03961), eq. 2; Dai et al. 2024
+(arXiv 2401.06066), eq. 9, for the shared expert.
 """
 
 from typing import Any, Literal
@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from blackmamba.config import ModelConfig
+from blackmamba.model.mlp import MLP
 from blackmamba.model.quantized import QuantizedStorage
 from blackmamba.model.router import Router, Routing
 from blackmamba.ops import expert_mlp, quantized_expert_mlp
 
 
 class MoE(nn.Module):
-    """y_t = sigmoid(logit of the chosen expert) * expert(x_t). Experts are stored stacked."""
+    """y_t = sum over the chosen experts of gate * expert(x_t), and shared(x_t) if there is one.
+
+    Routed experts are stored stacked.
+    """
 
     def __init__(
         self,
@@ -47,25 +51,36 @@ class MoE(nn.Module):
             self.fc2_bias = nn.Parameter(torch.empty(n_experts, m, **options))
         else:
             self.fc1_bias = self.fc2_bias = None
+        self.shared: MLP | None = None
+        if config.d_shared_expert:
+            self.shared = MLP(config, config.d_shared_expert, **options)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """(..., m) to (..., m), and where each token went (tokens in row-major order)."""
         x_tm = x.reshape(-1, x.shape[-1])
         routing = self.router(x_tm)
+        y_tm = self.routed(x_tm, routing.expert_ids, routing.gate)
+        if self.shared is not None:
+            y_tm = y_tm + self.shared(x_tm)
+        return y_tm.view(x.shape), routing
+
+    def routed(self, x_tm: Tensor, expert_ids: Tensor, gate: Tensor) -> Tensor:
+        """The routed experts' part of the output, (t, m).
+
+        Args:
+            x_tm: (t, m).
+            expert_ids, gate: (t,), or (t, k).
+        """
         options: dict[str, Any] = {
             "activation": self.activation,
             "gated": self.gated,
             "fc1_bias": self.fc1_bias,
             "fc2_bias": self.fc2_bias,
-            "gate": routing.gate,
+            "gate": gate,
         }
         fc1, fc2 = self.fc1, self.fc2
         if isinstance(fc1, QuantizedStorage) and isinstance(fc2, QuantizedStorage):
-            y_tm = quantized_expert_mlp(
-                x_tm, routing.expert_ids, fc1.stored(), fc2.stored(), **options
-            )
-        else:
-            assert isinstance(fc1, Tensor)
-            assert isinstance(fc2, Tensor)
-            y_tm = expert_mlp(x_tm, routing.expert_ids, fc1, fc2, **options)
-        return y_tm.view(x.shape), routing
+            return quantized_expert_mlp(x_tm, expert_ids, fc1.stored(), fc2.stored(), **options)
+        assert isinstance(fc1, Tensor)
+        assert isinstance(fc2, Tensor)
+        return expert_mlp(x_tm, expert_ids, fc1, fc2, **options)

@@ -66,9 +66,10 @@ def quantize(
         quantization=config,
     )
     made.to_empty(device=device)
-    source = dict(model.named_parameters())
-    for name, parameter in made.named_parameters():
-        parameter.copy_(source[name])
+    source = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+        if name in source:
+            tensor.copy_(source[name])
     for name, module in made.named_modules():
         if isinstance(module, QuantizedStorage):
             module.fill_from(source[name])

@@ -1,14 +1,16 @@
-"""Which expert each token goes to, and with what weight.
+"""Which experts each token goes to, and with what weights.
 
-Letters: t tokens, m d_model, e experts.
+Letters: t tokens, m d_model, e experts, k experts_per_token.
 
 Source: BlackMamba (arXiv 2402.01771), section on the router, and the authors' training and
 inference code: in training Sinkhorn balances the choice and no gradient flows through it; in
 inference the largest logit wins; both times the output is weighted by the sigmoid of the chosen
-logit.
+logit. Fedus et al. 2021 (arXiv 2101.03961), eq. 1, for "softmax"; Wang et al. 2024 (arXiv
+2408.15664), eq. 3, for the bias of the choice; docs/model.md has all in one place.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +21,23 @@ from blackmamba.ops import router_logits, sinkhorn_choice
 
 @dataclasses.dataclass(frozen=True)
 class RoutingStats:
-    """Figures of one layer's routing; all but the first are 0-dimensional tensors."""
+    """Figures of one layer's routing; all but `dropped` are tensors, 0-dimensional ones but for
+    the first."""
 
     tokens_per_expert: Tensor
-    """(e,) int64; sums to the number of tokens: none is dropped."""
+    """(e,) int64; sums to k times the number of tokens: none is dropped."""
     dropped: int
     """Tokens that no expert saw: always 0, experts have no capacity limit."""
     mean_gate: Tensor
-    """Mean weight of the chosen expert, 0 .. 1."""
+    """Mean weight of a chosen expert, 0 .. 1."""
     load_entropy: Tensor
     """Entropy of the experts' shares of tokens, nats; log(e) when perfectly balanced."""
+    max_violation: Tensor
+    """MaxVio: the busiest expert's tokens over the mean, less 1; 0 when perfectly balanced."""
     router_entropy: Tensor
     """Mean entropy of softmax(logits) of a token, nats; 0 when the router is certain."""
     argmax_agreement: Tensor
-    """Share of tokens whose expert is also the one of largest logit, 0 .. 1."""
+    """Share of choices that are also among the k largest logits of their token, 0 .. 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,30 +45,64 @@ class Routing:
     """Where each token of one layer went."""
 
     expert_ids: Tensor
-    """(t,) int64."""
+    """int64: (t,) if one expert was chosen for each token; else (t, k), the best first."""
     gate: Tensor
-    """(t,) float32 or wider: sigmoid of the chosen expert's logit."""
+    """float32 or wider, of the shape of `expert_ids`: the weight of each chosen expert."""
     logits: Tensor
     """(t, e) float32 or wider."""
+
+    @property
+    def chosen(self) -> Tensor:
+        """`expert_ids` as (t, k) whatever k is."""
+        return self.expert_ids if self.expert_ids.dim() == 2 else self.expert_ids[:, None]
+
+    def load(self, counted: Tensor | None = None) -> Tensor:
+        """Choices of each expert: (e,) int64.
+
+        Args:
+            counted: (t,) bool: which tokens count; None: all.
+        """
+        n_experts, chosen = self.logits.shape[1], self.chosen
+        ones = torch.ones_like(chosen)
+        if counted is not None:
+            ones = ones * counted[:, None]
+        load = chosen.new_zeros(n_experts)
+        return load.scatter_add(0, chosen.flatten(), ones.flatten())
 
     @torch.no_grad()
     def statistics(self) -> RoutingStats:
         """Computed only when asked for, so that a step which does not look pays nothing."""
-        load = torch.bincount(self.expert_ids, minlength=self.logits.shape[1])
-        share = load.double() / max(1, len(self.expert_ids))
+        load = torch.bincount(self.expert_ids.flatten(), minlength=self.logits.shape[1])
+        share = load.double() / max(1, self.expert_ids.numel())
         log_p = self.logits.log_softmax(dim=-1)
+        largest = largest_scores(self.logits, self.chosen.shape[1])
+        largest = largest.view(-1, 1, self.chosen.shape[1])
+        agrees = (self.chosen[:, :, None] == largest).any(-1)
         return RoutingStats(
             tokens_per_expert=load,
             dropped=0,
             mean_gate=self.gate.mean(),
             load_entropy=-torch.special.xlogy(share, share).sum(),
+            max_violation=share.max() * len(share) - 1,
             router_entropy=-(log_p.exp() * log_p).sum(-1).mean(),
-            argmax_agreement=(self.logits.argmax(-1) == self.expert_ids).double().mean(),
+            argmax_agreement=agrees.double().mean(),
         )
 
 
 class Router(nn.Module):
-    """Top-1: expert = argmax of the Sinkhorn plan (training) or of the logits (inference)."""
+    """k experts for each token and their gates, by the rule that `config.router` names.
+
+    Attributes:
+        selection_bias: (e,) float32 or wider, a buffer that is saved with the weights: added to the
+            scores for the choice alone; None without `config.selection_bias`.
+        load_since_step: (e,) int64, a buffer that is not saved: choices of each expert in training
+            since the optimizer's last step; None unless `config.counts_tokens`.
+        gather: for `sinkhorn_scope="global"`: logits (t, e) of this rank to those of all, (T, e),
+            and where in them this rank's begin. None: this process is the only one.
+    """
+
+    selection_bias: Tensor | None
+    load_since_step: Tensor | None
 
     def __init__(
         self,
@@ -79,20 +118,64 @@ class Router(nn.Module):
             torch.empty(n_experts, config.d_model, device=device, dtype=dtype)
         )
         self.bias = nn.Parameter(torch.empty(n_experts, device=device, dtype=dtype))
+        bias = torch.zeros(n_experts, device=device, dtype=dtype) if config.selection_bias else None
+        load = (
+            torch.zeros(n_experts, device=device, dtype=torch.int64)
+            if config.counts_tokens
+            else None
+        )
+        self.register_buffer("selection_bias", bias)
+        self.register_buffer("load_since_step", load, persistent=False)
+        self.gather: Callable[[Tensor], tuple[Tensor, int]] | None = None
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x (t, m); the logits are computed in the router's own dtype, float32."""
+        config, k = self.config, self.config.experts_per_token
         logits = router_logits(x, self.weight, self.bias)
-        expert_ids = self._balanced(logits) if self.training else logits.argmax(dim=-1)
-        chosen = logits.gather(1, expert_ids[:, None])[:, 0]
-        return Routing(expert_ids, torch.sigmoid(chosen), logits)
+        if config.router == "sinkhorn" and self.training:
+            expert_ids = self._balanced(logits)
+        else:
+            expert_ids = largest_scores(self._scores(logits), k)
+        chosen = logits.gather(1, expert_ids.view(-1, k))
+        if config.router == "softmax":
+            gate = torch.exp(chosen - logits.logsumexp(dim=1, keepdim=True))
+        else:
+            gate = torch.sigmoid(chosen)
+        if config.normalize_gates:
+            gate = gate / gate.sum(1, keepdim=True).clamp(min=torch.finfo(gate.dtype).tiny)
+        return Routing(expert_ids, gate.view(expert_ids.shape), logits)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """What the experts are chosen by: of the order of the logits if there is no bias."""
+        if self.selection_bias is None:
+            return logits
+        return probabilities(logits.detach(), self.config.router) + self.selection_bias
 
     def _balanced(self, logits: Tensor) -> Tensor:
-        config = self.config
-        return sinkhorn_choice(
+        config, first, own = self.config, 0, len(logits)
+        if config.sinkhorn_scope == "global" and self.gather is not None:
+            logits, first = self.gather(logits.detach())
+        expert_ids = sinkhorn_choice(
             logits,
+            k=config.experts_per_token,
             scale=config.sinkhorn_scale,
             start=config.sinkhorn_start,
             tolerance=config.sinkhorn_tolerance,
             max_iterations=config.sinkhorn_max_iterations,
         )
+        return expert_ids if len(expert_ids) == own else expert_ids[first : first + own]
+
+
+def probabilities(logits: Tensor, kind: str) -> Tensor:
+    """(t, e) logits to scores: softmax, or sigmoid for each expert alone."""
+    return logits.softmax(dim=-1) if kind == "softmax" else torch.sigmoid(logits)
+
+
+def largest_scores(scores: Tensor, k: int) -> Tensor:
+    """Where each row of scores (t, e) is largest: (t,), or for k > 1 (t, k), the largest first.
+
+    Of equal ones the first wins; NaN counts as largest.
+    """
+    if k == 1:
+        return scores.argmax(dim=-1)
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]

@@ -38,23 +38,32 @@ def layer_parameters(config: ModelConfig, spec: LayerSpec) -> Count:
     """Parameters of one layer with its norms."""
     m, bias = config.d_model, config.linear_bias
     shared = m * ((spec.mixer != "none") + (spec.feed_forward != "none"))  # norms
-    expert = 0
     if spec.mixer == "mamba":
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
         shared += 2 * d * m + (k + 1) * d + (r + 2 * n) * d + r * d + d + n * d + d + d * m
         shared += (2 * d + m) if bias else 0
+        shared += (r + 2 * n) if config.mamba_norm else 0
     elif spec.mixer == "attention":
         q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
         shared += 2 * q * m + 2 * kv * m
         shared += (q + 2 * kv + m) if bias else 0
-    if spec.feed_forward != "none":
-        f = config.d_mlp if spec.feed_forward == "mlp" else config.d_expert
-        rows = 2 * f if config.gated else f
-        expert = rows * m + f * m + ((rows + m) if bias else 0)
+    if spec.feed_forward == "mlp":
+        dense = _feed_forward(config, config.d_mlp)
+        return Count(shared + dense, shared + dense)
     if spec.feed_forward == "moe":
-        shared += (m + 1) * spec.n_experts  # router
-        return Count(shared + spec.n_experts * expert, shared + expert)
-    return Count(shared + expert, shared + expert)
+        shared += (m + 1) * spec.n_experts  # router; a selection bias is no parameter
+        shared += _feed_forward(config, config.d_shared_expert)
+        expert = _feed_forward(config, config.d_expert)
+        active = config.experts_per_token * expert
+        return Count(shared + spec.n_experts * expert, shared + active)
+    return Count(shared, shared)
+
+
+def _feed_forward(config: ModelConfig, width: int) -> int:
+    """Parameters of a dense layer or expert; a shared expert of width 0 is none."""
+    m, rows = config.d_model, (2 * width if config.gated else width)
+    biases = (rows + m) if config.linear_bias and width else 0
+    return rows * m + width * m + biases
 
 
 def state_bytes(config: ModelConfig, context: int, product_bytes: int = 4) -> int:
@@ -126,9 +135,10 @@ def _layer_flops(config: ModelConfig, spec: LayerSpec, context: int) -> int:
     elif spec.mixer == "attention":
         q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
         flops += 2 * m * (2 * q + 2 * kv) + 4 * (context + 1) * q
-    if spec.feed_forward != "none":
-        f = config.d_mlp if spec.feed_forward == "mlp" else config.d_expert
-        flops += 2 * m * f * (3 if config.gated else 2)
+    products = 3 if config.gated else 2
+    if spec.feed_forward == "mlp":
+        flops += 2 * m * config.d_mlp * products
     if spec.feed_forward == "moe":
-        flops += 2 * m * spec.n_experts
+        widths = config.experts_per_token * config.d_expert + config.d_shared_expert
+        flops += 2 * m * widths * products + 2 * m * spec.n_experts
     return flops

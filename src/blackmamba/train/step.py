@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from blackmamba.model import BlackMamba, Trace
+from blackmamba.model import BlackMamba, Trace, balance_step
+from blackmamba.model.balance import forget_load
 from blackmamba.ops import global_norm
 from blackmamba.train.mixed import MixedAdamW
 from blackmamba.train.readings import Readings
@@ -31,7 +32,7 @@ class StepOutcome:
 
     @property
     def loss(self) -> float:
-        """Mean nats per token, before the update."""
+        """Mean nats per token, before the update: the cross-entropy alone."""
         return self._readings.known()["step"][0]
 
     @property
@@ -111,6 +112,7 @@ def train_step(
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         optimizer.step()
+    balance_step(model, go=go)
     return outcome
 
 
@@ -128,7 +130,7 @@ class GradientsOfBatch:
         accumulate: int,
         trace: Trace | None,
     ) -> tuple[Tensor, dict[nn.Parameter, Tensor], Tensor]:
-        """Mean loss, gradient by parameter (also the parameters' own, if not narrower), norm."""
+        """Mean cross-entropy, gradient by parameter (also its own, if not narrower), norm."""
         model = self._model
         model.zero_grad()
         total = torch.zeros((), device=input_ids.device)
@@ -137,11 +139,11 @@ class GradientsOfBatch:
         for i in range(accumulate):
             part = slice(i * len(input_ids) // accumulate, (i + 1) * len(input_ids) // accumulate)
             documents = None if seq_idx is None else seq_idx[part]
-            loss = model.loss(input_ids[part], labels[part], seq_idx=documents, trace=trace)
+            losses = model.losses(input_ids[part], labels[part], seq_idx=documents, trace=trace)
             # Equal numbers of labels give `accumulate` itself: no rounding that was not there.
             ratio = counted.sum() / counted[part].sum() if accumulate > 1 else 1
-            (loss / ratio).backward()
-            total += loss.detach() / ratio
+            (losses.total / ratio).backward()
+            total += losses.cross_entropy.detach() / ratio
             if accumulate > 1:
                 self._add_wide(wide)
         own = {p: p.grad for p in model.parameters() if p.grad is not None}
@@ -194,6 +196,7 @@ class CapturedGradients(GradientsOfBatch):
         self._graph.replay()
         if trace is not None:
             trace.routing.update(self._trace.routing)
+            trace.losses = self._trace.losses
         return self._results
 
     def _record(self, inputs: Sequence[Tensor | None], accumulate: int) -> None:
@@ -208,6 +211,7 @@ class CapturedGradients(GradientsOfBatch):
             for _ in range(2):
                 super().__call__(input_ids, labels, seq_idx, accumulate, None)
         torch.cuda.current_stream().wait_stream(stream)
+        forget_load(self._model)
         self._model.zero_grad()
         torch.cuda.empty_cache()  # what the graph uses is its own
         graph = torch.cuda.CUDAGraph()

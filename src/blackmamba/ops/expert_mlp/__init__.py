@@ -1,4 +1,4 @@
-"""One feed-forward expert per token."""
+"""One feed-forward expert per token, or several whose outputs are added up."""
 
 from typing import Literal
 
@@ -42,14 +42,15 @@ def expert_mlp(
 
     Args:
         x: (t, m), any floating-point dtype; t may be 0.
-        expert_ids: (t,) int64, each within 0 .. e - 1 (checked on CPU).
+        expert_ids: (t,) int64, each within 0 .. e - 1 (checked on CPU); or (t, k) for k experts a
+            token: then y_t is the sum over them, in float32 or wider before it is rounded.
         fc1: (e, 2f, m) with rows [gate | up], or (e, f, m) if not gated; cast to x's dtype.
         fc2: (e, m, f); cast to x's dtype.
         activation: "silu" or "gelu" (the exact, erf form).
         gated: whether fc1 gives two halves.
         fc1_bias: (e, 2f) or (e, f).
         fc2_bias: (e, m).
-        gate: (t,), scales each token's output.
+        gate: of the shape of expert_ids, scales each expert's output.
         backend: see ops/backend.py.
     Returns:
         (t, m) in x's dtype. Experts without a token get zero gradient.
@@ -57,8 +58,8 @@ def expert_mlp(
         InputError: a shape or dtype is wrong, an id is out of range, or an unknown activation.
         BackendError: `backend` cannot run.
     Source:
-        Fedus et al. 2021 (arXiv 2101.03961), eq. 2, with one expert a token; Shazeer 2020
-        (arXiv 2002.05202), eq. 6, for the gated form.
+        Fedus et al. 2021 (arXiv 2101.03961), eq. 2; Shazeer 2020 (arXiv 2002.05202), eq. 6, for
+        the gated form.
     """
     name = "expert_mlp"
     check_dims(name, "x", x, "tm")
@@ -69,15 +70,37 @@ def expert_mlp(
     e, rows = fc1.shape[:2]
     check_shapes(
         name,
-        expert_ids=(expert_ids, (t,)),
+        expert_ids=(expert_ids, chosen_shape(expert_ids, t)),
         fc1=(fc1, (e, rows, m)),
         fc2=(fc2, (e, m, rows // 2 if gated else rows)),
         fc1_bias=(fc1_bias, (e, rows)),
         fc2_bias=(fc2_bias, (e, m)),
-        gate=(gate, (t,)),
+        gate=(gate, expert_ids.shape),
     )
     if activation not in ("silu", "gelu"):
         raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'gelu'")
     check_integers(name, "expert_ids", expert_ids, e - 1)
     run = _IMPLEMENTATIONS.pick(backend, x)
-    return run(x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate)
+    if expert_ids.dim() == 1:
+        return run(x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate)
+    rows, ids, scale = one_each(x, expert_ids, gate)
+    return summed(run(rows, ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, scale), x)
+
+
+def chosen_shape(expert_ids: Tensor, t: int) -> tuple[int, ...]:
+    """What `expert_ids` of t tokens must look like."""
+    return (t,) if expert_ids.dim() != 2 else (t, max(1, expert_ids.shape[1]))
+
+
+def one_each(
+    x: Tensor, expert_ids: Tensor, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each token k times in a row, with one of its experts each: (t k, m), (t k,) and (t k,)."""
+    rows = x[:, None].expand(-1, expert_ids.shape[1], -1).flatten(0, 1)
+    return rows, expert_ids.flatten(), None if gate is None else gate.flatten()
+
+
+def summed(y: Tensor, x: Tensor) -> Tensor:
+    """The outputs (t k, m) of each token of x (t, m) added up."""
+    t, m = x.shape
+    return y.view(t, -1, m).sum(1) if t else y

@@ -1,4 +1,4 @@
-"""One feed-forward expert per token, with the experts' matrices stored in 8 or 4 bits."""
+"""Feed-forward experts of each token, with the experts' matrices stored in 8 or 4 bits."""
 
 from typing import Literal
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
+from blackmamba.ops.expert_mlp import chosen_shape, one_each, summed
 from blackmamba.ops.quantized_expert_mlp.native import quantized_expert_mlp_native
 from blackmamba.ops.quantized_expert_mlp.reference import quantized_expert_mlp_reference
 from blackmamba.ops.quantized_expert_mlp.torch_grouped import quantized_expert_mlp_grouped
@@ -39,7 +40,7 @@ def quantized_expert_mlp(
 
     Args:
         x: (t, m), any floating-point dtype; t may be 0.
-        expert_ids: (t,) int64, each within 0 .. e - 1 (checked on CPU).
+        expert_ids: (t,) or (t, k) int64, each within 0 .. e - 1 (checked on CPU).
         fc1: (e, 2f, m) with rows [gate | up], or (e, f, m) if not gated.
         fc2: (e, m, f).
         activation, gated, fc1_bias, fc2_bias, gate: as for `expert_mlp`.
@@ -69,14 +70,17 @@ def quantized_expert_mlp(
             raise InputError(f"{name}: {which} has shape {shape}, must be {right}")
     check_shapes(
         name,
-        expert_ids=(expert_ids, (t,)),
+        expert_ids=(expert_ids, chosen_shape(expert_ids, t)),
         fc1_bias=(fc1_bias, (e, rows)),
         fc2_bias=(fc2_bias, (e, m)),
-        gate=(gate, (t,)),
+        gate=(gate, expert_ids.shape),
     )
     if activation not in ("silu", "gelu"):
         raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'gelu'")
     check_integers(name, "expert_ids", expert_ids, e - 1)
     check_inference(name, x, gate)
     run = _IMPLEMENTATIONS.pick(backend, x)
-    return run(x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate)
+    if expert_ids.dim() == 1:
+        return run(x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate)
+    rows, ids, scale = one_each(x, expert_ids, gate)
+    return summed(run(rows, ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, scale), x)

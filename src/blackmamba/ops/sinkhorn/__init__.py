@@ -70,20 +70,27 @@ def sinkhorn_choice(
     start: Literal["paper", "ones"] = "paper",
     tolerance: float = 1e-4,
     max_iterations: int = 1000,
+    k: int = 1,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The expert of each token: where its row of the plan is largest.
+    """The expert of each token: where its row of the plan is largest; or its k experts.
 
     One node for torch.compile, which cannot trace an iteration that stops on what it computes. No
     gradient flows through it.
 
     Args:
         logits, scale, start, tolerance, max_iterations, backend: see `sinkhorn`.
+        k: experts of a token, at most e.
     Returns:
-        (t,) int64, each 0 .. e - 1.
+        (t,) int64, each 0 .. e - 1; for k > 1 (t, k), the largest first. Only k = 1 has a kernel on
+        a GPU: more wait for the device.
     Raises:
-        InputError, BackendError: as `sinkhorn`.
+        InputError, BackendError: as `sinkhorn`; and k is not 1 .. e.
     """
+    if not 1 <= k <= max(1, logits.shape[-1]):
+        raise InputError(f"sinkhorn: k={k}, must be 1 .. {logits.shape[-1]}, the experts")
+    if k > 1:
+        return _choices(logits.detach(), k, scale, start, tolerance, max_iterations, backend)
     return _choice(logits.detach(), scale, start, tolerance, max_iterations, backend)
 
 
@@ -96,6 +103,22 @@ def _choice(
         backend = "reference"
     run = _CHOICES.pick(backend, logits)  # pyright: ignore[reportArgumentType] # a schema has no Literal
     return run(logits, scale, start, tolerance, max_iterations)
+
+
+@torch.library.custom_op("blackmamba::sinkhorn_choices", mutates_args=())
+def _choices(
+    logits: Tensor,
+    k: int,
+    scale: float,
+    start: str,
+    tolerance: float,
+    max_iterations: int,
+    backend: str,
+) -> Tensor:
+    _check(logits, scale, start, tolerance, max_iterations)
+    run = _IMPLEMENTATIONS.pick(backend, logits)  # pyright: ignore[reportArgumentType] # as above
+    plan = run(logits, scale, start, tolerance, max_iterations).plan
+    return plan.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
 
 
 def _check(logits: Tensor, scale: float, start: str, tolerance: float, max_iterations: int) -> None:
@@ -114,3 +137,8 @@ def _check(logits: Tensor, scale: float, start: str, tolerance: float, max_itera
 @_choice.register_fake
 def _(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+@_choices.register_fake
+def _(logits: Tensor, k: int, *_: object) -> Tensor:
+    return logits.new_empty(logits.shape[0], k, dtype=torch.int64)
