@@ -34,6 +34,7 @@ def script(request, monkeypatch):
         ("cpu_training", {"only": ["peer", "alone"]}),  # each part but the first starts a process
         ("cpu_generation", {}),
         ("gpu_training", {}),
+        ("evaluation", {}),
         pytest.param(
             "gpu_losses",
             {},

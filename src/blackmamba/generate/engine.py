@@ -165,7 +165,7 @@ class Batch:
     def _next_logits(self) -> Tensor:
         """Logits (b, v) after the last token of each row in `rows`."""
         if self._state is None:
-            logits, state = _prefill(self._model, [self._prompts[row] for row in self.rows])
+            logits, state = read_prompts(self._model, [self._prompts[row] for row in self.rows])
             self._state = _in_place(self._model, state)
             return logits
         self._forget_ended()
@@ -246,11 +246,14 @@ class _Reading:
         return self._copy
 
 
-def _prefill(model: BlackMamba, prompts: list[list[int]]) -> tuple[Tensor, State]:
+def read_prompts(model: BlackMamba, prompts: list[list[int]]) -> tuple[Tensor, State]:
     """Read the prompts, right-padded and piece by piece.
 
     Rows whose prompt has ended wait outside until the longest is read.
 
+    Args:
+        model: in evaluation mode; gradients are off.
+        prompts: each at least one token id within the vocabulary.
     Returns:
         Logits (b, v) after each prompt's last token, and the memory of all rows.
     """
