@@ -5,6 +5,7 @@ from blackmamba.checkpoint.load import (
     load,
     load_as_stored,
     load_config,
+    load_exact_config,
     load_quantization,
     load_tokenizer,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "load",
     "load_as_stored",
     "load_config",
+    "load_exact_config",
     "load_quantization",
     "load_tokenizer",
     "save",

@@ -1,4 +1,4 @@
-"""Load a model from a folder in either format, told apart by content, or by its name on the hub."""
+"""Load a model from a folder in any format, told apart by content, or by its name on the hub."""
 
 import dataclasses
 import functools
@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 
-from blackmamba.checkpoint import native, released
-from blackmamba.checkpoint.tensors import Place, TensorFile, check_fit, open_tensors
+from blackmamba.checkpoint import dense, native, released
+from blackmamba.checkpoint.tensors import (
+    Place,
+    TensorFile,
+    check_fit,
+    open_shards,
+    open_tensors,
+)
 from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.model import BlackMamba, keeps_float32
@@ -18,7 +24,11 @@ from blackmamba.model.balance import forget_load
 if TYPE_CHECKING:
     from blackmamba.data import Tokenizer
 
-_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json")
+_FILES = (
+    "config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json",
+    "model.safetensors.index.json", "model-*-of-*.safetensors",
+)  # fmt: skip
+_Kind = Literal["native", "released", "dense"]
 
 
 def load(
@@ -33,7 +43,8 @@ def load(
 
     Args:
         source: a folder of ours or in the released format, a training run's folder, or a hub name
-            such as "Zyphra/BlackMamba-1.5B".
+            such as "Zyphra/BlackMamba-1.5B"; also a dense Mamba-1 as state-spaces/mamba or
+            transformers store it.
         device: where to put it.
         dtype: of its parameters, whatever the file has; those that `blackmamba.model.keeps_float32`
             names are float32 or wider. Quantised ones stay as they are.
@@ -76,7 +87,7 @@ class _Opened(NamedTuple):
     config: ModelConfig
     quantization: QuantizationConfig | None
     file: TensorFile
-    is_ours: bool
+    kind: _Kind
 
     def empty(self, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> BlackMamba:
         """The model without memory."""
@@ -89,18 +100,22 @@ class _Opened(NamedTuple):
         )
 
     def places(self, model: BlackMamba) -> dict[str, Place]:
-        return (native if self.is_ours else released).places(model)
+        if self.kind == "dense":
+            return dense.places(model, self.file)
+        return (native if self.kind == "native" else released).places(model)
 
 
 def _open(folder: Path) -> _Opened:
-    plain, is_ours = _read_json(folder)
-    config = _config(folder, plain, is_ours)
-    quantization = _quantization(folder, plain, is_ours)
-    file = _open_weights(folder, is_ours)
-    if not is_ours:
+    plain, kind = _read_json(folder)
+    config = _config(folder, plain, kind)
+    quantization = _quantization(folder, plain, kind)
+    file = _open_weights(folder, kind)
+    if kind == "released":
         config = released.untied(config, file)
         released.without_ignored(file, config)
-    return _Opened(config, quantization, file, is_ours)
+    elif kind == "dense":
+        config = dense.untied(config, file)
+    return _Opened(config, quantization, file, kind)
 
 
 def _filled(
@@ -131,6 +146,14 @@ def load_config(source: str | Path) -> ModelConfig:
     """
     folder = find_folder(source)
     return _config(folder, *_read_json(folder))
+
+
+def load_exact_config(source: str | Path) -> ModelConfig:
+    """`load_config` as the weights say: with a head of its own where the file has one.
+
+    Raises: as `load`.
+    """
+    return _open(find_folder(source)).config
 
 
 def load_quantization(source: str | Path) -> QuantizationConfig | None:
@@ -200,8 +223,8 @@ def _download(name: str) -> Path:
     return folder
 
 
-def _read_json(folder: Path) -> tuple[dict[str, Any], bool]:
-    """config.json, and whether it is ours."""
+def _read_json(folder: Path) -> tuple[dict[str, Any], _Kind]:
+    """config.json, and which format it is of."""
     path = folder / "config.json"
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
@@ -210,30 +233,34 @@ def _read_json(folder: Path) -> tuple[dict[str, Any], bool]:
     if isinstance(plain, dict):
         plain = cast("dict[str, Any]", plain)
         if plain.get("format") == native.FORMAT:
-            return plain, True
+            return plain, "native"
         if "mamba_moe_layers" in plain or "num_layers" in plain:
-            return plain, False
+            return plain, "released"
+        if dense.is_dense(plain):
+            return plain, "dense"
     raise CheckpointError(
-        f"{path}: neither ours (format: {native.FORMAT}) nor of the released format "
-        "(mamba_moe_layers)"
+        f"{path}: neither ours (format: {native.FORMAT}), nor of the released format "
+        "(mamba_moe_layers), nor a dense Mamba-1 (d_model and n_layer, or model_type: mamba)"
     )
 
 
-def _config(folder: Path, plain: dict[str, Any], is_ours: bool) -> ModelConfig:
-    read = native.read_config if is_ours else released.read_config
-    return read(plain, folder / "config.json")
+def _config(folder: Path, plain: dict[str, Any], kind: _Kind) -> ModelConfig:
+    formats = {"native": native, "released": released, "dense": dense}
+    return formats[kind].read_config(plain, folder / "config.json")
 
 
-def _quantization(folder: Path, plain: dict[str, Any], is_ours: bool) -> QuantizationConfig | None:
-    return native.read_quantization(plain, folder / "config.json") if is_ours else None
+def _quantization(folder: Path, plain: dict[str, Any], kind: _Kind) -> QuantizationConfig | None:
+    return native.read_quantization(plain, folder / "config.json") if kind == "native" else None
 
 
-def _open_weights(folder: Path, is_ours: bool) -> TensorFile:
+def _open_weights(folder: Path, kind: _Kind) -> TensorFile:
+    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if kind == "dense" and not path.exists() and index.exists():
+        return open_shards(index)
     pickled = folder / "pytorch_model.bin"
-    if not is_ours and pickled.exists():
+    if kind != "native" and pickled.exists():
         return open_tensors(pickled)
-    path = folder / "model.safetensors"
     if not path.exists():
-        wanted = path.name if is_ours else f"{pickled.name} or {path.name}"
+        wanted = path.name if kind == "native" else f"{pickled.name} or {path.name}"
         raise CheckpointError(f"{folder}: has a config.json but no {wanted}")
     return open_tensors(path)

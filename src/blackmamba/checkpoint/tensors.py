@@ -8,6 +8,7 @@ the model itself, even when every mapped page is counted.
 import ctypes
 import dataclasses
 import functools
+import json
 import mmap
 import pickle
 import pickletools
@@ -121,6 +122,36 @@ class _Pickled(TensorFile):
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+class _Shards(TensorFile):
+    """Several files as one; none of them has a name of another."""
+
+    def __init__(self, path: Path, files: Iterable[TensorFile]):
+        super().__init__(path)
+        self._home: dict[str, TensorFile] = {}
+        for file in files:
+            self.shapes |= file.shapes
+            self.dtypes |= file.dtypes
+            self._home |= dict.fromkeys(file.shapes, file)
+
+    def get(self, name: str) -> Tensor:
+        return self._home[name].get(name)
+
+
+def open_shards(index: Path) -> TensorFile:
+    """Open the safetensors files that a model.safetensors.index.json beside them names.
+
+    Raises:
+        CheckpointError: the index or a file is missing or damaged.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
+            raise ValueError("it names other than safetensors files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: damaged index of weight files ({error})") from None
+    return _Shards(index, [open_tensors(index.parent / name) for name in names])
 
 
 def open_tensors(path: Path) -> TensorFile:

@@ -8,6 +8,7 @@ from blackmamba.model.quantized import QuantizedStorage
 from blackmamba.model.router import Routing, RoutingStats
 from blackmamba.model.select import select
 from blackmamba.model.state import AttentionState, MambaState, State
+from blackmamba.model.upcycle import upcycle
 
 __all__ = [
     "AttentionState",
@@ -24,4 +25,5 @@ __all__ = [
     "keeps_float32",
     "quantize",
     "select",
+    "upcycle",
 ]

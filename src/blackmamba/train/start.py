@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from blackmamba.checkpoint import load, load_config, load_quantization, load_tokenizer
+from blackmamba.checkpoint import load, load_exact_config, load_quantization, load_tokenizer
 from blackmamba.checkpoint.load import find_folder
 from blackmamba.checkpoint.released import TOKENIZER
 from blackmamba.config import ModelConfig, from_mapping, to_mapping
@@ -95,7 +95,7 @@ def source_config(source: str) -> ModelConfig:
             f"train.init={source}: quantised to {quantization.bits} bits and for inference only; "
             "begin with the model that it was made from"
         )
-    return load_config(source)
+    return load_exact_config(source)
 
 
 def with_source(
