@@ -46,6 +46,7 @@ BASE: dict[str, Any] = {"steps": 10, "batch_size": 4, "seq_len": 8, "lr": 1e-3}
         {"keep_checkpoints": 0}, {"log_every": 0}, {"max_bad_steps": 0},
         {"decay_fraction": 1.1}, {"decay_fraction": -0.1}, {"ema_decay": 1.0}, {"ema_decay": -0.1},
         {"spike_window": 1}, {"spike_threshold": 0.0}, {"max_rollbacks": -1},
+        {"adamw_lr_ratio": 0.5}, {"muon_momentum": 1.0},
         {"spikes": "rollback"}, {"loggers": ("wandb", "wandb")},
     ],
     ids=str,
@@ -54,6 +55,13 @@ def test_every_number_is_checked(wrong: dict[str, Any]):
     (name,) = wrong
     with pytest.raises(ConfigError, match=f"train.{name}="):
         TrainConfig(**BASE | wrong)
+
+
+def test_muon_needs_wide_weights():
+    with pytest.raises(ConfigError, match=r"train.weights='stochastic': .*use 'master'"):
+        TrainConfig(**BASE, optimizer="muon", weights="stochastic")
+    with pytest.raises(ConfigError, match=r"train.adamw_lr_ratio=0: must be positive"):
+        TrainConfig(**BASE, optimizer="muon", adamw_lr_ratio=0)
 
 
 def test_tokenizer_must_fit_the_model(small: Callable[..., RunConfig]):

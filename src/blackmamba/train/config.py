@@ -8,6 +8,7 @@ from blackmamba.config import ModelConfig
 from blackmamba.data import DataConfig
 from blackmamba.errors import ConfigError
 from blackmamba.train.loggers import LoggerName
+from blackmamba.train.muon import MuonScale
 
 _AT_LEAST = {
     1: ("steps", "batch_size", "accumulate", "seq_len", "evaluate_batch_size", "evaluate_seq_len",
@@ -117,6 +118,16 @@ class TrainConfig:
     """Keep the checkpoint of the best validation beside the last ones; a validation that is better
     than all before is saved, whether a checkpoint is due or not."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon": the matrices of layers and experts by Muon; embedding, head, router, convolution,
+    norms, biases, A_log and D by AdamW all the same."""
+    muon_momentum: float = 0.95
+    muon_scale: MuonScale = "moonlight"
+    """Size of Muon's steps. "moonlight": as AdamW's, so that `lr` and `weight_decay` mean what they
+    do there; "jordan": of the original, larger for small matrices."""
+    adamw_lr_ratio: float = 1.0
+    """Of "muon": learning rate of what it leaves to AdamW, over `lr`."""
+
     @property
     def decay_steps(self) -> int:
         """Of "wsd"."""
@@ -134,12 +145,12 @@ class TrainConfig:
                 value = getattr(self, name)
                 if not least <= value < math.inf:
                     raise ConfigError(f"train.{name}={value}: must be finite and at least {least}")
-        for name in ("lr", "adam_eps", "spike_threshold"):
+        for name in ("lr", "adam_eps", "spike_threshold", "adamw_lr_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(
                     f"train.{name}={getattr(self, name)}: must be positive and finite"
                 )
-        for name in ("beta1", "beta2", "ema_decay"):
+        for name in ("beta1", "beta2", "ema_decay", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(
                     f"train.{name}={getattr(self, name)}: must be at least 0 and below 1"
@@ -147,6 +158,16 @@ class TrainConfig:
         for name in ("min_lr_ratio", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must be 0 .. 1")
+        if self.optimizer == "muon" and self.weights == "stochastic":
+            raise ConfigError(
+                "train.weights='stochastic': train.optimizer='muon' needs float32 weights or "
+                "masters; use 'master'"
+            )
+        if self.optimizer == "adamw" and self.adamw_lr_ratio != 1:
+            raise ConfigError(
+                f"train.adamw_lr_ratio={self.adamw_lr_ratio:g}: of train.optimizer='muon' alone; "
+                "with 'adamw' set train.lr"
+            )
         if self.spikes == "rollback" and not self.checkpoint_every:
             raise ConfigError(
                 "train.spikes='rollback': needs checkpoints to go back to; set "

@@ -1,11 +1,12 @@
-"""AdamW, with weight decay where it belongs: on the matrices that are multiplied with.
+"""AdamW or Muon, with weight decay where it belongs: on the matrices that are multiplied with.
 
 Source: Loshchilov and Hutter 2019 (arXiv 1711.05101). Which parameters are not decayed: A_log and D
 as in Gu and Dao's and the BlackMamba authors' code (a decayed A_log would pull every memory to
 the same length), norms and biases by custom.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from blackmamba.train.average import WeightAverage
 from blackmamba.train.config import TrainConfig
 from blackmamba.train.mixed import MixedAdamW
+from blackmamba.train.muon import Muon, is_muons
 
 
 def decays(name: str) -> bool:
@@ -28,9 +30,11 @@ def decays(name: str) -> bool:
 def build_optimizer(
     model: nn.Module, config: TrainConfig, masters: Mapping[str, Tensor] | None = None
 ) -> torch.optim.AdamW | MixedAdamW:
-    """AdamW in two groups, with decay and without; each step sets its learning rate.
+    """What `config.optimizer` names, in groups with decay and without.
 
-    torch's fused form is one pass over memory and gives the same bits in every run. Ours takes its
+    Each step sets the groups' learning rates.
+
+    torch's fused AdamW is one pass over memory and gives the same bits in every run. Ours takes its
     place on a GPU, where nothing then waits for the device, and for weights of 16 bits.
 
     Args:
@@ -39,16 +43,44 @@ def build_optimizer(
         masters: float32 copies of the narrow parameters, by name, to begin with.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if decays(n)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
-    ]
     betas = config.beta1, config.beta2
+    kept = {} if masters is None or config.weights == "stochastic" else masters
+    if config.optimizer == "muon":
+        own = {n for n, p in named if is_muons(n, p)}
+        others = [(n, p) for n, p in named if n not in own]
+        ratio = {"lr_ratio": config.adamw_lr_ratio, "is_muons": False}
+        matrices = {
+            "params": [p for n, p in named if n in own],
+            "weight_decay": config.weight_decay,
+            "is_muons": True,
+        }
+        return Muon(
+            [matrices, *(group | ratio for group in _groups(others, config.weight_decay))],
+            config.lr,
+            betas,
+            config.adam_eps,
+            _by_parameter(named, kept),
+            momentum=config.muon_momentum,
+            scale=config.muon_scale,
+            dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
+        )
+    groups = _groups(named, config.weight_decay)
     if named[0][1].device.type == "cpu" and all(p.dtype == torch.float32 for _, p in named):
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
-    kept = {} if masters is None or config.weights == "stochastic" else masters
-    on_device = {p: kept[n].to(p.device) for n, p in named if n in kept}
-    return MixedAdamW(groups, config.lr, betas, config.adam_eps, on_device)
+    return MixedAdamW(groups, config.lr, betas, config.adam_eps, _by_parameter(named, kept))
+
+
+def _groups(named: Sequence[tuple[str, nn.Parameter]], decay: float) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for n, p in named if decays(n)], "weight_decay": decay},
+        {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
+    ]
+
+
+def _by_parameter(
+    named: Sequence[tuple[str, nn.Parameter]], masters: Mapping[str, Tensor]
+) -> dict[nn.Parameter, Tensor]:
+    return {p: masters[n].to(p.device) for n, p in named if n in masters}
 
 
 def optimizer_tensors(
