@@ -188,9 +188,9 @@ class BlackMamba(nn.Module):
                 the next piece.
         Returns:
             float32 scalars; the cross-entropy is NaN if every label is -100, as there is nothing to
-            average. With sequence_group, the mean over this rank's labels: that of the rows weighs
-            each rank's by its number of them, and so does its gradient, which is the sum of what
-            the ranks find.
+            average. With sequence_group, the mean over this rank's labels, 0 if it has none: that
+            of the rows weighs each rank's by its number of them, and so does its gradient, which is
+            the sum of what the ranks find.
         Raises:
             InputError: a wrong shape or dtype, an empty batch, an id or label out of range.
         """
@@ -210,7 +210,10 @@ class BlackMamba(nn.Module):
             for layer in self._stack()
             if isinstance(layer.feed_forward, MoE)
         ]
-        found = losses(total / counted.sum(), loads, routers, self.config, self.reduce_load)
+        n_counted = counted.sum()
+        if sequence_group is not None:  # a piece may have none where its row has some
+            n_counted = n_counted.clamp(min=1)
+        found = losses(total / n_counted, loads, routers, self.config, self.reduce_load)
         if trace is not None:
             trace.losses = found
         return found
