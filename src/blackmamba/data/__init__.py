@@ -5,9 +5,11 @@ batch = WindowSampler(data.train.tokens, seq_len=256, batch_size=8, seed=0).batc
 batch.input_ids, batch.labels
 """
 
+from blackmamba.data.build import ShardConfig, join_parts, prepare_shards
 from blackmamba.data.packing import Batch, Packing
-from blackmamba.data.prepare import DataConfig, PreparedData, prepare
+from blackmamba.data.prepare import DataConfig, PreparedData, open_prepared, prepare
 from blackmamba.data.sampler import ValidationStreams, WindowSampler
+from blackmamba.data.shards import ShardedData
 from blackmamba.data.text import iter_documents
 from blackmamba.data.tokenizer import Tokenizer
 from blackmamba.data.tokens import TokenFile
@@ -17,10 +19,15 @@ __all__ = [
     "DataConfig",
     "Packing",
     "PreparedData",
+    "ShardConfig",
+    "ShardedData",
     "TokenFile",
     "Tokenizer",
     "ValidationStreams",
     "WindowSampler",
     "iter_documents",
+    "join_parts",
+    "open_prepared",
     "prepare",
+    "prepare_shards",
 ]

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blackmamba.config import to_mapping
+from blackmamba.data.holdout import document_hash
+from blackmamba.data.shards import ShardedData, is_sharded
 from blackmamba.data.text import Source, find_sources, sections
 from blackmamba.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from blackmamba.data.tokens import FORMAT, Index, TokenFile, TokenWriter, dtype_for
@@ -86,9 +88,24 @@ class PreparedData:
         return cls(folder, tokenizer, train, validation, index)
 
     @property
+    def fingerprint(self) -> str:
+        """Of the settings and texts that it was made from."""
+        return self.index.fingerprint
+
+    @property
     def validation_text(self) -> Path:
         """The file of the validation documents themselves, with a line end between each two."""
         return self.folder / _VALIDATION_TEXT
+
+
+def open_prepared(folder: str | Path) -> PreparedData | ShardedData:
+    """Open a folder that `prepare`, `prepare_shards` or `join_parts` made.
+
+    Raises:
+        DataError: it is missing, damaged or not finished, or its files do not belong together.
+    """
+    folder = Path(folder)
+    return ShardedData(folder) if is_sharded(folder) else PreparedData.open(folder)
 
 
 def prepare(config: DataConfig, folder: str | Path) -> PreparedData:
@@ -132,13 +149,7 @@ def prepare(config: DataConfig, folder: str | Path) -> PreparedData:
 
 def _fingerprint(config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None) -> str:
     """Of everything that decides what the prepared folder holds."""
-    files: list[tuple[str, int, int]] = []
-    for path in (path for source in sources for path in source.paths):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-        files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
+    files = [state for source in sources for state in source.states()]
     known_tokenizer = tokenizer.fingerprint if tokenizer else ""
     content = json.dumps([FORMAT, to_mapping(config), files, known_tokenizer])
     return hashlib.sha256(content.encode()).hexdigest()
@@ -214,8 +225,7 @@ class _Split:
         return n_documents, lowest, highest
 
     def _hash(self, text: str) -> int:
-        digest = hashlib.blake2b(text.encode(), digest_size=8, key=self._key).digest()
-        return int.from_bytes(digest, "little")
+        return document_hash(text.encode(), self._key)
 
 
 def _write(folder: Path, split: _Split, tokenizer: Tokenizer, fingerprint: str) -> None:

@@ -22,7 +22,7 @@ MIN_VOCAB_SIZE = 257
 # What a token may hold at most: a word with the one space or sign before it, three digits, a run of
 # signs with the line ends after it, line ends with the space before them, or other space. No run is
 # endless, because learning takes time in the square of the longest.
-_WORDS = "|".join((
+WORDS = "|".join((
     r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]{1,64}",
     r"\p{N}{1,3}",
     r" ?[^\s\p{L}\p{M}\p{N}]{1,64}[\r\n]{0,64}",
@@ -30,6 +30,14 @@ _WORDS = "|".join((
     r"\s{1,64}(?!\S)",
     r"\s{1,64}",
 ))  # fmt: skip
+
+
+def word_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Cuts text into `WORDS` and writes each byte as a letter."""
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
 
 
 class Tokenizer:
@@ -130,10 +138,7 @@ class Tokenizer:
                 f"vocab_size={vocab_size}: at least {MIN_VOCAB_SIZE} (end of text, 256 bytes)"
             )
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])  # fmt: skip
+        backend.pre_tokenizer = word_pre_tokenizer()
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

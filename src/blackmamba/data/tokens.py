@@ -27,8 +27,8 @@ Tokens = np.ndarray[tuple[int], np.dtype[np.uint16 | np.uint32]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SplitIndex:
-    """What a token file holds."""
+class Counts:
+    """What a token file or shard holds."""
 
     n_tokens: int
     """Ids, the end-of-text ones included."""
@@ -50,8 +50,8 @@ class Index:
     vocab_size: int
     """`Tokenizer.n_tokens`."""
     dtype: Dtype
-    train: SplitIndex
-    validation: SplitIndex
+    train: Counts
+    validation: Counts
 
     @classmethod
     def read(cls, path: Path) -> "Index":
@@ -92,7 +92,7 @@ class TokenFile:
     """
 
     def __init__(self, path: Path, index: Index, split: Literal["train", "validation"]):
-        self._index: SplitIndex = getattr(index, split)
+        self._index: Counts = getattr(index, split)
         dtype = np.dtype(index.dtype).newbyteorder("<")
         n_bytes = self._index.n_tokens * dtype.itemsize
         try:
@@ -145,11 +145,11 @@ class TokenWriter:
         if self._n_waiting >= _BATCH_CHARACTERS:
             self._flush()
 
-    def finish(self) -> SplitIndex:
+    def finish(self) -> Counts:
         """Write what is still waiting and tell what the file holds."""
         self._flush()
         self._file.flush()
-        return SplitIndex(
+        return Counts(
             n_tokens=self._n_tokens,
             n_bytes=self._n_bytes,
             n_documents=self._n_documents,

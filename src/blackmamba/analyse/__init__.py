@@ -1,1 +1,0 @@
-"""Figures about models and runs: scaling.py says what a run on many GPUs takes."""
