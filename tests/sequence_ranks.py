@@ -136,10 +136,13 @@ def check_model(
     l: int = 53,
     packed: bool = True,
     recompute: Any = "none",
+    **shape: Any,
 ) -> Differences:
     """Loss and gradients of a whole model; some labels are left out."""
     torch.manual_seed(0)
-    config = ModelConfig(layers=layers, d_model=16, vocab_size=31, n_experts=3, d_expert=12)
+    config = ModelConfig(
+        layers=layers, d_model=16, vocab_size=31, n_experts=3, d_expert=12, **shape
+    )
     model = BlackMamba(config, dtype=dtype)
     with torch.no_grad():  # random enough that every part matters
         for parameter in model.parameters():
@@ -218,6 +221,7 @@ CHECKS: dict[str, Callable[[dist.ProcessGroup], Any]] = {
     "packed model": lambda g: check_model(g, ("mamba", "moe", "mamba+moe")),
     "model, cheap": lambda g: check_model(g, ("mamba", "mamba"), recompute="cheap"),
     "model, layers": lambda g: check_model(g, ("mamba", "mamba"), recompute="layers"),
+    "model with norms": lambda g: check_model(g, ("mamba",), mamba_norm=True),
     "logits": check_logits,
     "long row": lambda g: (
         check_model(g, ("mamba", "moe"), torch.float32, b=1, l=65_536, packed=False)

@@ -14,6 +14,7 @@ ROOT = Path(blackmamba.__file__).parent
 # From top to bottom. A room may import rooms of the layers below its own, never beside or above.
 LAYERS = [
     {"cli"},
+    {"analyse"},
     {"evaluate"},
     {"train", "generate"},
     {"checkpoint"},

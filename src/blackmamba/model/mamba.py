@@ -93,17 +93,17 @@ class Mamba(nn.Module):
         if is_whole and isinstance(self.x_proj, Linear):  # pyright: ignore[reportUnnecessaryIsInstance] # or a quantised one
             y, state = self._mix(xz, seq_idx)
             return self.out_proj(y), state
-        if isinstance(state, Pieces):
-            assert lengths is None
-            y, state = self._mix_pieces(xz, state, seq_idx)
-            return self.out_proj(y), state
         before, z = xz.chunk(2, dim=-1)
+        if isinstance(state, Pieces):
+            conv = inputs_before(before, self._conv_shape[1], state, seq_idx)
+        else:
+            conv = None if state is None else state.conv
         convolve = partial(
             causal_conv1d,
             before,
             self.conv_weight.to(xz.dtype),
             self.conv_bias.to(xz.dtype),
-            initial_state=None if state is None else state.conv,
+            initial_state=conv,
             lengths=lengths,
             seq_idx=seq_idx,
         )
@@ -116,7 +116,7 @@ class Mamba(nn.Module):
         self,
         x: Tensor,
         z: Tensor,
-        state: MambaState | None,
+        state: MambaState | Pieces | None,
         lengths: Tensor | None,
         seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -126,18 +126,12 @@ class Mamba(nn.Module):
         if lengths is not None:  # softplus(-inf) = 0: exp(0 A) = 1 and 0 B x = 0 leave h as it is
             pad = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
             dt = dt.masked_fill(pad[:, :, None], -torch.inf)
+        inputs = (x, dt, self.decay_rates(), B, C, self.D, z)
+        options: dict[str, Any] = {"dt_bias": self.dt_bias, "dt_softplus": True, "seq_idx": seq_idx}
+        if isinstance(state, Pieces):
+            return selective_scan_of_pieces(*inputs, state, **options)
         return selective_scan(
-            x,
-            dt,
-            self.decay_rates(),
-            B,
-            C,
-            self.D,
-            z,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            initial_state=None if state is None else state.ssm,
-            seq_idx=seq_idx,
+            *inputs, initial_state=None if state is None else state.ssm, **options
         )
 
     def _small_ones(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,36 +157,6 @@ class Mamba(nn.Module):
             recompute=self.training and self.recompute == "cheap",
         )
         return y, MambaState(last_inputs(xz[..., :d], None, memory, None, seq_idx), ssm)
-
-    def _mix_pieces(
-        self, xz: Tensor, pieces: Pieces, seq_idx: Tensor | None
-    ) -> tuple[Tensor, MambaState]:
-        """As `_mix`, of this rank's piece of each sequence."""
-        x_before, z = xz.chunk(2, dim=-1)
-        weight, bias = self.conv_weight.to(xz.dtype), self.conv_bias.to(xz.dtype)
-        before = inputs_before(x_before, self._conv_shape[1], pieces, seq_idx)
-
-        def convolved() -> tuple[Tensor, Tensor]:
-            return causal_conv1d(x_before, weight, bias, initial_state=before, seq_idx=seq_idx)
-
-        x, conv = convolved()
-        recompute = self.training and self.recompute == "cheap"
-        with not_kept(x, lambda: convolved()[0], recompute):
-            dt, B, C = self._small_ones(x)
-            y, ssm = selective_scan_of_pieces(
-                x,
-                self.dt_proj(dt),
-                self.decay_rates(),
-                B,
-                C,
-                self.D,
-                z,
-                pieces,
-                dt_bias=self.dt_bias,
-                dt_softplus=True,
-                seq_idx=seq_idx,
-            )
-        return y, MambaState(conv, ssm)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Read one token of each sequence: u (b, m) to (b, m), and the new memory."""
