@@ -1,5 +1,6 @@
 """Model folders: ours, the authors' released format, and the way between them."""
 
+from blackmamba.checkpoint.adapter import save_adapter
 from blackmamba.checkpoint.convert import convert
 from blackmamba.checkpoint.load import (
     load,
@@ -20,4 +21,5 @@ __all__ = [
     "load_quantization",
     "load_tokenizer",
     "save",
+    "save_adapter",
 ]

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from blackmamba.checkpoint import released
+from blackmamba.checkpoint.adapter import merge_adapter
 from blackmamba.checkpoint.load import (
     find_folder,
+    fingerprint,
     load_as_stored,
     load_quantization,
     load_tokenizer,
@@ -19,7 +21,11 @@ from blackmamba.errors import ConfigError
 
 
 def convert(
-    source: str | Path, destination: str | Path, *, to: Literal["native", "released"] = "native"
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: Literal["native", "released"] = "native",
+    adapter: str | Path | None = None,
 ) -> None:
     """Read a model in either format and write it in the one that `to` names; every weight is kept.
 
@@ -27,8 +33,10 @@ def convert(
         source: a model folder or hub name.
         destination: the folder to write; a tokenizer.json is taken along.
         to: "native": config.json, model.safetensors; "released": config.json, pytorch_model.bin.
+        adapter: folder of an adapter of this model, to be added to its weights.
     Raises:
-        CheckpointError: the source cannot be read or the destination not written.
+        CheckpointError: the source cannot be read or the destination not written; the adapter is
+            another model's.
         ConfigError: `to` is unknown, or the released format cannot express the model; it has no
             place for quantised weights.
     """
@@ -41,6 +49,8 @@ def convert(
             "convert the model that it was made from"
         )
     model, tokenizer = load_as_stored(folder), load_tokenizer(folder)
+    if adapter is not None:
+        merge_adapter(model, fingerprint(folder), adapter, source)
     length = max_sequence_length(folder)
     if to == "native":
         save_with(model, destination, tokenizer, {"max_sequence_length": length})

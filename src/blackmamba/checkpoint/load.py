@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 
 from blackmamba.checkpoint import dense, native, released
+from blackmamba.checkpoint.adapter import merge_adapter
 from blackmamba.checkpoint.tensors import (
     Place,
     TensorFile,
@@ -38,6 +40,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
     expert_activation: Literal["silu", "gelu"] | None = None,
+    adapter: str | Path | None = None,
 ) -> BlackMamba:
     """A model out of a folder, ready to generate (in evaluation mode); quantised if that is.
 
@@ -51,18 +54,37 @@ def load(
         compute_dtype: of the products' inputs; None: as `dtype`.
         expert_activation: None: as the folder says, which for the released format is exact GELU
             (docs/released-weights.md says why).
+        adapter: folder of an adapter of this model, to be added to its weights.
     Raises:
         CheckpointError: the folder or a file is missing, damaged, or does not fit; all tensors that
-            are missing, unexpected or of a wrong shape are named.
-        ConfigError: the configuration is wrong.
+            are missing, unexpected or of a wrong shape are named; the adapter is another model's.
+        ConfigError: the configuration is wrong, or there is an adapter to a quantised model.
     """
     if expert_activation not in (None, "silu", "gelu"):
         raise ConfigError(f"expert_activation={expert_activation!r}: must be 'silu' or 'gelu'")
-    opened = _open(find_folder(source))
+    folder = find_folder(source)
+    opened = _open(folder)
     if expert_activation is not None:
         config = dataclasses.replace(opened.config, activation=expert_activation)
         opened = opened._replace(config=config)
-    return _filled(opened, dtype, device, compute_dtype)
+    model = _filled(opened, dtype, device, compute_dtype)
+    if adapter is not None:
+        merge_adapter(model, fingerprint(folder), adapter, source)
+    return model
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model folder's weights: SHA-256 of all of them in float32, whatever the format is.
+
+    Raises: as `load`.
+    """
+    opened = _open(folder)
+    places = opened.places(opened.empty(torch.float32))
+    check_fit(opened.file, places)
+    found = hashlib.sha256()
+    for name, _ in sorted(places.items(), key=lambda item: (item[1].parameter, item[1].expert)):
+        found.update(opened.file.get(name).to(torch.float32).contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def load_as_stored(folder: Path) -> BlackMamba:

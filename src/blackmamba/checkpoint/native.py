@@ -17,6 +17,7 @@ from blackmamba.config import ModelConfig, QuantizationConfig, from_mapping, to_
 from blackmamba.errors import CheckpointError
 from blackmamba.files import settle, sync
 from blackmamba.model import BlackMamba
+from blackmamba.model.lora import merged_tensors
 
 if TYPE_CHECKING:
     from blackmamba.data import Tokenizer
@@ -33,7 +34,7 @@ def save(model: BlackMamba, folder: str | Path, *, tokenizer: "Tokenizer | None"
     model, the new one, or no config.json: never a mixture.
 
     Args:
-        model: on any device; parameters are written in their own dtypes.
+        model: on any device; parameters are written in their own dtypes, adapters added to them.
         folder: made if it is missing.
         tokenizer: the model's.
     Raises:
@@ -53,7 +54,7 @@ def save_with(
     if model.quantization is not None:
         plain["quantization"] = to_mapping(model.quantization)
     plain["model"] = to_mapping(model.config)
-    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    tensors = {name: t.detach().contiguous() for name, t in merged_tensors(model).items()}
 
     def write_weights(path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})

@@ -28,6 +28,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a model folder (ours or the released format), a run folder, or a hub name",
     )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="an adapter of this model: its folder, or its run's"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), default="float32", help="default: float32"
@@ -75,6 +78,7 @@ def load_model(args: argparse.Namespace) -> "BlackMamba":
         device=pick_device(args.device),
         dtype=DTYPES[args.dtype],
         expert_activation=args.expert_activation,
+        adapter=getattr(args, "adapter", None),  # `doctor` has a model and no such argument
     )
 
 

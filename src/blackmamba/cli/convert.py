@@ -20,6 +20,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="native",
         help="native (default): config.json + model.safetensors; released: the authors' layout",
     )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="add this adapter of the model to its weights"
+    )
     parser.set_defaults(run=run)
 
 
@@ -28,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from blackmamba.checkpoint import convert, load_config
     from blackmamba.model.size import parameters
 
-    convert(args.source, args.destination, to=args.to)
+    convert(args.source, args.destination, to=args.to, adapter=args.adapter)
     config = load_config(args.destination)
     activation = to_mapping(config)["activation"]
     print(

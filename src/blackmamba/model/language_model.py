@@ -31,16 +31,17 @@ from blackmamba.ops.checks import check_any_integers, check_shapes
 from blackmamba.ops.recompute import Recompute
 from blackmamba.ops.sequence import Pieces
 
-_KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
+_KEPT_FLOAT32 = {"A_log", "D", "dt_bias", "lora_A", "lora_B"}
 
 
 def keeps_float32(name: str) -> bool:
     """Whether the parameter of this name stays float32 in a 16-bit model.
 
-    So do A_log, D and dt_bias (small errors compound over a sequence), the norms and the router.
+    So do A_log, D and dt_bias (small errors compound over a sequence), the norms and the router,
+    and adapters.
     """
     parts = name.split(".")
-    return parts[-1] in _KEPT_FLOAT32 or any(p == "router" or p.endswith("norm") for p in parts)
+    return any(p in _KEPT_FLOAT32 or p == "router" or p.endswith("norm") for p in parts)
 
 
 class BlackMamba(nn.Module):

@@ -1,10 +1,10 @@
 """Naming some of a model's parameters by patterns."""
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator
 
-from blackmamba.config import nearest
 from blackmamba.errors import ConfigError
 
 _RANGE = re.compile(r"(?<![^.])(\d{1,4})-(\d{1,4})(?![^.])")
@@ -30,10 +30,7 @@ def select(names: Iterable[str], patterns: Iterable[str], what: str) -> set[str]
         plain = [p for one in _alternatives(pattern) for p in (one, f"{one}.*")]
         matched = {name for name in names if any(fnmatch.fnmatchcase(name, p) for p in plain)}
         if not matched:
-            beginnings = dict.fromkeys(b for name in names for b in _beginnings(name))
-            raise ConfigError(
-                f"{what}: {pattern!r} matches nothing; {nearest(pattern, beginnings)}"
-            )
+            raise ConfigError(f"{what}: {pattern!r} matches nothing; {_nearest(pattern, names)}")
         found |= matched
     return found
 
@@ -48,6 +45,12 @@ def _alternatives(pattern: str) -> Iterator[str]:
         yield from _alternatives(f"{pattern[: match.start()]}{number}{pattern[match.end() :]}")
 
 
-def _beginnings(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+def _nearest(pattern: str, names: list[str]) -> str:
+    """What may be meant: a name, the beginning of one, or a word of one."""
+    valid: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        valid |= dict.fromkeys(".".join(parts[:n]) for n in range(1, len(parts) + 1))
+        valid |= dict.fromkeys(parts)
+    close = difflib.get_close_matches(pattern, valid, n=1, cutoff=0.3)
+    return f"did you mean {close[0]!r}?" if close else f"a name looks like {names[-1]!r}"

@@ -5,6 +5,8 @@ RUN/checkpoints/step-00000123/ is a model folder that `blackmamba.load` reads, a
     optimizer.safetensors   what the optimizer remembers, as <parameter>/<quantity>
     trainer.json            counters, the run's configuration, the data's fingerprint, version
 
+Of a run that trains adapters it is an adapter folder instead, of the model in RUN/base/.
+
 The folder appears under its name when it is whole and on disk. Which windows come next follows from
 the step alone, and nothing draws random numbers once the weights are there.
 """
@@ -20,12 +22,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from blackmamba.checkpoint import load, save
+from blackmamba.checkpoint import load, save, save_adapter
+from blackmamba.checkpoint.adapter import fill_adapters
 from blackmamba.config import from_mapping, to_mapping
 from blackmamba.data import Tokenizer
 from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.files import atomic_folder, settle
 from blackmamba.model import BlackMamba
+from blackmamba.model.lora import adaptation
 from blackmamba.train.average import WeightAverage
 from blackmamba.train.config import RunConfig
 from blackmamba.train.optimizer import optimizer_tensors, restore_optimizer
@@ -104,7 +108,10 @@ def save_checkpoint(
     }
     try:
         with atomic_folder(folder) as temporary:
-            save(model, temporary, tokenizer=tokenizer)
+            if adaptation(model) is None:
+                save(model, temporary, tokenizer=tokenizer)
+            else:
+                save_adapter(model, temporary)
             save_file(optimizer_tensors(model, optimizer, average), temporary / _OPTIMIZER)
             settle(temporary / _OPTIMIZER)
             text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
@@ -160,13 +167,15 @@ def restore(
         CheckpointError: a file is missing, damaged, or does not fit the model.
     """
     try:
-        saved = load(checkpoint.folder)
+        if adaptation(model) is None:
+            saved = load(checkpoint.folder)
+            if saved.config != model.config:
+                raise ConfigError("its config.json is that of another model")
+            model.load_state_dict(saved.state_dict())
+        else:
+            fill_adapters(model, checkpoint.folder)
     except (CheckpointError, ConfigError) as error:
         raise _damaged(checkpoint.folder, error) from None
-    if saved.config != model.config:
-        raise _damaged(checkpoint.folder, "its config.json is that of another model")
-    model.load_state_dict(saved.state_dict())
-
     path = checkpoint.folder / _OPTIMIZER
     try:
         restore_optimizer(model, optimizer, load_file(path), average)

@@ -7,6 +7,7 @@ from typing import Literal
 from blackmamba.config import ModelConfig
 from blackmamba.data import DataConfig
 from blackmamba.errors import ConfigError
+from blackmamba.model.lora import LoRAConfig
 from blackmamba.train.loggers import LoggerName
 from blackmamba.train.muon import MuonScale
 
@@ -188,8 +189,19 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    """Adapters to train in place of the model's own weights."""
 
     def __post_init__(self) -> None:
+        if self.lora.rank and not self.train.init:
+            raise ConfigError(
+                f"lora.rank={self.lora.rank}: adapters are of a trained model; train.init names it"
+            )
+        if self.lora.rank and self.train.freeze:
+            raise ConfigError(
+                f"train.freeze={list(self.train.freeze)}: with lora.rank={self.lora.rank} all but "
+                "the adapters is frozen; choose them by lora.targets"
+            )
         if self.data.tokenizer == "train" and self.data.vocab_size > self.model.vocab_size:
             raise ConfigError(
                 f"data.vocab_size={self.data.vocab_size}: must be at most "
@@ -213,7 +225,7 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
         ConfigError: names every key that differs and may not.
     """
     differing: list[str] = []
-    for part in ("model", "data", "train"):
+    for part in ("model", "data", "train", "lora"):
         before, after = getattr(old, part), getattr(new, part)
         for field in dataclasses.fields(before):
             if part == "train" and field.name in _FREE_ON_RESUME:

@@ -13,6 +13,7 @@ from blackmamba.train.config import RunConfig, check_resumable
 from blackmamba.train.metrics import METRICS_FILE
 
 RECIPE, DATA, CHECKPOINTS, MODEL = "recipe.yaml", "data", "checkpoints", "model"
+ADAPTER = "adapter"
 _logger = logging.getLogger(__name__)
 
 

@@ -2,46 +2,65 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from blackmamba.checkpoint import load, load_exact_config, load_quantization, load_tokenizer
-from blackmamba.checkpoint.load import find_folder
+from blackmamba.checkpoint import (
+    convert,
+    load,
+    load_exact_config,
+    load_quantization,
+    load_tokenizer,
+)
+from blackmamba.checkpoint.load import find_folder, fingerprint
 from blackmamba.checkpoint.released import TOKENIZER
 from blackmamba.config import ModelConfig, from_mapping, to_mapping
 from blackmamba.data import Tokenizer
 from blackmamba.errors import ConfigError
 from blackmamba.model import BlackMamba, select
+from blackmamba.model.lora import Adaptation, add_adapters
 from blackmamba.train.config import RunConfig
 
+BASE = "base"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def started(config: RunConfig, tokenizer: Tokenizer, *, resumed: bool) -> BlackMamba:
+def started(config: RunConfig, tokenizer: Tokenizer, out: Path, *, resumed: bool) -> BlackMamba:
     """The model of a run before its first step, on the CPU: so it is the same on every device.
 
     Args:
         config: of the run.
         tokenizer: of its data.
+        out: its folder; a run that trains adapters keeps the model that they are of in its base/.
         resumed: a checkpoint's weights come in next, so that the first ones are not needed.
     Raises:
         ConfigError: the tokenizer has more tokens than the model; train.init names another model
-            than `config` describes, or a quantised one; see `freeze`.
+            than `config` describes, or a quantised one; see `freeze` and `add_adapters`.
         CheckpointError: the model that train.init names cannot be read.
     """
     shape, settings = fit_vocabulary(config.model, tokenizer), config.train
     compute_dtype = DTYPES[settings.dtype]
-    if settings.init and not resumed:
-        _check_same(settings.init, config.model, to_mapping(source_config(settings.init)))
-        # What only concerns training, such as unused ids, is the run's; the weights are given.
-        model = BlackMamba(shape, device="meta", compute_dtype=compute_dtype)
-        model.load_state_dict(load(settings.init).state_dict(), assign=True)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(settings.seed)
+    source = "" if resumed else settings.init
+    if source:
+        _check_same(source, config.model, to_mapping(source_config(source)))
+    if config.lora.rank:
+        if source:
+            convert(source, out / BASE)
+        source = str(out / BASE)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
+        if source:
+            # What only concerns training, such as unused ids, is the run's; the weights are given.
+            model = BlackMamba(shape, device="meta", compute_dtype=compute_dtype)
+            model.load_state_dict(load(source).state_dict(), assign=True)
+        else:
             model = BlackMamba(shape, compute_dtype=compute_dtype)
-    freeze(model, settings.freeze)
+        if config.lora.rank:
+            add_adapters(model, Adaptation(config.lora, settings.init, fingerprint(out / BASE)))
+        else:
+            freeze(model, settings.freeze)
     return model
 
 
@@ -62,10 +81,13 @@ def trained_parameters(config: RunConfig) -> int:
     """How many numbers a run trains.
 
     Raises:
-        ConfigError: a pattern of train.freeze matches nothing.
+        ConfigError: a pattern of train.freeze or lora.targets matches nothing.
     """
     model = BlackMamba(config.model, device="meta")
-    freeze(model, config.train.freeze)
+    if config.lora.rank:
+        add_adapters(model, Adaptation(config.lora, "", ""))
+    else:
+        freeze(model, config.train.freeze)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

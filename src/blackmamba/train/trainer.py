@@ -6,6 +6,7 @@ RUN/
     metrics.jsonl     a line a step          tensorboard/   the same, if wanted
     checkpoints/      step-00000123/, ...    model/         the trained model
     model_ema/        the average of its weights, if wanted
+    base/             the model that adapters are of, and adapter/, where such are trained
     loss.png          summary.json
 """
 
@@ -19,16 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blackmamba.checkpoint import save
+from blackmamba.checkpoint import save, save_adapter
 from blackmamba.data import Batch, PreparedData, WindowSampler
 from blackmamba.errors import ConfigError, TrainingError
 from blackmamba.model import BlackMamba, Trace
+from blackmamba.model.lora import draw_dropout
 from blackmamba.model.size import training_flops_per_token
 from blackmamba.train.average import WeightAverage
 from blackmamba.train.checkpoints import Counters, newest_checkpoint, restore, save_checkpoint
 from blackmamba.train.config import RunConfig
 from blackmamba.train.evaluation import Validation, Validations, validate
 from blackmamba.train.folder import (
+    ADAPTER,
     CHECKPOINTS,
     MODEL,
     RECIPE,
@@ -92,7 +95,7 @@ def run(
     config = with_dtype(config, checkpoint, device)
     data = open_data(out, config, checkpoint)
     settings = config.train
-    model = started(config, data.tokenizer, resumed=checkpoint is not None)
+    model = started(config, data.tokenizer, out, resumed=checkpoint is not None)
     masters = narrow_weights(model, DTYPES[settings.dtype]) if settings.weights != "float32" else {}
     model.to(device).recompute = settings.recompute
     optimizer = build_optimizer(model, settings, masters)
@@ -108,6 +111,8 @@ def run(
     trainer = Trainer(config, out, data, model, optimizer, average, counters, progress)
     found = trainer.train()
     save(model, out / MODEL, tokenizer=data.tokenizer)
+    if config.lora.rank:
+        save_adapter(model, out / ADAPTER)
     if average is not None:
         with average.in_place():
             save(model, out / AVERAGE, tokenizer=data.tokenizer)
@@ -212,6 +217,8 @@ class Trainer:
         lr = learning_rate(settings, counters.step)
         is_logged = _is_due(counters.step + 1, settings.log_every)
         trace = Trace() if is_logged else None
+        if self.config.lora.dropout:
+            draw_dropout(self.model, settings.seed, number)
         outcome = train_step(
             self.model,
             self.optimizer,

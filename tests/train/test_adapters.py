@@ -1,0 +1,177 @@
+"""Runs that train adapters, and what comes of them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import blackmamba
+from blackmamba.checkpoint.load import fingerprint
+from blackmamba.cli.main import main
+from blackmamba.errors import CheckpointError, ConfigError
+from blackmamba.train import load_recipe, run
+
+Recipe = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A run folder of a small model."""
+    out = tmp_path_factory.mktemp("source") / "run"
+    recipe: dict[str, Any] = {
+        "model": {"layers": ["mamba", "moe"], "d_model": 16, "d_state": 4, "n_experts": 4,
+                  "d_expert": 16},
+        "data": {"text": [str(text)], "vocab_size": 300, "validation_fraction": 0.1},
+        "train": {"steps": 2, "batch_size": 4, "seq_len": 16, "lr": 1e-2, "device": "cpu"},
+    }  # fmt: skip
+    path = out.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    run(load_recipe(path), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, text: Path, source: Path) -> Recipe:
+    """A recipe file that trains adapters of `source`."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def write(init: Path = source, **lora: Any) -> Path:
+        path = folder / "recipe.yaml"
+        plain = {
+            "data": {"text": [str(text)], "validation_fraction": 0.1},
+            "train": {"init": str(init), "steps": 4, "batch_size": 4, "seq_len": 16, "lr": 1e-2,
+                      "device": "cpu", "checkpoint_every": 2},
+            "lora": {"rank": 2, "dropout": 0.2} | lora,
+        }  # fmt: skip
+        path.write_text(yaml.safe_dump(plain))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    run(load_recipe(recipe()), out)
+    return out
+
+
+def logits(folder: Path, **options: Any) -> torch.Tensor:
+    ids = torch.arange(20).view(2, 10)
+    return blackmamba.load(folder, dtype=torch.float64, **options)(ids)
+
+
+def test_a_run_of_adapters(trained: Path, source: Path):
+    """Its model is the base with the adapters; the base is as it was, the adapter folder small."""
+    assert torch.equal(logits(trained / "base"), logits(source))
+    merged = logits(trained / "base", adapter=trained / "adapter")
+    # The run added them in float32, here it was float64.
+    torch.testing.assert_close(merged, logits(trained), rtol=0, atol=1e-5)
+    assert (logits(trained) - logits(source)).abs().max() > 1e-3
+    tensors = load_file(trained / "adapter" / "adapter.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors} == {"lora_A", "lora_B"}
+    checkpoint = trained / "checkpoints" / "step-00000004"
+    assert {p.name for p in checkpoint.iterdir()} == {
+        "adapter.json", "adapter.safetensors", "optimizer.safetensors", "trainer.json",
+    }  # fmt: skip
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    assert {name.split("/")[0].rpartition(".")[2] for name in moments} == {"lora_A", "lora_B"}
+    at_checkpoint = logits(source, adapter=checkpoint)
+    assert torch.equal(at_checkpoint, merged)
+
+
+def test_resume_without_the_source(tmp_path: Path, recipe: Recipe, trained: Path, source: Path):
+    passing, out = tmp_path / "passing", tmp_path / "run"
+    shutil.copytree(source, passing)
+    path = recipe(passing)
+    run(load_recipe(path), out)
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    shutil.rmtree(passing)
+    assert main(["train", str(path), "--out", str(out), "--resume"]) == 0
+    for name in ("adapter/adapter.safetensors", "model/model.safetensors"):
+        assert (out / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_other_adapters_are_another_run(recipe: Recipe, trained: Path):
+    with pytest.raises(ConfigError, match=r"lora.alpha \(was 16.0, now 1.0\)"):
+        run(load_recipe(recipe(alpha=1.0)), trained, resume=True)
+
+
+def test_convert_merges(tmp_path: Path, trained: Path, source: Path):
+    out = tmp_path / "merged"
+    assert main(["convert", str(source), str(out), "--adapter", str(trained)]) == 0
+    torch.testing.assert_close(logits(out), logits(trained), rtol=0, atol=1e-5)
+    assert (out / "tokenizer.json").exists()
+    released = tmp_path / "released"
+    arguments = ["convert", str(source), str(released), "--to", "released"]
+    assert main([*arguments, "--adapter", str(trained)]) == 0
+    assert torch.equal(logits(released), logits(out))
+
+
+def test_generate_takes_an_adapter(trained: Path, source: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--prompt", "the cat", "--temperature", "0", "--max-new-tokens", "20", "--no-stats"]
+    assert main(["generate", str(source), *options, "--adapter", str(trained)]) == 0
+    with_adapter = capsys.readouterr().out
+    assert main(["generate", str(trained), *options]) == 0
+    assert capsys.readouterr().out == with_adapter
+
+
+def test_fingerprints_are_of_weights(tmp_path: Path, source: Path):
+    """The same in every format, and of nothing else."""
+    blackmamba.checkpoint.convert(source, tmp_path / "released", to="released")
+    known = fingerprint(source / "model")
+    assert fingerprint(tmp_path / "released") == known
+    model = blackmamba.load(source)
+    blackmamba.save(model, tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == known
+    with torch.no_grad():
+        model.layers[0].mixer.D[3] += 1e-3  # pyright: ignore
+    blackmamba.save(model, tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") != known
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, trained: Path, source: Path):
+    model = blackmamba.load(source)
+    with torch.no_grad():
+        model.embedding.weight[0, 0] += 1
+    blackmamba.save(model, tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"an adapter of .*source.*, not of .*other"):
+        blackmamba.load(tmp_path / "other", adapter=trained)
+    blackmamba.save(blackmamba.quantize(model, group_size=32), tmp_path / "int8")
+    with pytest.raises(ConfigError, match=r"quantised, and an adapter is added to whole weights"):
+        blackmamba.load(tmp_path / "int8", adapter=trained)
+
+
+def test_damaged_adapters(tmp_path: Path, trained: Path, source: Path):
+    with pytest.raises(CheckpointError, match=r"adapter.json: no readable adapter"):
+        blackmamba.load(source, adapter=tmp_path)
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained / "adapter", folder)
+    tensors = load_file(folder / "adapter.safetensors")
+    first = min(tensors)
+    save_file({n: t for n, t in tensors.items() if n != first}, folder / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match=f"does not fit its adapter.json.*{first}"):
+        blackmamba.load(source, adapter=folder)
+    (folder / "adapter.safetensors").write_bytes(b"123")
+    with pytest.raises(CheckpointError, match=r"adapter.safetensors: missing or damaged"):
+        blackmamba.load(source, adapter=folder)
+    plain = json.loads((folder / "adapter.json").read_text())
+    (folder / "adapter.json").write_text(json.dumps(plain | {"format_version": 2}))
+    with pytest.raises(CheckpointError, match=r"must be of format blackmamba-adapter, version 1"):
+        blackmamba.load(source, adapter=folder)
+    (folder / "adapter.json").write_text(json.dumps(plain | {"lora": {"rnak": 1}}))
+    with pytest.raises(ConfigError, match=r"lora.rnak.*did you mean 'rank'"):
+        blackmamba.load(source, adapter=folder)
+
+
+def test_settings_that_contradict(recipe: Recipe):
+    with pytest.raises(ConfigError, match=r"lora.rank=2: adapters are of a trained model"):
+        load_recipe("tiny", ["lora.rank=2"])
+    with pytest.raises(ConfigError, match=r"train.freeze=\['embedding'\]: with lora.rank=2"):
+        load_recipe(recipe(), ["train.freeze=[embedding]"])
