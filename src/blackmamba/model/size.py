@@ -83,15 +83,44 @@ def state_bytes(config: ModelConfig, context: int, product_bytes: int = 4) -> in
     return total
 
 
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs of one token, by what they are spent on."""
+
+    products: int = 0
+    """Matrix products: projections, experts, router, head."""
+    convolution: int = 0
+    scan: int = 0
+    scores: int = 0
+    """Attention's products with keys and values."""
+
+    @property
+    def total(self) -> int:
+        return self.products + self.convolution + self.scan + self.scores
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.products + other.products,
+            self.convolution + other.convolution,
+            self.scan + other.scan,
+            self.scores + other.scores,
+        )
+
+
+def forward_flops(config: ModelConfig, context: int) -> Flops:
+    """To read one token when `context` tokens are before it."""
+    total = Flops(products=2 * config.d_model * config.vocab_size)  # head
+    for spec in config.layer_specs:
+        total += layer_flops(config, spec, context)
+    return total
+
+
 def flops_per_token(config: ModelConfig, context: int) -> int:
     """Forward FLOPs to read one token when `context` tokens are before it.
 
     Training costs about three times as much: the backward pass has two products for each of these.
     """
-    total = 2 * config.d_model * config.vocab_size  # head
-    for spec in config.layer_specs:
-        total += _layer_flops(config, spec, context)
-    return total
+    return forward_flops(config, context).total
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -124,21 +153,24 @@ def _scan_flops(config: ModelConfig) -> int:
     return 8 * config.d_inner * config.d_state + 5 * config.d_inner
 
 
-def _layer_flops(config: ModelConfig, spec: LayerSpec, context: int) -> int:
+def layer_flops(config: ModelConfig, spec: LayerSpec, context: int) -> Flops:
+    """Forward FLOPs of one layer for one token; norms and activations do not count."""
     m = config.d_model
-    flops = 0
+    flops = Flops()
     if spec.mixer == "mamba":
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
-        flops += 2 * m * 2 * d + 2 * d * (r + 2 * n) + 2 * r * d + 2 * d * m  # products
-        flops += 2 * k * d  # convolution
-        flops += _scan_flops(config)
+        flops += Flops(
+            products=2 * m * 2 * d + 2 * d * (r + 2 * n) + 2 * r * d + 2 * d * m,
+            convolution=2 * k * d,
+            scan=_scan_flops(config),
+        )
     elif spec.mixer == "attention":
         q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-        flops += 2 * m * (2 * q + 2 * kv) + 4 * (context + 1) * q
-    products = 3 if config.gated else 2
+        flops += Flops(products=2 * m * (2 * q + 2 * kv), scores=4 * (context + 1) * q)
+    matrices = 3 if config.gated else 2
     if spec.feed_forward == "mlp":
-        flops += 2 * m * config.d_mlp * products
+        flops += Flops(products=2 * m * config.d_mlp * matrices)
     if spec.feed_forward == "moe":
         widths = config.experts_per_token * config.d_expert + config.d_shared_expert
-        flops += 2 * m * widths * products + 2 * m * spec.n_experts
+        flops += Flops(products=2 * m * widths * matrices + 2 * m * spec.n_experts)
     return flops

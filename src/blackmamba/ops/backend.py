@@ -5,9 +5,11 @@ the input. The environment variable BLACKMAMBA_BACKEND stands in for "auto" in e
 has an implementation of that name; a backend that is named, there or in a call, runs or raises.
 """
 
+import contextlib
+import contextvars
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from typing import Generic, Literal, TypeVar, get_args
 
 import torch
@@ -28,6 +30,7 @@ ENVIRONMENT_VARIABLE = "BLACKMAMBA_BACKEND"
 F = TypeVar("F", bound=Callable[..., object])
 _registered: dict[str, tuple[Backend, ...]] = {}
 _logged: set[tuple[str, str]] = set()
+_chosen: contextvars.ContextVar["Backend | None"] = contextvars.ContextVar("backend", default=None)
 
 
 class Implementations(Generic[F]):
@@ -109,12 +112,25 @@ def describe_backends() -> list[tuple[str, str]]:
     return rows
 
 
+@contextlib.contextmanager
+def forcing(backend: Backend) -> Generator[None]:
+    """Inside, `backend` stands in for BLACKMAMBA_BACKEND; for this thread alone."""
+    token = _chosen.set(backend)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
 def forced_backend() -> Backend:
-    """What BLACKMAMBA_BACKEND asks for; "auto" if it is not set.
+    """What `forcing` or else BLACKMAMBA_BACKEND asks for; "auto" if neither is there.
 
     Raises:
         BackendError: it names no backend.
     """
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     for backend in get_args(Backend):
         if name == backend:

@@ -1,6 +1,7 @@
 """What `sinkhorn` means, in log space."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,20 +34,44 @@ def sinkhorn_reference(
     logits = logits.to(wide_dtype(logits))
     if t == 0:
         return SinkhornResult(logits.clone(), 0, 0.0)
+    step = None
+    for step in sinkhorn_steps(logits, scale, start, max_iterations):
+        if not step.error >= tolerance:  # so that NaN, which comes of NaN logits alone, stops too
+            break
+    assert step is not None
+    return SinkhornResult(step.plan, step.number, step.error)
+
+
+class SinkhornStep(NamedTuple):
+    """One row-and-column step of the iteration."""
+
+    number: int
+    """From 1."""
+    plan: Tensor
+    """(t, e)."""
+    error: float
+    """Largest relative error of a row sum; the columns are exact."""
+    log_d1: Tensor
+    """(e,): logarithm of the column factors, in the scale of the start as the paper has it."""
+
+
+@torch.no_grad()
+def sinkhorn_steps(
+    logits: Tensor, scale: float, start: str, max_iterations: int
+) -> Iterator[SinkhornStep]:
+    """The iteration itself, step by step; logits (t, e), float32 or wider, t at least 1."""
+    t, e = logits.shape
     largest = logits.amax(dim=1, keepdim=True)
     log_cost = ((logits - largest) * scale).clamp(min=_FLOOR)
-    c = logits.new_zeros(e)
+    c, unit = logits.new_zeros(e), 0.0
     if start == "paper":  # column sums of the cost as given, but for one factor, which r undoes
         weight = ((largest - largest.max()) * scale).clamp(min=_FLOOR)
         c = -(log_cost + weight).logsumexp(dim=0)
-    plan, iterations, error = logits, 0, math.inf
-    while iterations < max_iterations:
-        iterations += 1
+        unit = -math.log(e) - scale * float(largest.max())
+    for number in range(1, max_iterations + 1):
         r = -math.log(t) - (log_cost + c).logsumexp(dim=1)
         rows_right = log_cost + r[:, None]
         c = -math.log(e) - rows_right.logsumexp(dim=0)
         plan = (rows_right + c).exp()
-        error = float((t * plan.sum(dim=1) - 1).abs().max())  # the columns are exact now
-        if not error >= tolerance:  # so that NaN, which comes of NaN logits alone, stops too
-            break
-    return SinkhornResult(plan, iterations, error)
+        error = float((t * plan.sum(dim=1) - 1).abs().max())
+        yield SinkhornStep(number, plan, error, c + unit)
