@@ -1,4 +1,4 @@
-"""What a network computes, counted by watching it, to hold against the closed forms of `model/size.py`.
+"""What a network computes, counted by watching it, to hold against `model/size.py`.
 
 torch's counter sees matrix products and attention. Scan and convolution are elementwise to it: how
 their closed forms are counted is written beside them.

@@ -9,9 +9,14 @@ from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating
 from blackmamba.ops.sinkhorn import gpu
-from blackmamba.ops.sinkhorn.reference import SinkhornResult, sinkhorn_reference
+from blackmamba.ops.sinkhorn.reference import (
+    SinkhornResult,
+    SinkhornStep,
+    sinkhorn_reference,
+    sinkhorn_steps,
+)
 
-__all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_choice"]
+__all__ = ["SinkhornResult", "SinkhornStep", "sinkhorn", "sinkhorn_choice", "sinkhorn_steps"]
 
 _IMPLEMENTATIONS = Implementations("sinkhorn", {"reference": sinkhorn_reference})
 

@@ -30,9 +30,8 @@ def sinkhorn_reference(
 
     Each row's largest logit is taken out first, which r would undo: so nothing overflows.
     """
-    t, e = logits.shape
     logits = logits.to(wide_dtype(logits))
-    if t == 0:
+    if len(logits) == 0:
         return SinkhornResult(logits.clone(), 0, 0.0)
     step = None
     for step in sinkhorn_steps(logits, scale, start, max_iterations):
@@ -51,8 +50,6 @@ class SinkhornStep(NamedTuple):
     """(t, e)."""
     error: float
     """Largest relative error of a row sum; the columns are exact."""
-    log_d1: Tensor
-    """(e,): logarithm of the column factors, in the scale of the start as the paper has it."""
 
 
 @torch.no_grad()
@@ -63,15 +60,14 @@ def sinkhorn_steps(
     t, e = logits.shape
     largest = logits.amax(dim=1, keepdim=True)
     log_cost = ((logits - largest) * scale).clamp(min=_FLOOR)
-    c, unit = logits.new_zeros(e), 0.0
+    c = logits.new_zeros(e)
     if start == "paper":  # column sums of the cost as given, but for one factor, which r undoes
         weight = ((largest - largest.max()) * scale).clamp(min=_FLOOR)
         c = -(log_cost + weight).logsumexp(dim=0)
-        unit = -math.log(e) - scale * float(largest.max())
     for number in range(1, max_iterations + 1):
         r = -math.log(t) - (log_cost + c).logsumexp(dim=1)
         rows_right = log_cost + r[:, None]
         c = -math.log(e) - rows_right.logsumexp(dim=0)
         plan = (rows_right + c).exp()
         error = float((t * plan.sum(dim=1) - 1).abs().max())
-        yield SinkhornStep(number, plan, error, c + unit)
+        yield SinkhornStep(number, plan, error)
