@@ -99,7 +99,7 @@ def test_a_run_learns_and_leaves_everything(small: Small, tmp_path: Path):
 
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"recipe.yaml", "data", "metrics.jsonl", "checkpoints", "model", "loss.png",
-                     "summary.json"}  # fmt: skip
+                     "summary.json", "expert-load.png"}  # fmt: skip
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert load_recipe(tmp_path / "recipe.yaml") == config
     checkpoints = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

@@ -9,11 +9,22 @@ import os
 import sys
 from collections.abc import Sequence
 
-from blackmamba.cli import convert, data, doctor, eval, generate, info, quantize, train, upcycle
+from blackmamba.cli import (
+    convert,
+    data,
+    doctor,
+    eval,
+    generate,
+    info,
+    quantize,
+    runs,
+    train,
+    upcycle,
+)
 from blackmamba.errors import BlackMambaError
 from blackmamba.version import __version__
 
-_COMMANDS = (data, train, generate, eval, convert, quantize, upcycle, info, doctor)
+_COMMANDS = (data, train, runs, generate, eval, convert, quantize, upcycle, info, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

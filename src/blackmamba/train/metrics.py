@@ -25,6 +25,7 @@ from blackmamba.train.readings import Readings
 
 Row = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
+_FIGURES = ("load_entropy", "router_entropy", "argmax_agreement", "mean_gate")
 
 
 def _none(_: int) -> Sequence[Logger]:
@@ -132,7 +133,7 @@ class ExpertLoad:
         for layer, routed in routing.items():
             stats = routed.statistics()
             load = stats.tokens_per_expert.double()
-            figures = (stats.load_entropy, stats.argmax_agreement, stats.mean_gate)
+            figures = [getattr(stats, name) for name in _FIGURES]
             found[f"{layer} share"] = load / load.sum()
             found[f"{layer} figures"] = torch.stack([f.double() for f in figures])
         self._readings = Readings(found)
@@ -149,9 +150,7 @@ class ExpertLoad:
             share, figures = known[f"{layer} share"], known[f"{layer} figures"]
             found[str(layer)] = {
                 "max_load": max(share) * len(share),
-                "load_entropy": figures[0],
-                "argmax_agreement": figures[1],
-                "mean_gate": figures[2],
+                **dict(zip(_FIGURES, figures, strict=True)),
                 "share": [round(s, 6) for s in share],
             }
         return found

@@ -1,18 +1,16 @@
-"""What is left of a run when it is done: the result, the loss curve, the comparison with xz."""
+"""What is left of a run when it is done: the result, and the comparison with xz."""
 
 import dataclasses
 import json
-import logging
 import lzma
 from pathlib import Path
 from typing import Any
 
-from blackmamba.files import atomic_file, write_text
-from blackmamba.train.metrics import METRICS_FILE, finite, read_metrics
+from blackmamba.files import write_text
+from blackmamba.train.metrics import finite
 from blackmamba.train.origin import origin
 
 _XZ_MAX_BYTES = 32 * 2**20  # above it xz takes minutes
-_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,29 +82,3 @@ def xz_bits_per_byte(text: Path) -> float | None:
         return None
     content = text.read_bytes()
     return 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / len(content)
-
-
-def draw_loss(folder: Path) -> None:
-    """Draw metrics.jsonl as loss.png: training and validation loss over steps.
-
-    Without matplotlib there is no picture, and a warning in the log.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _logger.warning("no loss.png: matplotlib is not installed; pip install 'blackmamba[train]'")
-        return
-    rows = read_metrics(folder / METRICS_FILE)
-    trained = [(r["step"], r["loss"]) for r in rows]
-    validated = [(r["step"], r["validation"]["nats_per_token"]) for r in rows if "validation" in r]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for points, style, label in ((trained, "-", "training"), (validated, "o-", "validation")):
-        known = [(step, loss) for step, loss in points if loss is not None]
-        steps, losses = [step for step, _ in known], [loss for _, loss in known]
-        axes.plot(steps, losses, style, linewidth=0.9, markersize=4, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_file(folder / "loss.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=150)

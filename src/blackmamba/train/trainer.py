@@ -7,7 +7,7 @@ RUN/
     checkpoints/      step-00000123/, ...    model/         the trained model
     model_ema/        the average of its weights, if wanted
     base/             the model that adapters are of, and adapter/, where such are trained
-    loss.png          summary.json
+    loss.png          summary.json           expert-load.png
 """
 
 import contextlib
@@ -47,9 +47,10 @@ from blackmamba.train.metrics import ExpertLoad, MetricsLog, Row, finite
 from blackmamba.train.mixed import narrow_weights
 from blackmamba.train.optimizer import build_optimizer
 from blackmamba.train.parts import parameters_by_part
+from blackmamba.train.pictures import draw_experts, draw_loss
 from blackmamba.train.progress import Progress
 from blackmamba.train.recipe import write_recipe
-from blackmamba.train.report import RunResult, draw_loss, write_summary, xz_bits_per_byte
+from blackmamba.train.report import RunResult, write_summary, xz_bits_per_byte
 from blackmamba.train.schedule import learning_rate
 from blackmamba.train.speed import peak_memory, product_rate
 from blackmamba.train.spikes import SpikeGuard
@@ -134,6 +135,7 @@ def run(
     )
     with _writing(out):
         draw_loss(out)
+        draw_experts(out)
         write_summary(result, out)
     return result
 
