@@ -369,3 +369,36 @@ def test_groups_of_bfloat16_rows_in_whole_runs(sizes: tuple[int, ...]):
     exact = (expected, *torch.autograd.grad(expected, (rows, weight), grad.double()))
     for a, e in zip(actual, exact, strict=True):
         assert relative_error(a, e) < 4e-3  # half a unit in bfloat16's last place
+
+
+@pytest.mark.parametrize("t", [1, 5, 41, 100])  # few, between, and many choices
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_experts_a_token_are_added_up(backend: str, t: int):
+    tensors, _ = make(t, 8, 8, 5)
+    ids = torch.rand(t, 5, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :3]
+    gate = torch.rand(t, 3, generator=torch.Generator().manual_seed(3)).double() + 0.1
+    tensors["gate"] = gate
+    g = torch.randn(t, 8, generator=torch.Generator().manual_seed(4)).double()
+    if backend == "triton":  # its own products have no biases
+        del tensors["fc1_bias"], tensors["fc2_bias"]
+
+    def run(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
+        leaves = {k: v.to(dtype).requires_grad_() for k, v in tensors.items()}
+        y = expert_mlp(expert_ids=ids, **leaves, backend=backend)  # pyright: ignore
+        with torch.no_grad():
+            still = expert_mlp(expert_ids=ids, **leaves, backend=backend)  # pyright: ignore
+        grads = torch.autograd.grad(y, list(leaves.values()), g.to(dtype))
+        return {"y": y.detach(), "still": still, **dict(zip(leaves, grads, strict=True))}
+
+    one_by_one = sum(
+        expert_mlp(**(tensors | {"gate": gate[:, i]}), expert_ids=ids[:, i], backend="reference")  # pyright: ignore
+        for i in range(3)
+    )
+    exact = run(torch.float64, "reference")
+    assert relative_error(exact["y"], one_by_one) < 1e-14  # pyright: ignore
+    for name, found in run(torch.float32, backend).items():
+        assert relative_error(found, exact[name]) < 1e-5, name
+    if backend == "triton":
+        eager = run(torch.bfloat16, "reference")
+        for name, found in run(torch.bfloat16, backend).items():
+            assert_within_budget(name, found, eager[name], exact[name])

@@ -7,6 +7,7 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
+from blackmamba.ops.expert_mlp.choices import summed
 from blackmamba.ops.expert_mlp.gpu import expert_mlp_gpu
 from blackmamba.ops.expert_mlp.native import expert_mlp_native
 from blackmamba.ops.expert_mlp.reference import expert_mlp_reference
@@ -81,26 +82,12 @@ def expert_mlp(
         raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'gelu'")
     check_integers(name, "expert_ids", expert_ids, e - 1)
     run = _IMPLEMENTATIONS.pick(backend, x)
-    if expert_ids.dim() == 1:
-        return run(x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate)
-    rows, ids, scale = one_each(x, expert_ids, gate)
-    return summed(run(rows, ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, scale), x)
+    ids = expert_ids.flatten()
+    scale = None if gate is None else gate.flatten()
+    y = run(x, ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, scale)
+    return y if expert_ids.dim() == 1 else summed(y, t)
 
 
 def chosen_shape(expert_ids: Tensor, t: int) -> tuple[int, ...]:
     """What `expert_ids` of t tokens must look like."""
     return (t,) if expert_ids.dim() != 2 else (t, max(1, expert_ids.shape[1]))
-
-
-def one_each(
-    x: Tensor, expert_ids: Tensor, gate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Each token k times in a row, with one of its experts each: (t k, m), (t k,) and (t k,)."""
-    rows = x[:, None].expand(-1, expert_ids.shape[1], -1).flatten(0, 1)
-    return rows, expert_ids.flatten(), None if gate is None else gate.flatten()
-
-
-def summed(y: Tensor, x: Tensor) -> Tensor:
-    """The outputs (t k, m) of each token of x (t, m) added up."""
-    t, m = x.shape
-    return y.view(t, -1, m).sum(1) if t else y

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blackmamba.ops import gpu
+from blackmamba.ops.expert_mlp.choices import choices_per_token, repeated, summed
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 
 FEW = 32
-"""Most tokens of which the kernels for few are faster than torch's grouped products."""
+"""Most choices of which the kernels for few are faster than torch's grouped products."""
 FEW_WITHOUT_PRODUCT = 512
 """The same where torch has no grouped product that leaves the host alone."""
 
@@ -42,7 +43,7 @@ def expert_mlp_gpu(
     aligned = not any(size % 8 for size in (*fc1.shape[1:], fc2.shape[2]))
     has_product = x.dtype == torch.bfloat16 and aligned
     few = FEW if has_product else FEW_WITHOUT_PRODUCT
-    if plain and len(x) <= few and not torch.is_grad_enabled():
+    if plain and len(expert_ids) <= few and not torch.is_grad_enabled():
         fc1, fc2 = fc1.to(x.dtype), fc2.to(x.dtype)
         return _few(x, expert_ids, fc1, fc2, gate, activation == "gelu")
     if not (plain and has_product):
@@ -75,12 +76,16 @@ def _product() -> Callable[..., Tensor]:
     return getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
-def _gathered(x: Tensor, order: Tensor) -> Tensor:
+def _gathered(x: Tensor, order: Tensor, k: int = 1) -> Tensor:
+    """x[order // k]."""
     from blackmamba.ops.expert_mlp import kernels
 
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = x.new_empty(x.shape)
-    gpu.launch(kernels.gather_kernel, (len(x),), x, order, out, x.shape[1], x.stride(0), BLOCK=1024)
+    order = order if k == 1 else order // k
+    out = x.new_empty(len(order), x.shape[1])
+    gpu.launch(
+        kernels.gather_kernel, (len(order),), x, order, out, x.shape[1], x.stride(0), BLOCK=1024
+    )
     return out
 
 
@@ -104,6 +109,7 @@ def _few(
     from blackmamba.ops.expert_mlp import kernels
 
     e, m, f = fc2.shape
+    x = repeated(x, choices_per_token(x, expert_ids))
     x = x if x.stride(1) == 1 else x.contiguous()
     order, ends = sort_by_expert(expert_ids, e)
     hidden, y = x.new_empty(len(x), f), x.new_empty(len(x), m)
@@ -128,8 +134,8 @@ def _few(
 
 
 @_few.register_fake
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, expert_ids: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(expert_ids.shape[0], x.shape[1])
 
 
 @torch.library.custom_op("blackmamba::expert_mlp_gpu", mutates_args=())
@@ -140,11 +146,12 @@ def _forward(
     from blackmamba.ops.expert_mlp import kernels
 
     order, ends = sort_by_expert(expert_ids, len(fc1))
-    h = _product()(_gathered(x, order), fc1.transpose(1, 2), offs=ends)
+    k = choices_per_token(x, expert_ids)
+    h = _product()(_gathered(x, order, k), fc1.transpose(1, 2), offs=ends)
     f = fc2.shape[2]
-    hidden = x.new_empty(len(x), f)
+    hidden = x.new_empty(len(order), f)
     gpu.launch(
-        kernels.activate_kernel, (len(x), -(-f // 1024)), h, hidden, f, GELU=gelu, BLOCK=1024
+        kernels.activate_kernel, (len(order), -(-f // 1024)), h, hidden, f, GELU=gelu, BLOCK=1024
     )
     y = _product()(hidden, fc2.transpose(1, 2), offs=ends)
     return _scattered(y, order, None if gate is None else gate.contiguous()), h, order, ends
@@ -166,21 +173,24 @@ def _backward(
     """Gradients of x, fc1, fc2 and gate; empty for those not needed."""
     from blackmamba.ops.expert_mlp import kernels
 
-    product, f = _product(), fc2.shape[2]
+    product, f, k = _product(), fc2.shape[2], choices_per_token(x, order)
     grad_y = _gathered(grad_y, order)
     grad = product(grad_y, fc2, offs=ends)
     grad_h, hidden = torch.empty_like(h), torch.empty_like(grad)
-    grad_gate = x.new_empty(0) if gate is None else gate.new_empty(len(x))
+    grad_gate = x.new_empty(0) if gate is None else gate.new_empty(len(order))
     gpu.launch(
-        kernels.activate_backward_kernel, (len(x),),
+        kernels.activate_backward_kernel, (len(order),),
         grad, h, order, x if gate is None else gate.contiguous(), grad_h, hidden, grad_gate, f,
         GELU=gelu, HAS_GATE=gate is not None, BLOCK=1024,
     )  # fmt: skip
     needs_x, needs_fc1, needs_fc2, _ = needs
-    none = x.new_empty(0)
+    none = grad_x = x.new_empty(0)
+    if needs_x:
+        grad_x = _scattered(product(grad_h, fc1, offs=ends), order, None)
+        grad_x = grad_x if k == 1 else summed(grad_x, len(x))
     return [
-        _scattered(product(grad_h, fc1, offs=ends), order, None) if needs_x else none,
-        product(grad_h.t(), _gathered(x, order), offs=ends) if needs_fc1 else none,
+        grad_x,
+        product(grad_h.t(), _gathered(x, order, k), offs=ends) if needs_fc1 else none,
         product(grad_y.t(), hidden, offs=ends) if needs_fc2 else none,
         grad_gate,
     ]
@@ -190,9 +200,9 @@ def _backward(
 def _(
     x: Tensor, expert_ids: Tensor, fc1: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    t, int32 = x.shape[0], torch.int32
+    t, int32 = expert_ids.shape[0], torch.int32
     return (
-        x.new_empty(x.shape),
+        x.new_empty(t, x.shape[1]),
         x.new_empty(t, fc1.shape[1]),
         expert_ids.new_empty(t, dtype=int32),
         expert_ids.new_empty(fc1.shape[0], dtype=int32),
@@ -205,7 +215,7 @@ def _(
 ) -> list[Tensor]:
     needs = rest[-1]
     shapes = [t.shape if needed else (0,) for t, needed in zip((x, fc1, fc2), needs, strict=False)]
-    grad_gate = x.new_empty(0) if gate is None else gate.new_empty(x.shape[0])
+    grad_gate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape[0])
     return [*(x.new_empty(shape) for shape in shapes), grad_gate]
 
 

@@ -1,8 +1,8 @@
 """A few tokens by kernels that read each chosen expert's weights once; many by grouped products.
 
-Up to 16 tokens the weights are what costs, and the kernels stream them. From 64 on, float32 goes by
-the native products; bfloat16, and what lies between, by torch's, and only what lies between those
-products is native.
+Up to 16 choices the weights are what costs, and the kernels stream them. From 64 on, float32 goes
+by the native products; bfloat16, and what lies between, by torch's, and only what lies between
+those products is native.
 """
 
 from typing import Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops import native
+from blackmamba.ops.expert_mlp.choices import choices_per_token, repeated
 from blackmamba.ops.expert_mlp.native_grouped import expert_mlp_native_grouped
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 
@@ -30,13 +31,14 @@ def expert_mlp_native(
     gate: Tensor | None,
 ) -> Tensor:
     """`expert_mlp` of float32 or bfloat16; few tokens without gradients in float32 arithmetic."""
-    if len(x) >= MANY and x.dtype == torch.float32:
+    n_choices = len(expert_ids)
+    if n_choices >= MANY and x.dtype == torch.float32:
         return expert_mlp_native_grouped(
             x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate
         )
     tensors = (x, fc1, fc2, fc1_bias, fc2_bias, gate)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if len(x) > FEW or learns or native.unfit(fc1, fc2) is not None or fc1.dtype != fc2.dtype:
+    if n_choices > FEW or learns or native.unfit(fc1, fc2) is not None or fc1.dtype != fc2.dtype:
         return expert_mlp_grouped(
             x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate
         )
@@ -58,7 +60,8 @@ def _few_tokens(
     gelu: bool,
 ) -> Tensor:
     """No gradient."""
-    x, expert_ids = native.rows(x), expert_ids.contiguous()
+    x = native.rows(repeated(x, choices_per_token(x, expert_ids)))
+    expert_ids = expert_ids.contiguous()
     fc1, fc2 = fc1.contiguous(), fc2.contiguous()
     floats = [None if t is None else t.float().contiguous() for t in (fc1_bias, fc2_bias, gate)]
     y = torch.empty(x.shape, dtype=x.dtype)
@@ -83,5 +86,5 @@ def _few_tokens(
 
 
 @_few_tokens.register_fake
-def _(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:
+    return x.new_empty(expert_ids.shape[0], x.shape[1])

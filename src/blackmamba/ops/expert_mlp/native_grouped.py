@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops.activate.native import activate_rows, activate_rows_backward
+from blackmamba.ops.expert_mlp.choices import choices_per_token
 from blackmamba.ops.linear.native import multiply
 
 
@@ -43,16 +44,20 @@ def _forward(
     gelu: bool,
     gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y; and for the gradient fc1's output, sorted by expert, that order and the groups' ends."""
-    order = expert_ids.argsort(stable=True)
+    """y; and for the gradient fc1's output, sorted by expert, that order and the groups' ends.
+
+    Several choices of a token read its row of x where it is.
+    """
+    order, k = expert_ids.argsort(stable=True), choices_per_token(x, expert_ids)
+    tokens = order if k == 1 else order // k
     ends = torch.bincount(expert_ids, minlength=len(fc1)).cumsum(0)
     b1, b2, scale = _contiguous(fc1_bias), _contiguous(fc2_bias), _contiguous(gate)
-    h = x.new_empty(len(x), fc1.shape[1])
+    h = x.new_empty(len(order), fc1.shape[1])
     for j, group in _groups(ends):
         bias = None if b1 is None else b1[j]
-        multiply(x, fc1[j], h[group], a_rows=order[group], bias=bias)
+        multiply(x, fc1[j], h[group], a_rows=tokens[group], bias=bias)
     hidden = activate_rows(h, gelu, gated)
-    y = x.new_empty(x.shape)
+    y = x.new_empty(len(order), x.shape[1])
     for j, group in _groups(ends):
         bias = None if b2 is None else b2[j]
         multiply(hidden[group], fc2[j], y, out_rows=order[group], out_scale=scale, bias=bias)
@@ -80,12 +85,13 @@ def _backward(
     needs_x, needs_fc1, needs_fc2, needs_b1, needs_b2, needs_gate = needs
     grads = _empty_gradients(x, fc1, fc2, fc1_bias, fc2_bias, gate, needs)
     grad_x, grad_fc1, grad_fc2, grad_b1, grad_b2, grad_gate = grads
-    scale = _contiguous(gate)
+    scale, k = _contiguous(gate), choices_per_token(x, expert_ids)
+    grad_each = grad_x if k == 1 else x.new_empty(len(order) if needs_x else 0, x.shape[1])
 
-    grad_hidden = x.new_empty(len(x), fc2.shape[2])  # but for the gate
+    grad_hidden = x.new_empty(len(order), fc2.shape[2])  # but for the gate
     for j, group in _groups(ends):
         multiply(grad_y, fc2[j].t(), grad_hidden[group], a_rows=order[group])
-    dots = x.new_empty(len(x))
+    dots = x.new_empty(len(order))
     grad_h = activate_rows_backward(
         grad_hidden, h, gelu, gated, None if scale is None else scale[order], dots
     )
@@ -97,14 +103,17 @@ def _backward(
                 grad_y.t(), hidden[group].t(), grad_fc2[j], left_tokens=picked, left_scale=scale
             )
         if needs_fc1:
-            multiply(grad_h[group].t(), x.t(), grad_fc1[j], tokens=picked)
+            tokens = picked if k == 1 else picked // k
+            multiply(grad_h[group].t(), x.t(), grad_fc1[j], tokens=tokens)
         if needs_x:
-            multiply(grad_h[group], fc1[j].t(), grad_x, out_rows=picked)
+            multiply(grad_h[group], fc1[j].t(), grad_each, out_rows=picked)
         if needs_b1:
             grad_b1[j] = grad_h[group].sum(0)
         if needs_b2:
             g = grad_y[picked]
             grad_b2[j] = (g if scale is None else g * scale[picked][:, None]).sum(0)
+    if needs_x and k > 1:
+        torch.sum(grad_each.view(len(x), k, -1), 1, out=grad_x)
     for j in _idle(ends):
         for needed, grad in zip(needs[1:5], grads[1:5], strict=True):
             if needed:
@@ -156,8 +165,8 @@ def _(
     x: Tensor, expert_ids: Tensor, fc1: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape[0], fc1.shape[1]),
+        x.new_empty(expert_ids.shape[0], x.shape[1]),
+        x.new_empty(expert_ids.shape[0], fc1.shape[1]),
         expert_ids.new_empty(x.shape[0]),
         expert_ids.new_empty(fc1.shape[0]),
     )

@@ -1,9 +1,10 @@
-"""What `expert_mlp` means: each token multiplied by the weights of its own expert."""
+"""What `expert_mlp` means: each token multiplied by the weights of its own experts."""
 
 import torch
 from torch import Tensor
 
 from blackmamba.ops.activate.reference import activate_reference
+from blackmamba.ops.expert_mlp.choices import choices_per_token, repeated
 
 
 def expert_mlp_reference(
@@ -18,6 +19,7 @@ def expert_mlp_reference(
     gate: Tensor | None,
 ) -> Tensor:
     """Copies an expert's weights for every token: for small inputs. Float64 in, float64 out."""
+    x = repeated(x, choices_per_token(x, expert_ids))
     h = torch.einsum("tm,tfm->tf", x, fc1.to(x.dtype)[expert_ids])
     if fc1_bias is not None:
         h = h + fc1_bias.to(x.dtype)[expert_ids]

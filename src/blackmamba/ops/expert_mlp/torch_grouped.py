@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from blackmamba.ops.activate import activate
 from blackmamba.ops.checks import readable
+from blackmamba.ops.expert_mlp.choices import choices_per_token, summed
 from blackmamba.ops.linear import linear, product
 
 
@@ -25,7 +26,8 @@ def expert_mlp_grouped(
     gate: Tensor | None,
 ) -> Tensor:
     """`expert_mlp` by sorting; waits for the device only where it has no grouped product."""
-    if len(x) == 1 and readable(expert_ids):
+    k = choices_per_token(x, expert_ids)
+    if len(expert_ids) == 1 and readable(expert_ids):
         chosen = int(expert_ids)  # one token, as in generation: nothing to sort
         y = linear(x, fc1[chosen].to(x.dtype), _row(fc1_bias, chosen, x.dtype))
         y = activate(y, activation, gated)
@@ -33,13 +35,13 @@ def expert_mlp_grouped(
         return y if gate is None else (y * gate[:, None]).to(x.dtype)
 
     sorted_ids, order = torch.sort(expert_ids, stable=True)
-    place = torch.empty_like(order)  # of each token among the sorted ones
+    place = torch.empty_like(order)  # of each choice among the sorted ones
     place.scatter_(0, order, torch.arange(len(order), device=order.device))
     experts = torch.arange(len(fc1), device=order.device)
     ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # of each group
 
     product = _product(x, fc1, fc2)
-    h = product(_reorder(x, order, place), fc1, ends)
+    h = product(_reorder(x, order, place, k), fc1, ends)
     if fc1_bias is not None:
         h = h + F.embedding(sorted_ids, fc1_bias.to(x.dtype))
     h = activate(h, activation, gated)
@@ -175,18 +177,20 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]
 _call_per_group.register_autograd(_gradients, setup_context=_save)
 
 
-def _reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """rows[order]; knowing the inverse permutation, its gradient is a gather too."""
-    return cast(Tensor, _Reorder.apply(rows, order, inverse))
+def _reorder(rows: Tensor, order: Tensor, inverse: Tensor, k: int = 1) -> Tensor:
+    """rows[order // k]; knowing the inverse permutation, its gradient is a gather too."""
+    return cast(Tensor, _Reorder.apply(rows, order, inverse, k))
 
 
 class _Reorder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
+        ctx.k = k
+        return rows.index_select(0, order if k == 1 else order // k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+        found = grads[0].index_select(0, ctx.saved_tensors[0])
+        return found if ctx.k == 1 else summed(found, len(found) // ctx.k), None, None, None

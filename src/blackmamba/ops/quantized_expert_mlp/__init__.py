@@ -7,7 +7,8 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_integers, check_shapes
-from blackmamba.ops.expert_mlp import chosen_shape, one_each, summed
+from blackmamba.ops.expert_mlp import chosen_shape
+from blackmamba.ops.expert_mlp.choices import choices_per_token, repeated, summed
 from blackmamba.ops.quantized_expert_mlp.native import quantized_expert_mlp_native
 from blackmamba.ops.quantized_expert_mlp.reference import quantized_expert_mlp_reference
 from blackmamba.ops.quantized_expert_mlp.torch_grouped import quantized_expert_mlp_grouped
@@ -80,7 +81,8 @@ def quantized_expert_mlp(
     check_integers(name, "expert_ids", expert_ids, e - 1)
     check_inference(name, x, gate)
     run = _IMPLEMENTATIONS.pick(backend, x)
-    if expert_ids.dim() == 1:
-        return run(x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate)
-    rows, ids, scale = one_each(x, expert_ids, gate)
-    return summed(run(rows, ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, scale), x)
+    ids = expert_ids.flatten()
+    scale = None if gate is None else gate.flatten()
+    rows = repeated(x, choices_per_token(x, ids))
+    y = run(rows, ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, scale)
+    return y if expert_ids.dim() == 1 else summed(y, t)
