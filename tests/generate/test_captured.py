@@ -75,6 +75,29 @@ def test_other_shapes(changes: dict[str, object]):
     assert follow(model, model, 2, steps=3) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("batch", "changes"),
+    [
+        (2, {"experts_per_token": 2, "mamba_norm": True}),
+        (1, {"router": "softmax", "experts_per_token": 3, "normalize_gates": True}),
+        (3, {"router": "sigmoid", "selection_bias": True, "d_shared_expert": 40}),
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_other_routers(batch: int, changes: dict[str, object]):
+    model = build(layers=("mamba", "moe"), **changes)
+    for name, buffer in model.named_buffers():
+        if name.endswith("selection_bias"):
+            buffer.normal_(std=0.2)
+    assert follow(model, model, batch, steps=2) < 1e-4
+    model.train()  # Sinkhorn's plan has no part in generation
+    state = model.initial_state(batch)
+    ids = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    found = CapturedDecoder(model, state).step(ids)
+    assert largest_difference(found, model.eval().step(ids, state)[0]) < 1e-4
+
+
 @torch.inference_mode()
 def test_bfloat16_weights():
     model = build(torch.bfloat16)

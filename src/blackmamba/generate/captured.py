@@ -5,7 +5,8 @@ Here they are recorded once and replayed with one call. A recording has room for
 is kept for the next that generates with the same model.
 
 For 1 and 2 sequences every kernel is our own, a matrix times few vectors, and each loads its
-weights while the one before it still runs. For more, products are the library's (`wide.py`).
+weights while the one before it still runs. For more, and for models that go beyond the paper's
+router, products are the library's (`wide.py`).
 
 Letters: b batch, m d_model, d d_inner, r dt_rank, n d_state, k d_conv, f d_expert, v vocabulary.
 """
@@ -53,8 +54,6 @@ def cannot_capture(model: BlackMamba, batch_size: int = 1) -> str | None:
         return f"a layer is wider than {_WIDEST}"
     if config.linear_bias or config.head_bias or not config.gated or config.d_conv < 2:
         return "it has biases, experts without gates, or no convolution"
-    if (reason := beyond_the_paper(config)) is not None:
-        return f"it has no kernels for {reason}"
     for name, module in model.named_modules():
         if isinstance(module, QuantizedStorage | QuantizedLinear | QuantizedEmbedding):
             return f"{name} is quantised"
@@ -178,8 +177,9 @@ def _taken(model: BlackMamba, batch_size: int, graph: bool) -> "_Recording":
 
 
 def fingerprint(model: BlackMamba) -> tuple[tuple[int, int], ...]:
-    """Changes when weights move or are written to."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    """Changes when weights, or biases of the choice, move or are written to."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 class _Recording:
@@ -199,7 +199,7 @@ class _Recording:
         self._launches: list[Callable[[], object]] = []
         self._states: list[MambaState | None] = []
         self._overlapped = gpu.can_overlap()
-        if size <= _NARROW:
+        if size <= _NARROW and beyond_the_paper(config) is None:
             self._plan(model, new)
         else:
             step = WideStep(model, size, new)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from blackmamba.generate.decoder import beyond_the_paper
 from blackmamba.model import BlackMamba
 from blackmamba.model.layer import Layer
 from blackmamba.model.mamba import Mamba
@@ -28,6 +29,7 @@ class WideStep:
 
     def __init__(self, model: BlackMamba, size: int, new: Callable[..., Tensor]):
         self._model, self._size = model, size
+        self._has_kernel = beyond_the_paper(model.config) is None
         self._gate = new(size)
         self._expert_ids = torch.zeros_like(self._gate, dtype=torch.int64)
         self.states: list[MambaState | None] = []
@@ -70,7 +72,10 @@ class WideStep:
         logits.copy_(model._logits(model._normed(x, update)))
 
     def _moe(self, layer: Layer, part: MoE, x: Tensor, y: Tensor) -> Tensor:
-        """One kernel chooses the experts of y = norm(x): logits, argmax and gate together."""
+        """One kernel chooses the experts of y = norm(x): logits, argmax and gate together; where
+        there is more to it than these, the layer does what it always does."""
+        if not self._has_kernel:
+            return part(y, balanced=False)[0]
         from blackmamba.ops.decode import kernels
 
         weight, bias = part.router.weight, part.router.bias
@@ -100,7 +105,7 @@ class WideStep:
             kernels.conv_kernel, (-(-d // 256), self._size),
             xz, conv_weight, conv_bias, state.conv, d, TAPS=conv_weight.shape[1], BD=256,
         )  # fmt: skip
-        dbc = mixer.x_proj(xz[:, :d])
+        dbc = torch.cat(mixer.dt_B_C(xz[:, :d]), 1) if mixer.dt_norm else mixer.x_proj(xz[:, :d])
         y = u.new_empty(self._size, d)
         gpu.launch(
             kernels.update_kernel, (-(-d // 64), self._size),

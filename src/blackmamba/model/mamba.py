@@ -121,7 +121,7 @@ class Mamba(nn.Module):
         seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """From behind the convolution to before out_proj: (b, l, d), and the scan's state."""
-        dt, B, C = self._small_ones(x)
+        dt, B, C = self.dt_B_C(x)
         dt = self.dt_proj(dt)
         if lengths is not None:  # softplus(-inf) = 0: exp(0 A) = 1 and 0 B x = 0 leave h as it is
             pad = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
@@ -134,8 +134,9 @@ class Mamba(nn.Module):
             *inputs, initial_state=None if state is None else state.ssm, **options
         )
 
-    def _small_ones(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., d) to (..., r), (..., n) and (..., n)."""
+    def dt_B_C(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: N802 # the paper's names
+        """What of each token the scan goes by, dt before dt_proj, from what the convolution gave:
+        (..., d) to (..., r), (..., n) and (..., n)."""
         dt, B, C = self.x_proj(x).split(self._split, dim=-1)
         if self.dt_norm is None or self.B_norm is None or self.C_norm is None:
             return dt, B, C
@@ -168,7 +169,7 @@ class Mamba(nn.Module):
             initial_state=state.conv,
         )
         x = x[:, 0]
-        dt, B, C = self._small_ones(x)
+        dt, B, C = self.dt_B_C(x)
         y, ssm = selective_state_update(
             state.ssm,
             x,

@@ -55,10 +55,15 @@ class MoE(nn.Module):
         if config.d_shared_expert:
             self.shared = MLP(config, config.d_shared_expert, **options)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """(..., m) to (..., m), and where each token went (tokens in row-major order)."""
+    def forward(self, x: Tensor, *, balanced: bool | None = None) -> tuple[Tensor, Routing]:
+        """(..., m) to (..., m), and where each token went (tokens in row-major order).
+
+        Args:
+            x: (..., m).
+            balanced: see `Router`.
+        """
         x_tm = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_tm)
+        routing = self.router(x_tm, balanced=balanced)
         y_tm = self.routed(x_tm, routing.expert_ids, routing.gate)
         if self.shared is not None:
             y_tm = y_tm + self.shared(x_tm)

@@ -128,11 +128,17 @@ class Router(nn.Module):
         self.register_buffer("load_since_step", load, persistent=False)
         self.gather: Callable[[Tensor], tuple[Tensor, int]] | None = None
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route tokens x (t, m); the logits are computed in the router's own dtype, float32."""
+    def forward(self, x: Tensor, *, balanced: bool | None = None) -> Routing:
+        """Route tokens x (t, m); the logits are computed in the router's own dtype, float32.
+
+        Args:
+            x: (t, m).
+            balanced: whether "sinkhorn" chooses by its plan; None: in training mode.
+        """
         config, k = self.config, self.config.experts_per_token
+        balanced = self.training if balanced is None else balanced
         logits = router_logits(x, self.weight, self.bias)
-        if config.router == "sinkhorn" and self.training:
+        if config.router == "sinkhorn" and balanced:
             expert_ids = self._balanced(logits)
         else:
             expert_ids = largest_scores(self._scores(logits), k)
