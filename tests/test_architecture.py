@@ -13,6 +13,7 @@ ROOT = Path(blackmamba.__file__).parent
 
 # From top to bottom. A room may import rooms of the layers below its own, never beside or above.
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"analyse"},
     {"evaluate"},

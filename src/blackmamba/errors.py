@@ -31,3 +31,7 @@ class BackendError(BlackMambaError, RuntimeError):
 
 class TrainingError(BlackMambaError, RuntimeError):
     """A training run cannot go on, for example after too many non-finite steps in a row."""
+
+
+class PeerError(TrainingError):
+    """Another process of the run failed, and has said why."""

@@ -4,6 +4,7 @@ A run that is killed half-way through a write, or a disk that fills up, leaves t
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -85,6 +86,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

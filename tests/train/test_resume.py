@@ -263,9 +263,10 @@ def stopped(small: Small, tmp_path: Path) -> tuple[RunConfig, Path]:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "optimizer.safetensors", "trainer.json"]
+    "name",
+    ["model.safetensors", "config.json", "optimizer.safetensors", "trainer.json", "checksums.json"],
 )
-@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
 def test_damage_is_named_and_the_one_before_still_works(
     name: str, damage: str, stopped: tuple[RunConfig, Path]
 ):
@@ -274,8 +275,10 @@ def test_damage_is_named_and_the_one_before_still_works(
     content = file.read_bytes()
     file.unlink()
     if damage != "missing":
-        file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"\x80" * 99)
-    with pytest.raises(CheckpointError, match=r"step-00000008.*: damaged checkpoint") as caught:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        file.write_bytes(content[:middle] if damage == "truncated" else flipped)
+    with pytest.raises(CheckpointError, match=r"step-00000008.*damaged checkpoint") as caught:
         run(config, folder.parent.parent, resume=True)
     assert "remove its folder to resume from the one before" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -292,8 +295,13 @@ def test_files_of_another_model_are_refused(
     config, folder = stopped
     run(small(narrower, steps=3), tmp_path / "other")
     for file in (tmp_path / "other/checkpoints/step-00000003").iterdir():
-        if file.name != "trainer.json":
+        if file.name not in ("trainer.json", "checksums.json"):
             shutil.copy(file, folder)
+    with pytest.raises(CheckpointError, match=r"config.json: .*its checksum is not the one"):
+        run(config, folder.parent.parent, resume=True)
+    trainer = json.loads((folder / "trainer.json").read_text())  # as before there were checksums
+    (folder / "trainer.json").write_text(json.dumps(trainer | {"format": 1}))
+    (folder / "checksums.json").unlink()
     with pytest.raises(CheckpointError, match=r"config.json is that of another model"):
         run(config, folder.parent.parent, resume=True)
 
@@ -302,7 +310,8 @@ def test_a_checkpoint_of_a_later_version_is_refused(stopped: tuple[RunConfig, Pa
     config, folder = stopped
     trainer = json.loads((folder / "trainer.json").read_text())
     (folder / "trainer.json").write_text(json.dumps(trainer | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads 1"):
+    (folder / "checksums.json").unlink()
+    with pytest.raises(CheckpointError, match="format 99; this version reads 2"):
         run(config, folder.parent.parent, resume=True)
 
 

@@ -21,7 +21,7 @@ from blackmamba.cli import (
     train,
     upcycle,
 )
-from blackmamba.errors import BlackMambaError
+from blackmamba.errors import BlackMambaError, PeerError
 from blackmamba.version import __version__
 
 _COMMANDS = (data, train, runs, generate, eval, convert, quantize, upcycle, info, doctor)
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         return int(args.run(args) or 0)
+    except PeerError:  # the other process says why
+        return 2
     except BlackMambaError as error:
         print(f"blackmamba: error: {error}", file=sys.stderr)
         return 2

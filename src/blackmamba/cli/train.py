@@ -48,26 +48,37 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from blackmamba.errors import BlackMambaError, PeerError
     from blackmamba.model.size import parameters
     from blackmamba.train import RichProgress, load_recipe, trained_parameters
     from blackmamba.train import run as run_training
+    from blackmamba.train.parallel.ranks import is_first
 
+    speaks = is_first()  # of the processes that torchrun starts
     overrides = list(args.set)
     if args.text:
         overrides.append(f"data.text={json.dumps(args.text)}")
     if args.source:
         overrides.append(f"train.init={json.dumps(args.source)}")
-    config = load_recipe(args.recipe, overrides, begun=args.out if args.resume else None)
+    try:
+        config = load_recipe(args.recipe, overrides, begun=args.out if args.resume else None)
+    except BlackMambaError as error:
+        if speaks:
+            raise
+        raise PeerError(str(error)) from None
     count, settings = parameters(config.model), config.train
     trained = trained_parameters(config)
-    print(
-        f"{count.total:,} parameters, {count.active:,} active per token"
-        f"{'' if trained == count.total else f', {trained:,} trained'}; "
-        f"{settings.steps:,} steps of {settings.batch_size * settings.seq_len:,} tokens"
-    )
-    console = Console()
+    if speaks:
+        print(
+            f"{count.total:,} parameters, {count.active:,} active per token"
+            f"{'' if trained == count.total else f', {trained:,} trained'}; "
+            f"{settings.steps:,} steps of {settings.batch_size * settings.seq_len:,} tokens"
+        )
+    console = Console(quiet=not speaks)
     with RichProgress(console) as progress:
         result = run_training(config, args.out, resume=args.resume, progress=progress)
+    if not speaks:
+        return 0
     print(result.report())
     if (args.out / "loss.png").exists():
         print(f"loss curve: {args.out / 'loss.png'}")

@@ -13,7 +13,6 @@ Source: BlackMamba (arXiv 2402.01771) and the authors' code, where every layer a
 stream; the equation as printed in the paper leaves the mixer's output out of the outer sum.
 """
 
-import dataclasses
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -33,17 +32,23 @@ from blackmamba.ops.recompute import Recompute, not_kept
 from blackmamba.ops.sequence import Pieces
 
 
-@dataclasses.dataclass
 class Trace:
-    """Filled in by a forward pass that is given one: what went on inside, by layer index from 0."""
+    """Filled in by a forward pass that is given one: what went on inside, by layer index from 0.
 
-    keep_hidden: bool = False
-    hidden: dict[int, Tensor] = dataclasses.field(default_factory=dict[int, Tensor])
-    """The residual stream (b, l, m) after each layer; only if keep_hidden."""
-    routing: dict[int, Routing] = dataclasses.field(default_factory=dict[int, Routing])
-    """Of each layer with experts; tokens in row-major order of (b, l)."""
-    losses: Losses | None = None
-    """Of `BlackMamba.loss`."""
+    Args:
+        keep_hidden: whether `hidden` is wanted.
+
+    (Not a dataclass: FSDP takes tensors that it finds in those for inputs of the layer.)
+    """
+
+    def __init__(self, keep_hidden: bool = False):
+        self.keep_hidden = keep_hidden
+        self.hidden: dict[int, Tensor] = {}
+        """The residual stream (b, l, m) after each layer; only if keep_hidden."""
+        self.routing: dict[int, Routing] = {}
+        """Of each layer with experts; tokens in row-major order of (b, l)."""
+        self.losses: Losses | None = None
+        """Of `BlackMamba.loss`."""
 
 
 class Layer(nn.Module):

@@ -6,6 +6,7 @@ Source: BlackMamba (arXiv 2402.01771); Fedus et al. 2021 (arXiv 2101.03961), eq.
 (arXiv 2401.06066), eq. 9, for the shared expert.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -54,6 +55,8 @@ class MoE(nn.Module):
         self.shared: MLP | None = None
         if config.d_shared_expert:
             self.shared = MLP(config, config.d_shared_expert, **options)
+        self.run_experts: Callable[..., Tensor] = expert_mlp
+        """`expert_mlp`, or what takes its place where experts are spread over processes."""
 
     def forward(self, x: Tensor, *, balanced: bool | None = None) -> tuple[Tensor, Routing]:
         """(..., m) to (..., m), and where each token went (tokens in row-major order).
@@ -88,4 +91,4 @@ class MoE(nn.Module):
             return quantized_expert_mlp(x_tm, expert_ids, fc1.stored(), fc2.stored(), **options)
         assert isinstance(fc1, Tensor)
         assert isinstance(fc2, Tensor)
-        return expert_mlp(x_tm, expert_ids, fc1, fc2, **options)
+        return self.run_experts(x_tm, expert_ids, fc1, fc2, **options)

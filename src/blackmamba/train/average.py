@@ -6,7 +6,7 @@ ExponentialMovingAverage.
 """
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,19 @@ class WeightAverage:
         model: whose parameters; they keep being read.
         optimizer: whose float32 masters are read in place of narrow parameters.
         decay: above 0, below 1.
+        is_spread: the parameters are pieces of those that the model computes with, in one memory.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        decay: float,
+        *,
+        is_spread: bool = False,
+    ):
         self.decay = decay
+        self._is_spread = is_spread
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._optimizer = optimizer
         self.tensors: dict[str, Tensor] = {
@@ -41,15 +50,21 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Generator[None]:
-        """While this lasts the model has the averages for weights; nothing is copied."""
-        weights = {name: p.data for name, p in self._parameters.items()}
+        """While this lasts the model has the averages for weights; copied only if it is spread."""
+        copied = self._is_spread
+        weights = {n: p.data.clone() if copied else p.data for n, p in self._parameters.items()}
         try:
-            for name, p in self._parameters.items():
-                p.data = self.tensors[name]
+            self._put(self.tensors)
             yield
         finally:
-            for name, p in self._parameters.items():
-                p.data = weights[name]
+            self._put(weights)
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            if self._is_spread:
+                parameter.data.copy_(tensors[name])
+            else:
+                parameter.data = tensors[name]
 
     def _wide(self, parameter: nn.Parameter) -> Tensor:
         """Its value in float32: its own memory, its master's, or a copy."""

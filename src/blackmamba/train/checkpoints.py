@@ -1,9 +1,14 @@
 """Checkpoints of a run: all that it needs to go on as if it had never stopped.
 
-RUN/checkpoints/step-00000123/ is a model folder that `blackmamba.load` reads, and beside it
+RUN/checkpoints/step-00000123/ of one process is a model folder that `blackmamba.load` reads, and
+beside it
 
     optimizer.safetensors   what the optimizer remembers, as <parameter>/<quantity>
     trainer.json            counters, the run's configuration, the data's fingerprint, version
+    checksums.json          SHA-256 of every other file
+
+Of a run on many ranks it has, in the place of whole tensors, shard-*.safetensors: what each rank
+held. Either is read by any number of ranks.
 
 Of a run that trains adapters it is an adapter folder instead, of the model in RUN/base/.
 
@@ -13,30 +18,37 @@ the step alone, and nothing draws random numbers once the weights are there.
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from blackmamba.checkpoint import load, save, save_adapter
 from blackmamba.checkpoint.adapter import fill_adapters
 from blackmamba.config import from_mapping, to_mapping
 from blackmamba.data import Tokenizer
 from blackmamba.errors import CheckpointError, ConfigError
-from blackmamba.files import atomic_folder, settle
+from blackmamba.files import atomic_folder, digest, settle, sync
 from blackmamba.model import BlackMamba
 from blackmamba.model.lora import adaptation
 from blackmamba.train.average import WeightAverage
 from blackmamba.train.config import RunConfig
-from blackmamba.train.optimizer import optimizer_tensors, restore_optimizer
+from blackmamba.train.optimizer import optimizer_tensors, quantities, restore_optimizer
 from blackmamba.train.origin import origin
+from blackmamba.train.parallel.ranks import Ranks
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from blackmamba.train.parallel.spread import Spread
+
+FORMAT = 2  # 1 had no checksums
 _OPTIMIZER, _TRAINER = "optimizer.safetensors", "trainer.json"
+_CHECKSUMS = "checksums.json"
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -78,6 +90,11 @@ class Checkpoint:
     config: RunConfig
     data: str
     """Fingerprint of the prepared data."""
+    ranks: int = 1
+    """How many wrote it."""
+    is_spread: bool = False
+    """Its tensors are in pieces."""
+    has_checksums: bool = True
 
 
 def save_checkpoint(
@@ -92,8 +109,11 @@ def save_checkpoint(
     keep: int,
     keep_also: Collection[int] = (),
     average: WeightAverage | None = None,
+    spread: "Spread | None" = None,
 ) -> Path:
     """Write the checkpoint of this step; remove all but the last `keep` and those of `keep_also`.
+
+    With the model `spread` over ranks, all of them write together.
 
     Raises:
         CheckpointError: it cannot be written (a full disk); the older ones are whole.
@@ -104,26 +124,125 @@ def save_checkpoint(
         **origin(),
         "counters": to_mapping(counters),
         "data": data,
+        "ranks": 1 if spread is None else spread.ranks.size,
+        "is_spread": spread is not None,
         "config": to_mapping(config),
     }
+    text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
     try:
-        with atomic_folder(folder) as temporary:
-            if adaptation(model) is None:
-                save(model, temporary, tokenizer=tokenizer)
-            else:
-                save_adapter(model, temporary)
-            save_file(optimizer_tensors(model, optimizer, average), temporary / _OPTIMIZER)
-            settle(temporary / _OPTIMIZER)
-            text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
-            (temporary / _TRAINER).write_text(text, encoding="utf-8")
+        if spread is not None:
+            _write_pieces(folder, spread, optimizer, average, text)
+        else:
+            with atomic_folder(folder) as temporary:
+                if adaptation(model) is None:
+                    save(model, temporary, tokenizer=tokenizer)
+                else:
+                    save_adapter(model, temporary)
+                save_file(optimizer_tensors(model, optimizer, average), temporary / _OPTIMIZER)
+                settle(temporary / _OPTIMIZER)
+                _finish(temporary, text, {})
     except (OSError, SafetensorError, CheckpointError) as error:
         raise CheckpointError(
             f"{folder}: the checkpoint cannot be written ({error}); older ones are as they were"
         ) from None
-    for old in _folders(root)[:-keep]:
-        if _step_of(old) not in keep_also:
-            _remove(old)
+    if spread is None or spread.ranks.is_first:
+        for old in _folders(root)[:-keep]:
+            if _step_of(old) not in keep_also:
+                _remove(old)
     return folder
+
+
+def _write_pieces(
+    folder: Path,
+    spread: "Spread",
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    trainer: str,
+) -> None:
+    """Write what every rank holds; when all is there, the first gives the folder its name."""
+    from blackmamba.train.parallel.checkpoint import taken_sums, write_together
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    ranks = spread.ranks
+
+    def begin() -> None:
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"{temporary}: {error.strerror or error}") from None
+
+    def finish() -> None:
+        _finish(temporary, trainer, taken_sums(temporary))
+        sync(temporary)
+        os.replace(temporary, folder)
+        sync(folder.parent)
+
+    ranks.first(begin)
+    try:
+        pieces = _pieces(spread, optimizer, average)
+        write_together(pieces, temporary, spread.group, finish)
+    finally:
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _pieces(
+    spread: "Spread", optimizer: torch.optim.Optimizer, average: WeightAverage | None
+) -> dict[str, Tensor]:
+    """All that this rank holds, in the host's memory, under the names of whole files."""
+    shards = spread.shards
+    held = {n: shards.spread(n, p.detach().cpu()) for n, p in shards.named_parameters()}
+    held |= {n: b.cpu() for n, b in _saved_buffers(spread.model).items()}
+    for key, value in optimizer_tensors(shards, optimizer, average).items():
+        name, quantity = key.split("/")
+        held[key] = value.cpu() if quantity == "step" else shards.spread(name, value.cpu())
+    return held
+
+
+def _finish(temporary: Path, trainer: str, sums: dict[str, str]) -> None:
+    """Write what comes last; `sums` are the checksums that are known."""
+    (temporary / _TRAINER).write_text(trainer, encoding="utf-8")
+    names = sorted(path.name for path in temporary.iterdir())
+    sums = {name: sums.get(name) or digest(temporary / name) for name in names}
+    (temporary / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+    for name in (_TRAINER, _CHECKSUMS):
+        settle(temporary / name)
+
+
+def check_files(checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """See that every file is as it was written; ranks share the work and all call it.
+
+    Raises:
+        CheckpointError: names the file that is damaged or missing.
+        PeerError: another rank found one.
+    """
+
+    def check() -> None:
+        sums = _read_sums(checkpoint.folder)
+        for name in sorted(sums)[ranks.rank :: ranks.size]:
+            _check_file(checkpoint.folder / name, sums)
+
+    if checkpoint.has_checksums:
+        ranks.together(check)
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    path = folder / _CHECKSUMS
+    try:
+        sums: Any = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): str(value) for name, value in sums.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _check_file(path: Path, sums: dict[str, str]) -> None:
+    try:
+        found = digest(path)
+    except OSError as error:
+        raise _damaged(path, error.strerror or error) from None
+    if found != sums.get(path.name):
+        raise _damaged(path, "its checksum is not the one that was written")
 
 
 def newest_checkpoint(root: Path, every: int = 1) -> Checkpoint | None:
@@ -140,16 +259,24 @@ def newest_checkpoint(root: Path, every: int = 1) -> Checkpoint | None:
         return None
     path = folders[-1] / _TRAINER
     try:
+        has_checksums = (folders[-1] / _CHECKSUMS).exists()
+        if has_checksums:
+            _check_file(path, _read_sums(folders[-1]))
         trainer: Any = json.loads(path.read_text(encoding="utf-8"))
-        if trainer["format"] != FORMAT:
+        if trainer["format"] not in (1, FORMAT):
             raise CheckpointError(
                 f"{path}: format {trainer['format']!r}; this version reads {FORMAT}"
             )
+        if trainer["format"] == FORMAT and not has_checksums:
+            raise _damaged(folders[-1] / _CHECKSUMS, "it is missing")
         return Checkpoint(
             folder=folders[-1],
             counters=from_mapping(Counters, trainer["counters"], "counters"),
             config=from_mapping(RunConfig, trainer["config"]),
             data=str(trainer["data"]),
+            ranks=int(trainer.get("ranks", 1)),
+            is_spread=bool(trainer.get("is_spread", False)),
+            has_checksums=has_checksums,
         )
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise _damaged(path, error) from None
@@ -160,12 +287,21 @@ def restore(
     model: BlackMamba,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None = None,
+    spread: "Spread | None" = None,
 ) -> None:
     """Give `model`, `optimizer` and `average` the values that they had.
 
+    The checkpoint may be of any number of ranks. With the model `spread` over ranks, all of them
+    read together.
+
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the model.
+        PeerError: another rank found that.
     """
+    check_files(checkpoint, Ranks() if spread is None else spread.ranks)
+    if spread is not None or checkpoint.is_spread:
+        _read_pieces(checkpoint, model, optimizer, average, spread)
+        return
     try:
         if adaptation(model) is None:
             saved = load(checkpoint.folder)
@@ -181,6 +317,56 @@ def restore(
         restore_optimizer(model, optimizer, load_file(path), average)
     except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(path, error) from None
+
+
+def _read_pieces(
+    checkpoint: Checkpoint,
+    model: BlackMamba,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    spread: "Spread | None",
+) -> None:
+    """Read what this rank holds, out of whole tensors or of the pieces of other ranks."""
+    from blackmamba.train.parallel.checkpoint import names_in, read_together
+
+    holder = model if spread is None else spread.shards
+    parameters = dict(holder.named_parameters())
+    # Where they are in the host's memory, they are filled in place.
+    weights = {n: p.detach().cpu() for n, p in parameters.items()}
+    buffers = {n: b.cpu() for n, b in _saved_buffers(model).items()}
+    try:
+        remembered: dict[str, Tensor] = {}
+        if any("/" in name for name in names_in(checkpoint.folder)):  # there was a step
+            remembered = {
+                f"{name}/{quantity}": torch.zeros(() if quantity == "step" else p.shape)
+                for name, p in parameters.items()
+                if p.requires_grad
+                for quantity in quantities(optimizer, p)
+            }
+            for name, value in {} if average is None else average.tensors.items():
+                remembered[f"{name}/average"] = torch.zeros(value.shape)
+        wanted = weights | remembered
+        if spread is not None:
+            wanted = {
+                key: v if key.endswith("/step") else spread.shards.spread(key.split("/")[0], v)
+                for key, v in wanted.items()
+            }
+        group = None if spread is None else spread.group
+        read_together(wanted | buffers, checkpoint.folder, group)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+            for name, buffer in buffers.items():
+                model.get_buffer(name).copy_(buffer)
+        restore_optimizer(holder, optimizer, remembered, average)
+    except (CheckpointError, ValueError) as error:
+        raise _damaged(checkpoint.folder, error) from None
+
+
+def _saved_buffers(model: BlackMamba) -> dict[str, Tensor]:
+    """Those that a model folder holds, too."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def remove_leftovers(root: Path) -> None:

@@ -10,6 +10,9 @@ from blackmamba.errors import ConfigError
 from blackmamba.model.lora import LoRAConfig
 from blackmamba.train.loggers import LoggerName
 from blackmamba.train.muon import MuonScale
+from blackmamba.train.parallel.config import ParallelConfig
+from blackmamba.train.parallel.mesh import check_fits
+from blackmamba.train.parallel.ranks import Ranks
 
 _AT_LEAST = {
     1: ("steps", "batch_size", "accumulate", "seq_len", "evaluate_batch_size", "evaluate_seq_len",
@@ -191,6 +194,7 @@ class RunConfig:
     train: TrainConfig
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     """Adapters to train in place of the model's own weights."""
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.lora.rank and not self.train.init:
@@ -207,6 +211,11 @@ class RunConfig:
                 f"data.vocab_size={self.data.vocab_size}: must be at most "
                 f"model.vocab_size={self.model.vocab_size}"
             )
+        if self.parallel.shard != "none" and self.train.weights in ("master", "stochastic"):
+            raise ConfigError(
+                f"train.weights={self.train.weights!r}: parallel.shard={self.parallel.shard!r} "
+                "keeps float32 parameters and gathers them in train.dtype; use 'float32' or 'auto'"
+            )
         if self.data.tokenizer == "train" and self.train.init:
             raise ConfigError(
                 f"data.tokenizer='train': a run from train.init={self.train.init} needs the "
@@ -214,13 +223,42 @@ class RunConfig:
             )
 
 
-def check_resumable(old: RunConfig, new: RunConfig) -> None:
+def check_ranks(config: RunConfig, ranks: Ranks) -> None:
+    """See that so many ranks can do this run.
+
+    Raises:
+        ConfigError: a degree or the batch cannot be divided; a setting needs torchrun, or one
+            process.
+    """
+    parallel, train = config.parallel, config.train
+    check_fits(parallel, config.model, ranks.size, ranks.node_size)
+    parts = ranks.size * train.accumulate
+    if ranks.size > 1 and train.batch_size % parts:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size}: must be a multiple of {parts}, for "
+            f"{ranks.size} ranks of {train.accumulate} micro-batches"
+        )
+    if parallel.cpu_offload and not ranks.is_group:
+        raise ConfigError("parallel.cpu_offload=true: start the run with torchrun")
+    if config.lora.rank and ranks.is_group:
+        raise ConfigError(
+            f"lora.rank={config.lora.rank}: adapters are trained by one process, without torchrun"
+        )
+    if train.capture and ranks.is_group:
+        raise ConfigError("train.capture=true: is for one process without torchrun")
+
+
+def check_resumable(old: RunConfig, new: RunConfig, ranks: tuple[int, int] = (1, 1)) -> None:
     """See that `new` may go on with a run that began as `old`.
 
     What is learnt must stay the same: model, data, batches and optimizer. What only watches or
     saves it may change, and so may `device` and `steps` (the learning rate then goes on along the
-    new cosine, so the end differs from that of a run that had these steps from its beginning).
+    new cosine, so the end differs from that of a run that had these steps from its beginning). As
+    many micro-batches in all are the same on any number of ranks.
 
+    Args:
+        old, new: what the run began with, and what it is to go on with.
+        ranks: how many there were, and are.
     Raises:
         ConfigError: names every key that differs and may not.
     """
@@ -231,6 +269,8 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
             if part == "train" and field.name in _FREE_ON_RESUME:
                 continue
             was, now = getattr(before, field.name), getattr(after, field.name)
+            if field.name == "accumulate" and was * ranks[0] == now * ranks[1]:
+                continue
             if was != now:
                 differing.append(f"{part}.{field.name} (was {was!r}, now {now!r})")
     if differing:

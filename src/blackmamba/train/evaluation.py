@@ -4,11 +4,14 @@ import dataclasses
 import math
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from blackmamba.data import PreparedData, ValidationStreams
+from blackmamba.data.sampler import IGNORED
 from blackmamba.model import BlackMamba
 from blackmamba.train.metrics import finite
+from blackmamba.train.parallel.ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,14 @@ class Validations:
 
 
 @torch.inference_mode()
-def validate(model: BlackMamba, data: PreparedData, *, batch_size: int, seq_len: int) -> Validation:
+def validate(
+    model: BlackMamba,
+    data: PreparedData,
+    *,
+    batch_size: int,
+    seq_len: int,
+    ranks: Ranks | None = None,
+) -> Validation:
     """Predict every validation token exactly once, with the routing that inference uses.
 
     Args:
@@ -68,7 +78,9 @@ def validate(model: BlackMamba, data: PreparedData, *, batch_size: int, seq_len:
         batch_size: parallel streams that the text is cut into; each begins with an empty memory.
         seq_len: tokens of a stream that are read at once; the memory is carried from piece to
             piece, so this changes memory and speed, not the result.
+        ranks: who shares the streams; each reads its part of them, and all know the result.
     """
+    ranks = ranks or Ranks()
     streams = ValidationStreams(data.validation.tokens, batch_size, seq_len, data.tokenizer.eot_id)
     device = model.embedding.weight.device
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -76,7 +88,8 @@ def validate(model: BlackMamba, data: PreparedData, *, batch_size: int, seq_len:
     was_training = model.training
     model.eval()
     try:
-        for input_ids, labels in streams:
+        for every_id, every_label in streams:
+            input_ids, labels = _own_streams(every_id, every_label, ranks)
             logits, state = model.prefill(input_ids.to(device), state)
             losses = F.cross_entropy(
                 logits.float().flatten(0, 1), labels.to(device).flatten(), reduction="none"
@@ -84,4 +97,18 @@ def validate(model: BlackMamba, data: PreparedData, *, batch_size: int, seq_len:
             nats += losses.double().sum()
     finally:
         model.train(was_training)
-    return Validation(nats.item(), streams.n_predicted, data.validation.n_bytes)
+        if hasattr(model, "reshard"):  # FSDP keeps the embedding, which may change next
+            model.reshard()  # pyright: ignore[reportCallIssue]
+    return Validation(ranks.sum_(nats).item(), streams.n_predicted, data.validation.n_bytes)
+
+
+def _own_streams(input_ids: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """This rank's rows; where there are fewer than ranks, a row that does not count.
+
+    All ranks have to run the model equally often, as they do it together.
+    """
+    n, rank, size = len(input_ids), ranks.rank, ranks.size
+    own = slice(n * rank // size, n * (rank + 1) // size)
+    if own.start == own.stop:
+        return input_ids[:1], torch.full_like(labels[:1], IGNORED)
+    return input_ids[own], labels[own]

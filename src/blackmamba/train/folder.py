@@ -11,6 +11,7 @@ from blackmamba.errors import ConfigError, DataError
 from blackmamba.train.checkpoints import Checkpoint, newest_checkpoint, remove_leftovers
 from blackmamba.train.config import RunConfig, check_resumable
 from blackmamba.train.metrics import METRICS_FILE
+from blackmamba.train.parallel.ranks import Ranks
 
 RECIPE, DATA, CHECKPOINTS, MODEL = "recipe.yaml", "data", "checkpoints", "model"
 ADAPTER = "adapter"
@@ -25,23 +26,28 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def enter(out: Path, config: RunConfig, resume: bool) -> Checkpoint | None:
-    """See that the run may use the folder `out`; the checkpoint to go on from, if any."""
+def enter(out: Path, config: RunConfig, resume: bool, ranks: Ranks) -> Checkpoint | None:
+    """See that the run may use the folder `out`; the checkpoint to go on from, if any.
+
+    The first rank is through with it before the others begin, and alone writes and speaks.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: not a folder; a run needs one of its own")
     held = [name for name in (RECIPE, METRICS_FILE, CHECKPOINTS, MODEL) if (out / name).exists()]
-    if held and not resume:
+    if held and not resume and ranks.is_first:
         raise ConfigError(
             f"{out}: holds a run already ({held[0]}); go on with it by --resume, "
             "or choose another --out"
         )
-    remove_leftovers(out / CHECKPOINTS)
+    if ranks.is_first:
+        remove_leftovers(out / CHECKPOINTS)
     checkpoint = newest_checkpoint(out / CHECKPOINTS)
     if checkpoint is None:
-        if resume:
+        if resume and ranks.is_first:
             _logger.warning("%s: no checkpoint to resume from; beginning with step 1", out)
         return None
-    check_resumable(checkpoint.config, with_dtype(config, checkpoint, torch.device("cpu")))
+    resolved = with_dtype(config, checkpoint, torch.device("cpu"))
+    check_resumable(checkpoint.config, resolved, (checkpoint.ranks, ranks.size))
     if checkpoint.counters.step > config.train.steps:
         raise ConfigError(
             f"train.steps={config.train.steps}: {checkpoint.folder} has more steps done already"
@@ -56,7 +62,8 @@ def with_dtype(config: RunConfig, checkpoint: Checkpoint | None, device: torch.d
         dtype = "bfloat16" if _multiplies_bfloat16(device) else "float32"
         train = dataclasses.replace(train, dtype=begun.dtype if begun else dtype)
     if train.weights == "auto":
-        weights = "master" if device.type == "cuda" and train.dtype == "bfloat16" else "float32"
+        masters = device.type == "cuda" and train.dtype == "bfloat16"
+        weights = "master" if masters and config.parallel.shard == "none" else "float32"
         train = dataclasses.replace(train, weights=begun.weights if begun else weights)
     return dataclasses.replace(config, train=train)
 

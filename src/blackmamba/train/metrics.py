@@ -100,6 +100,25 @@ class MetricsLog:
         return TrainingError(f"{self._path}: cannot be written ({error.strerror})")
 
 
+class NoMetrics:
+    """A `MetricsLog` of the ranks that leave writing to the first."""
+
+    def write(self, row: Row) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def read_metrics(path: Path) -> list[Row]:
     """The lines of a metrics.jsonl; none if there is no file. A last line cut short is left out.
 

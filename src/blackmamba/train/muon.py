@@ -11,12 +11,15 @@ no stacks.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from blackmamba.train.mixed import MixedAdamW
+
+if TYPE_CHECKING:
+    from blackmamba.train.parallel.shards import Shards
 
 MuonScale = Literal["moonlight", "jordan"]
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # a x + b x^3 + c x^5 on each singular value
@@ -68,6 +71,8 @@ class Muon(MixedAdamW):
         super().__init__(groups, lr, betas, eps, masters)
         self._momentum, self._dtype = momentum, dtype
         self._scale: MuonScale = scale
+        self.shards: Shards | None = None
+        """Where this process holds pieces of the parameters: puts the matrices together."""
         for group in self._own_groups():
             for p in group["params"]:
                 if p not in masters and p.dtype != torch.float32:
@@ -102,9 +107,14 @@ class Muon(MixedAdamW):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(g, memory_format=torch.contiguous_format)
         m = state["momentum"].lerp(g, 1 - self._momentum)
-        direction = orthogonal(g.lerp(m, self._momentum), self._dtype)
+        whole = g.lerp(m, self._momentum)
+        if self.shards is not None:
+            whole = self.shards.gather(parameter, whole)
+        direction = orthogonal(whole, self._dtype)
+        if self.shards is not None:
+            direction = self.shards.cut(parameter, direction)
         weight = state.get("master", parameter.data)
-        size = lr * step_size(self._scale, *parameter.shape[-2:])
+        size = lr * step_size(self._scale, *whole.shape[-2:])
         moved = (weight * (1 - lr * group["weight_decay"])).sub_(direction, alpha=size)
         if go is not True:  # only the device knows
             m, moved = m.where(go, state["momentum"]), moved.where(go, weight)

@@ -117,7 +117,7 @@ def restore_optimizer(
     shapes = {
         f"{name}/{quantity}": torch.Size() if quantity == "step" else p.shape
         for name, p in parameters.items()
-        for quantity in _quantities(optimizer, p)
+        for quantity in quantities(optimizer, p)
     } | {f"{name}/average": value.shape for name, value in averages.items()}
     wrong = {k for k, v in tensors.items() if shapes.get(k) != v.shape}
     if tensors:
@@ -133,7 +133,8 @@ def restore_optimizer(
         optimizer.state[parameter][quantity] = value.to(parameter.device, copy=True)
 
 
-def _quantities(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
+def quantities(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
+    """What the optimizer remembers of a parameter, once it has stepped."""
     if isinstance(optimizer, MixedAdamW):
         return optimizer.quantities[parameter]
     return ("exp_avg", "exp_avg_sq", "step")

@@ -1,5 +1,7 @@
 """Which part of the network a parameter belongs to, to see which one's gradient grows."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from blackmamba.model import BlackMamba
@@ -7,13 +9,19 @@ from blackmamba.model import BlackMamba
 Parts = dict[str, list[nn.Parameter]]
 
 
-def parameters_by_part(model: BlackMamba) -> Parts:
+def parameters_by_part(
+    model: BlackMamba, named: Iterable[tuple[str, nn.Parameter]] | None = None
+) -> Parts:
     """Those that are trained, under embedding, mamba, attention, router, experts, mlp, norms, head.
 
     Parts that the model lacks are left out.
+
+    Args:
+        model: whose names they are.
+        named: what stands for its parameters; None: they themselves.
     """
     parts: Parts = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if named is None else named:
         if parameter.requires_grad:
             parts.setdefault(_part_of(name, model), []).append(parameter)
     return parts

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blackmamba.model import BlackMamba, Trace, balance_step
-from blackmamba.model.balance import forget_load
+from blackmamba.model.balance import Reduce, forget_load
 from blackmamba.ops import global_norm
 from blackmamba.train.mixed import MixedAdamW
 from blackmamba.train.readings import Readings
@@ -22,12 +22,18 @@ class StepOutcome:
     """What a step did; asking waits until it is known."""
 
     def __init__(
-        self, loss: Tensor, grad_norm: Tensor, is_taken: Tensor, part_norms: Mapping[str, Tensor]
+        self,
+        loss: Tensor,
+        grad_norm: Tensor,
+        is_taken: Tensor,
+        part_norms: Mapping[str, Tensor],
+        stop: Tensor | None = None,
     ):
         """Scalars on the device."""
         self._names = list(part_norms)
         parts = {} if not part_norms else {"parts": torch.stack(list(part_norms.values()))}
-        numbers = torch.stack((loss.double(), grad_norm.double(), is_taken.double()))
+        known = (loss, grad_norm, is_taken) if stop is None else (loss, grad_norm, is_taken, stop)
+        numbers = torch.stack([number.double() for number in known])
         self._readings = Readings({"step": numbers, **parts})
 
     @property
@@ -54,6 +60,11 @@ class StepOutcome:
     def is_spike(self) -> bool:
         """Whether it was left out as an outlier."""
         return self.is_finite and not self.is_taken
+
+    @property
+    def stop(self) -> bool:
+        """Whether a rank was asked to stop; False where there is one process."""
+        return any(self._readings.known()["step"][3:])
 
     @property
     def part_norms(self) -> dict[str, float]:
@@ -99,25 +110,29 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     go = loss.isfinite() & norm.isfinite() if guard is None else guard.is_usual(loss, norm)
-    norms = {
-        name: gradient_norm([found[p] for p in members if p in found])
-        for name, members in (parts or {}).items()
-        if any(p in found for p in members)
-    }
-    outcome = StepOutcome(loss, norm, go, norms)
+    members = {n: [p for p in ps if p in found] for n, ps in (parts or {}).items()}
+    norms = compute.norms_of({name: ps for name, ps in members.items() if ps}, found)
+    outcome = StepOutcome(loss, norm, go, norms, compute.stop)
     if isinstance(optimizer, MixedAdamW):
         scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0) if grad_clip else 1.0
         optimizer.update(found, gradient_scale=scale, go=go)
     elif outcome.is_taken:
         if grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(list(found), grad_clip, norm)
         optimizer.step()
-    balance_step(model, go=go)
+    balance_step(model, reduce=compute.reduce, go=go)
     return outcome
 
 
 class GradientsOfBatch:
     """Computes loss, gradients and their norm."""
+
+    stop: Tensor | None = None
+    """After a call: whether a rank was asked to stop; None where there is one process."""
+    wants_stop = False
+    """Whether this process was asked to stop; where there are many, they tell each other."""
+    reduce: Reduce | None = None
+    """Sums over ranks; None where there is one process."""
 
     def __init__(self, model: BlackMamba):
         self._model = model
@@ -131,24 +146,58 @@ class GradientsOfBatch:
         trace: Trace | None,
     ) -> tuple[Tensor, dict[nn.Parameter, Tensor], Tensor]:
         """Mean cross-entropy, gradient by parameter (also its own, if not narrower), norm."""
+        total, found = self._accumulated(input_ids, labels, seq_idx, accumulate, trace)
+        return total, found, gradient_norm(list(found.values()))
+
+    def norms_of(
+        self, parts: Mapping[str, Sequence[nn.Parameter]], found: Mapping[nn.Parameter, Tensor]
+    ) -> dict[str, Tensor]:
+        """The norm of the gradients of each part."""
+        return {name: gradient_norm([found[p] for p in ps]) for name, ps in parts.items()}
+
+    def _accumulated(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        seq_idx: Tensor | None,
+        accumulate: int,
+        trace: Trace | None,
+    ) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        """Loss and gradients of all micro-batches together."""
         model = self._model
         model.zero_grad()
         total = torch.zeros((), device=input_ids.device)
         wide: dict[nn.Parameter, Tensor] = {}
-        counted = (labels != -100).sum(1)
-        for i in range(accumulate):
-            part = slice(i * len(input_ids) // accumulate, (i + 1) * len(input_ids) // accumulate)
+        parts = [
+            slice(i * len(input_ids) // accumulate, (i + 1) * len(input_ids) // accumulate)
+            for i in range(accumulate)
+        ]
+        ratios = self._ratios((labels != -100).sum(1), parts)
+        for part, ratio in zip(parts, ratios, strict=True):
+            self._begin(is_last=part is parts[-1])
             documents = None if seq_idx is None else seq_idx[part]
             losses = model.losses(input_ids[part], labels[part], seq_idx=documents, trace=trace)
-            # Equal numbers of labels give `accumulate` itself: no rounding that was not there.
-            ratio = counted.sum() / counted[part].sum() if accumulate > 1 else 1
             (losses.total / ratio).backward()
             total += losses.cross_entropy.detach() / ratio
             if accumulate > 1:
                 self._add_wide(wide)
         own = {p: p.grad for p in model.parameters() if p.grad is not None}
-        found = own | wide
-        return total, found, gradient_norm(list(found.values()))
+        return total, own | wide
+
+    def _ratios(self, counted: Tensor, parts: Sequence[slice]) -> Sequence[Tensor | float]:
+        """What divides each micro-batch's mean loss, for the mean over the labels of all.
+
+        Args:
+            counted: (b,), labels of each row that count.
+            parts: rows of each micro-batch.
+        """
+        if len(parts) == 1:
+            return [1.0]
+        # Equal numbers of labels give `accumulate` itself: no rounding that was not there.
+        return [counted.sum() / counted[part].sum() for part in parts]
+
+    def _begin(self, *, is_last: bool) -> None:
+        """Before each micro-batch."""
 
     def _add_wide(self, wide: dict[nn.Parameter, Tensor]) -> None:
         """Move narrow gradients into float32 sums: many small numbers would be lost in 16 bits."""

@@ -16,19 +16,20 @@ import math
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from blackmamba.checkpoint import save, save_adapter
-from blackmamba.data import Batch, PreparedData, WindowSampler
+from blackmamba.data import Batch, PreparedData, Tokenizer, WindowSampler
 from blackmamba.errors import ConfigError, TrainingError
 from blackmamba.model import BlackMamba, Trace
 from blackmamba.model.lora import draw_dropout
 from blackmamba.model.size import training_flops_per_token
 from blackmamba.train.average import WeightAverage
 from blackmamba.train.checkpoints import Counters, newest_checkpoint, restore, save_checkpoint
-from blackmamba.train.config import RunConfig
+from blackmamba.train.config import RunConfig, check_ranks
 from blackmamba.train.evaluation import Validation, Validations, validate
 from blackmamba.train.folder import (
     ADAPTER,
@@ -43,9 +44,11 @@ from blackmamba.train.folder import (
 from blackmamba.train.interrupt import StopRequest
 from blackmamba.train.loggers import Logger, check_loggers, open_loggers
 from blackmamba.train.memory import keep_freed_memory
-from blackmamba.train.metrics import ExpertLoad, MetricsLog, Row, finite
+from blackmamba.train.metrics import ExpertLoad, MetricsLog, NoMetrics, Row, finite
 from blackmamba.train.mixed import narrow_weights
+from blackmamba.train.muon import Muon
 from blackmamba.train.optimizer import build_optimizer
+from blackmamba.train.parallel.ranks import Ranks, join
 from blackmamba.train.parts import parameters_by_part
 from blackmamba.train.pictures import draw_experts, draw_loss
 from blackmamba.train.progress import Progress
@@ -56,6 +59,9 @@ from blackmamba.train.speed import peak_memory, product_rate
 from blackmamba.train.spikes import SpikeGuard
 from blackmamba.train.start import DTYPES, started
 from blackmamba.train.step import CapturedGradients, GradientsOfBatch, StepOutcome, train_step
+
+if TYPE_CHECKING:
+    from blackmamba.train.parallel.spread import Spread
 
 AVERAGE = "model_ema"
 
@@ -84,39 +90,56 @@ def run(
         CheckpointError: a checkpoint is damaged, or a model or checkpoint cannot be written.
         TrainingError: too many steps in a row were skipped, the run went back too often, or `out`
             cannot be written to.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, after saving a checkpoint.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, to any rank, after saving a checkpoint.
+        PeerError: another rank failed; that one has raised why.
     """
-    out, settings, progress = Path(out), config.train, progress or Progress()
-    device = pick_device(settings.device)
+    with join(pick_device(config.train.device), config.parallel.timeout_s) as ranks:
+        return _run(config, Path(out), resume or ranks.is_restart, progress or Progress(), ranks)
+
+
+def _run(config: RunConfig, out: Path, resume: bool, progress: Progress, ranks: Ranks) -> RunResult:
+    """`run`, as one of the ranks."""
+    settings, device = config.train, ranks.device
+    ranks.first(lambda: check_ranks(config, ranks))
     if settings.capture and device.type != "cuda":
         raise ConfigError("train.capture=true: there are graphs on a GPU only; set it to false")
     keep_freed_memory(device)
-    check_loggers(settings.loggers)
-    checkpoint = enter(out, config, resume)
+    ranks.first(lambda: check_loggers(settings.loggers))
+    checkpoint = ranks.first_then_all(lambda: enter(out, config, resume, ranks))
     config = with_dtype(config, checkpoint, device)
-    data = open_data(out, config, checkpoint)
+    data = ranks.first_then_all(lambda: open_data(out, config, checkpoint))
     settings = config.train
     model = started(config, data.tokenizer, out, resumed=checkpoint is not None)
     masters = narrow_weights(model, DTYPES[settings.dtype]) if settings.weights != "float32" else {}
     model.to(device).recompute = settings.recompute
-    optimizer = build_optimizer(model, settings, masters)
+    spread = _spread(model, config, ranks)
+    holder = model if spread is None else spread.shards
+    optimizer = build_optimizer(holder, settings, masters)
+    if spread is not None and isinstance(optimizer, Muon):
+        optimizer.shards = spread.shards
     del masters  # they may be on the device by now
-    average = WeightAverage(model, optimizer, settings.ema_decay) if settings.ema_decay else None
+    average: WeightAverage | None = None
+    if settings.ema_decay:
+        decay, is_spread = settings.ema_decay, spread is not None
+        average = WeightAverage(holder, optimizer, decay, is_spread=is_spread)
     counters = Counters()
     if checkpoint is not None:
-        restore(checkpoint, model, optimizer, average)
+        restore(checkpoint, model, optimizer, average, spread)
         counters = checkpoint.counters
-    with _writing(out):
-        write_recipe(config, out / RECIPE)
+    if ranks.is_first:
+        with _writing(out):
+            write_recipe(config, out / RECIPE)
 
-    trainer = Trainer(config, out, data, model, optimizer, average, counters, progress)
+    trainer = Trainer(
+        config, out, data, model, optimizer, average, counters, progress, ranks, spread
+    )
     found = trainer.train()
-    save(model, out / MODEL, tokenizer=data.tokenizer)
+    _save_model(model, spread, data.tokenizer, out / MODEL)
     if config.lora.rank:
         save_adapter(model, out / ADAPTER)
     if average is not None:
         with average.in_place():
-            save(model, out / AVERAGE, tokenizer=data.tokenizer)
+            _save_model(model, spread, data.tokenizer, out / AVERAGE)
     result = RunResult(
         steps=counters.step,
         bad_steps=counters.bad_steps,
@@ -129,15 +152,35 @@ def run(
         ema_bits_per_byte=None if found.average is None else found.average.bits_per_byte,
         best_step=counters.best_step,
         best_nats_per_token=counters.best_nats_per_token,
-        xz_bits_per_byte=xz_bits_per_byte(data.validation_text),
+        xz_bits_per_byte=xz_bits_per_byte(data.validation_text) if ranks.is_first else None,
         product_flops_per_s=trainer.rate,
         model=out / MODEL,
     )
+    if not ranks.is_first:
+        return result
     with _writing(out):
         draw_loss(out)
         draw_experts(out)
         write_summary(result, out)
     return result
+
+
+def _spread(model: BlackMamba, config: RunConfig, ranks: Ranks) -> "Spread | None":
+    """The model on its ranks; None where there is one process."""
+    if not ranks.is_group:
+        return None
+    from blackmamba.train.parallel.spread import Spread
+
+    return Spread.over(ranks, model, config.parallel)
+
+
+def _save_model(
+    model: BlackMamba, spread: "Spread | None", tokenizer: Tokenizer, folder: Path
+) -> None:
+    """Write the model folder; of many ranks, all of which call this, the first writes."""
+    whole = model if spread is None else spread.gathered()
+    if whole is not None:
+        save(whole, folder, tokenizer=tokenizer)
 
 
 class Trainer:
@@ -153,18 +196,27 @@ class Trainer:
         average: WeightAverage | None,
         counters: Counters,
         progress: Progress,
+        ranks: Ranks,
+        spread: "Spread | None",
     ):
         self.config, self.out, self.data = config, out, data
         self.model, self.optimizer, self.average = model, optimizer, average
-        self.counters, self.progress = counters, progress
-        self._device = model.embedding.weight.device
+        self.counters = counters
+        self.progress = progress if ranks.is_first else Progress()
+        self._ranks, self._spread = ranks, spread
+        self._device = ranks.device
         self._is_ahead = self._device.type != "cpu"
-        self._gradients = (CapturedGradients if config.train.capture else GradientsOfBatch)(model)
-        self._parts = parameters_by_part(model)
+        self._is_stopped = False
+        if spread is None:
+            kind = CapturedGradients if config.train.capture else GradientsOfBatch
+            self._gradients, self._parts = kind(model), parameters_by_part(model)
+        else:
+            self._gradients = spread.gradients()
+            self._parts = parameters_by_part(model, spread.shards.named_parameters())
         self._guard = self._new_guard()
         self._unlogged = [0.0, 0]  # seconds and tokens of the steps since the last log
         self._rolled_back: dict[str, int] | None = None  # to be written down with the next step
-        self.rate = product_rate(self._device.type, model.compute_dtype)
+        self.rate = product_rate(self._device.type, model.compute_dtype) * ranks.size
         self._flops_per_token = training_flops_per_token(model.config, config.train.seq_len)
 
     def train(self) -> Validations:
@@ -177,13 +229,12 @@ class Trainer:
         waiting: _Step | None = None  # on a GPU: runs, while the host prepares the next
         self._began, self._since = time.monotonic() - counters.seconds, time.monotonic()
         self.progress.on_start(counters.step, settings.steps)
-        with (
-            MetricsLog(self.out, step=counters.step, begin_loggers=self._begin_loggers) as metrics,
-            StopRequest() as stop,
-        ):
+        with self._metrics() as metrics, StopRequest() as stop:
             while counters.step < settings.steps:
                 number = counters.step + counters.skipped_batches
-                step = self._begin_step(number, sampler.batch(number))
+                batch = sampler.batch(number, self._ranks.rank, self._ranks.size)
+                self._gradients.wants_stop = stop.requested
+                step = self._begin_step(number, batch)
                 is_last = counters.step == settings.steps
                 is_validated = is_last or _is_due(counters.step, settings.evaluate_every)
                 is_saved = is_last or _is_due(counters.step, settings.checkpoint_every)
@@ -193,7 +244,7 @@ class Trainer:
                         continue
                     self._end_step(waiting, metrics, None)
                 waiting = step
-                if is_validated or is_saved or not self._is_ahead or stop.requested:
+                if is_validated or is_saved or not self._is_ahead or self._stops(stop):
                     if not self._is_kept(waiting, metrics):
                         waiting = None
                         continue
@@ -202,7 +253,7 @@ class Trainer:
                         is_saved = is_saved or settings.keep_best
                     self._end_step(waiting, metrics, found)
                     waiting = None
-                is_stopping = waiting is None and stop.requested
+                is_stopping = waiting is None and self._stops(stop)
                 if is_saved or is_stopping:
                     metrics.sync()
                     self._save()
@@ -212,6 +263,16 @@ class Trainer:
                         "--resume goes on from there"
                     )
         return found or self._validate()
+
+    def _metrics(self) -> MetricsLog | NoMetrics:
+        if not self._ranks.is_first:
+            return NoMetrics()
+        step = self.counters.step
+        return MetricsLog(self.out, step=step, begin_loggers=self._begin_loggers)
+
+    def _stops(self, stop: StopRequest) -> bool:
+        """Whether to stop, of which all ranks think alike: in every step they tell each other."""
+        return stop.requested if self._spread is None else self._is_stopped
 
     def _begin_step(self, number: int, batch: Batch) -> "_Step":
         """Start a step; on a GPU it is not done when this returns."""
@@ -236,7 +297,7 @@ class Trainer:
             parts=self._parts if is_logged else None,
         )
         counters.step += 1
-        n_tokens = batch.input_ids.numel()
+        n_tokens = batch.input_ids.numel() * self._ranks.size
         counters.tokens += n_tokens
         if self.average is not None:
             self.average.update(counters.step)
@@ -245,7 +306,9 @@ class Trainer:
             counters.step, number, counters.tokens, n_tokens, lr, outcome, experts, is_logged
         )
 
-    def _end_step(self, step: "_Step", metrics: MetricsLog, found: Validations | None) -> None:
+    def _end_step(
+        self, step: "_Step", metrics: MetricsLog | NoMetrics, found: Validations | None
+    ) -> None:
         """Wait for a step's numbers and write them down.
 
         Raises:
@@ -301,7 +364,7 @@ class Trainer:
             "memory_bytes": peak_memory(self._device.type),
         }
 
-    def _is_kept(self, step: "_Step", metrics: MetricsLog) -> bool:
+    def _is_kept(self, step: "_Step", metrics: MetricsLog | NoMetrics) -> bool:
         """Wait until a step is done. False: it was an outlier, and the run went back.
 
         Raises:
@@ -309,6 +372,7 @@ class Trainer:
         """
         settings, counters = self.config.train, self.counters
         is_spike = step.outcome.is_spike
+        self._is_stopped = step.outcome.stop
         now = time.monotonic()
         step.seconds, self._since = now - self._since, now
         if settings.spikes != "rollback" or not is_spike:
@@ -324,7 +388,7 @@ class Trainer:
                 f"roll-backs (train.max_rollbacks); try a train.lr below {settings.lr:g}, "
                 "or a larger train.spike_threshold"
             )
-        restore(checkpoint, self.model, self.optimizer, self.average)
+        restore(checkpoint, self.model, self.optimizer, self.average, self._spread)
         spikes, kept = counters.spikes + 1, checkpoint.counters
         for field in dataclasses.fields(counters):
             setattr(counters, field.name, getattr(kept, field.name))
@@ -361,9 +425,10 @@ class Trainer:
     def _validate(self) -> Validations:
         """Of the weights and, if there is one, of their average."""
         settings = self.config.train
-        options = {
+        options: dict[str, Any] = {
             "batch_size": settings.evaluate_batch_size,
             "seq_len": settings.evaluate_seq_len,
+            "ranks": self._ranks,
         }
         weights = validate(self.model, self.data, **options)
         average: Validation | None = None
@@ -395,6 +460,7 @@ class Trainer:
             keep=settings.keep_checkpoints,
             keep_also=keep_also,
             average=self.average,
+            spread=self._spread,
         )
         self.progress.on_checkpoint(folder)
         self._since = time.monotonic()

@@ -1,0 +1,117 @@
+"""Which ranks share what.
+
+Ranks are numbered so that neighbours are on one machine, and groups that talk most are neighbours:
+
+    parameters   rank = replica * shards + shard
+    experts      rank = (replica * outer + shard) * expert_degree + expert,  shards = outer * degree
+
+Every rank has rows of its own, also those that share experts.
+"""
+
+import dataclasses
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from blackmamba.config import ModelConfig
+from blackmamba.errors import ConfigError
+from blackmamba.train.parallel.config import ParallelConfig
+from blackmamba.train.parallel.ranks import Ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """The ranks as a grid, twice over: for the parameters, and for those of the experts."""
+
+    replicas: int
+    """Copies of the model."""
+    shards: int
+    """Ranks that hold one copy together."""
+    experts: int
+    """Ranks that share the experts of a layer."""
+    dense: DeviceMesh
+    """(replicate, shard)"""
+    routed: DeviceMesh
+    """(replicate, shard, expert): with experts spread, fewer ranks share one of them."""
+    host_dense: DeviceMesh
+    host_routed: DeviceMesh
+    """The same two, for what is in the host's memory."""
+
+
+def degrees(config: ParallelConfig, size: int, node_size: int) -> tuple[int, int]:
+    """Replicas and shards.
+
+    Raises:
+        ConfigError: a degree does not divide the number of ranks.
+    """
+    shards = {"none": 1, "full": size, "hybrid": config.shard_degree or node_size}[config.shard]
+    if size % shards:
+        raise ConfigError(f"parallel.shard_degree={shards}: must divide the {size} ranks")
+    if size % config.expert:
+        raise ConfigError(f"parallel.expert={config.expert}: must divide the {size} ranks")
+    if config.shard == "hybrid" and shards % config.expert:
+        raise ConfigError(
+            f"parallel.expert={config.expert}: must divide the {shards} ranks that hold a copy"
+        )
+    return size // shards, shards
+
+
+def check_fits(config: ParallelConfig, model: ModelConfig, size: int, node_size: int) -> None:
+    """See that this model can be spread so.
+
+    Raises:
+        ConfigError: names the degree that does not divide, and what it should.
+    """
+    _, shards = degrees(config, size, node_size)
+    specs = zip(model.layers, model.layer_specs, strict=True)
+    routed = [(text, spec.n_experts) for text, spec in specs if spec.feed_forward == "moe"]
+    if config.expert == 1:
+        return
+    if not routed:
+        raise ConfigError(f"parallel.expert={config.expert}: this model has no routed layer")
+    for text, n_experts in routed:
+        if n_experts % config.expert:
+            raise ConfigError(
+                f"parallel.expert={config.expert}: must divide the {n_experts} experts "
+                f"of layer {text!r}"
+            )
+    outer = max(1, shards // config.expert)
+    rows = model.d_expert * (2 if model.gated else 1)
+    for name, width in (("d_model", model.d_model), ("the rows of an expert", rows)):
+        if width % outer:
+            raise ConfigError(
+                f"parallel.expert={config.expert}: leaves {outer} ranks to share each expert, "
+                f"which must divide {name}, {width}"
+            )
+
+
+def build_mesh(config: ParallelConfig, ranks: Ranks) -> Mesh:
+    """The groups of ranks; made by all of them together.
+
+    Raises:
+        ConfigError: as `degrees`.
+    """
+    replicas, shards = degrees(config, ranks.size, ranks.node_size)
+    outer = max(1, shards // config.expert)
+    shapes = {
+        ("replicate", "shard"): (replicas, shards),
+        ("replicate", "shard", "expert"): (
+            ranks.size // outer // config.expert,
+            outer,
+            config.expert,
+        ),
+    }
+
+    def build(device: str) -> list[DeviceMesh]:
+        return [init_device_mesh(device, s, mesh_dim_names=n) for n, s in shapes.items()]
+
+    dense, routed = build(ranks.device.type)
+    host_dense, host_routed = (dense, routed) if ranks.device.type == "cpu" else build("cpu")
+    return Mesh(
+        replicas=replicas,
+        shards=shards,
+        experts=config.expert,
+        dense=dense,
+        routed=routed,
+        host_dense=host_dense,
+        host_routed=host_routed,
+    )

@@ -1,0 +1,166 @@
+"""The processes of a run: who this one is, and what they tell each other outside of the model.
+
+torchrun starts the processes and names them in the environment. Without it there is one, which has
+no process group and waits for nobody.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from blackmamba.errors import BlackMambaError, ConfigError, PeerError
+
+T = TypeVar("T")
+
+_POLL_S = 0.05
+_JOINED = itertools.count()  # runs of this process so far; each has names of its own
+
+
+@dataclasses.dataclass
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+    node_size: int = 1
+    """Ranks on each machine."""
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    store: dist.Store | None = None
+    """What all can read and write; None: there is no process group."""
+    is_restart: bool = False
+    """torchrun has started the ranks again after one of them failed."""
+    _shared: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_group(self) -> bool:
+        """Whether there is a process group, be it of one."""
+        return self.store is not None
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What the first rank makes; the others wait for it, however long it takes.
+
+        Args:
+            make: called on the first rank alone; gives what JSON holds.
+        Raises:
+            PeerError: on the others, where it raised an error of ours.
+        """
+        if self.store is None or self.size == 1:
+            return make()
+        key = f"shared/{self._shared}"
+        self._shared += 1
+        if self.is_first:
+            try:
+                value = make()
+            except BlackMambaError as error:
+                self.store.set(key, json.dumps({"error": type(error).__name__}))
+                raise
+            self.store.set(key, json.dumps({"value": value}))
+            return value
+        while not self.store.check([key]):
+            time.sleep(_POLL_S)
+        told: dict[str, Any] = json.loads(self.store.get(key))
+        if "error" in told:
+            raise PeerError(f"rank 0 failed with {told['error']}")
+        return told["value"]
+
+    def first_then_all(self, make: Callable[[], T]) -> T:
+        """`make` on every rank, but nowhere before the first rank is done with it.
+
+        Raises:
+            PeerError: on the others, where it failed on the first.
+        """
+        made: list[T] = []
+        self.first(lambda: made.append(make()))
+        return made[0] if made else make()
+
+    def together(self, make: Callable[[], T]) -> T:
+        """`make` on every rank; all of them fail if one does.
+
+        Raises:
+            PeerError: it failed on another rank, which raises its own error.
+        """
+        failed = torch.zeros(1)
+        try:
+            value = make()
+        except BlackMambaError:
+            failed += 1
+            self.sum_(failed)
+            raise
+        self.sum_(failed)
+        if failed:
+            raise PeerError("another rank failed")
+        return value
+
+
+@contextlib.contextmanager
+def join(device: torch.device, timeout_s: float) -> Generator[Ranks]:
+    """Be one of the ranks that torchrun has started, or the only process.
+
+    Args:
+        device: "cuda" for the GPU of this rank, or "cpu".
+        timeout_s: how long ranks wait for each other.
+    Raises:
+        ConfigError: there are more ranks than GPUs on this machine.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield Ranks(device=device)
+        return
+    environment = os.environ
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    local = int(environment.get("LOCAL_RANK", "0"))
+    backend = "gloo"
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank} is number {local + 1} on its machine, which has "
+                f"{torch.cuda.device_count()} GPUs; start at most one process for each"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"blackmamba/{next(_JOINED)}", store)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    yield Ranks(
+        rank=rank,
+        size=size,
+        node_size=int(environment.get("LOCAL_WORLD_SIZE", size)),
+        device=device,
+        store=dist.PrefixStore("run", store),
+        is_restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+    )
+    # Not after an error: ranks that are gone would be waited for.
+    dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks, by what torchrun says of it."""
+    return os.environ.get("RANK", "0") == "0"
