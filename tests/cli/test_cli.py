@@ -60,6 +60,7 @@ def test_info_of_a_preset(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().out
     assert "2,783,213,584" in shown
     assert "628,770,832" in shown
+    assert "experts 3872 wide, 1 for each token; router sinkhorn\n" in shown
     assert main(["info", "--preset", "transformer-tiny", "--context", "100", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     config = presets["transformer-tiny"]

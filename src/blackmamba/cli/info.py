@@ -177,6 +177,8 @@ def _show(name: str, facts: dict[str, Any]) -> None:
     console.print(
         f"width {config['d_model']}, vocabulary {config['vocab_size']:,}", highlight=False
     )
+    if any("moe" in text for text in facts["layers"]):
+        console.print(_experts(config), highlight=False)
     stored = facts.get("quantization")
     if stored is not None:
         parts = "experts" if stored["what"] == "experts" else "all large matrices"
@@ -205,6 +207,14 @@ def _show(name: str, facts: dict[str, Any]) -> None:
             f"measured memory per sequence after {int(n):,} generated tokens: {size:,} bytes",
             highlight=False,
         )
+
+
+def _experts(config: dict[str, Any]) -> str:
+    shared = f", beside one of {config['d_shared_expert']}" * bool(config["d_shared_expert"])
+    return (
+        f"experts {config['d_expert']} wide, {config['experts_per_token']} for each token{shared}; "
+        f"router {config['router']}{' with a selection bias' * config['selection_bias']}"
+    )
 
 
 def _bytes(n: int) -> str:
