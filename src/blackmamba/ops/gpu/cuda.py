@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.cuda import _utils  # pyright: ignore[reportPrivateUsage]
 
+_MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_USUAL_SHARED_BYTES = 48 * 1024  # that a block may have without being asked
+
 
 def runs_on(tensor: Tensor) -> bool:
     """Whether the tensor is on an NVIDIA GPU that knows bfloat16."""
@@ -46,14 +49,20 @@ class Kernel:
                 )
             )
         self._device = device
+        self._shared_bytes = _USUAL_SHARED_BYTES
 
-    def launch(self, blocks: int, threads: int, arguments: ctypes.Structure) -> None:
+    def launch(
+        self, blocks: int, threads: int, arguments: ctypes.Structure, shared_bytes: int = 0
+    ) -> None:
         """Queue the kernel, which takes one struct, on the current stream."""
+        if shared_bytes > self._shared_bytes:
+            self._check(self._driver.cuFuncSetAttribute(self._function, _MOST_SHARED, shared_bytes))
+            self._shared_bytes = shared_bytes
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
         self._check(
             self._driver.cuLaunchKernel(
-                self._function, blocks, 1, 1, threads, 1, 1, 0, stream, pointer, None
+                self._function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, pointer, None
             )
         )
 

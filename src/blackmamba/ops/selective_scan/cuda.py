@@ -14,7 +14,8 @@ from blackmamba.ops.gpu import cuda
 
 _SOURCE = Path(__file__).with_name("scan.cu")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_THREADS = 128
+_KERNELS = ("scan_forward", "scan_backward_local", "scan_backward")
+_SPAN = 16
 
 
 class _Rows(ctypes.Structure):
@@ -65,11 +66,12 @@ def fits(n_padded: int, rows: list[Tensor | None], wide: list[Tensor | None]) ->
 def launch(
     name: str,
     blocks: int,
+    warps: int,
     sizes: tuple[int, ...],
     tensors: dict[str, Tensor | None],
     defines: dict[str, int],
 ) -> None:
-    """Run the kernel `name`; absent tensors are null."""
+    """Run the kernel `name` in blocks of `warps` warps; absent tensors are null."""
     present = next(t for t in tensors.values() if t is not None)
     arguments = (_Forward if name == "scan_forward" else _Backward)()
     for key, tensor in tensors.items():
@@ -81,8 +83,20 @@ def launch(
             value = tensor.data_ptr()
         setattr(arguments, key, value)
     arguments.s = _Sizes(*sizes)
-    flags = tuple(sorted({"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}.items()))
-    cuda.kernel(_SOURCE, name, flags, present.device.index).launch(blocks, _THREADS, arguments)
+    flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}
+    shared_bytes = _shared_bytes(name, warps, flags)
+    flags |= {"WARPS": warps, "SHARED": shared_bytes, "KERNEL": _KERNELS.index(name)}
+    kernel = cuda.kernel(_SOURCE, name, tuple(sorted(flags.items())), present.device.index)
+    kernel.launch(blocks, 32 * warps, arguments, shared_bytes)
+
+
+def _shared_bytes(name: str, warps: int, flags: dict[str, int]) -> int:
+    """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
+    floats = {"scan_forward": 3, "scan_backward_local": 2, "scan_backward": 6}[name] * _SPAN * 8
+    if name == "scan_backward":
+        floats += _SPAN // 4 * 32 * 4 + 2 * 2 * 4 * 40
+    numbers_of_BC = 2 * _SPAN * 32 * flags["COPIES"]
+    return 4 * warps * floats + numbers_of_BC * (2 if flags["NARROW_BC"] else 4)
 
 
 _DEFAULTS = {
@@ -96,5 +110,4 @@ _DEFAULTS = {
     "LOCAL": 0,
     "NARROW_BC": 0,
     "COPIES": 1,
-    "MIN_BLOCKS": 5,
 }

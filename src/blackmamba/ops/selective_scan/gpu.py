@@ -68,35 +68,50 @@ class Tuning:
     pass."""
     registers: int | None = None
     """The most that a thread may use."""
+    slower: float = 1.0
+    """Times what `plan` expects, for what it leaves out: registers that do not suffice, say."""
 
 
 FORWARD = Tuning(block=16, numbers=4, resident=32, extra=0.65)
 BACKWARD = Tuning(block=16, numbers=4, resident=16, extra=0.22, registers=128)
 TILES = 1
-CUDA_FORWARD = Tuning(block=32, numbers=4, resident=20, extra=0.7)
-CUDA_BACKWARD = Tuning(block=32, numbers=4, resident=20, extra=0.25)
-"""Of scan.cu, whose blocks are always of this size."""
+CUDA_FORWARD = (
+    Tuning(block=64, numbers=4, resident=24, extra=0.6, slower=1.07),
+    Tuning(block=48, numbers=4, resident=18, extra=0.6),
+    Tuning(block=32, numbers=4, resident=20, extra=0.6, slower=0.93),
+)
+CUDA_BACKWARD = (
+    Tuning(block=64, numbers=4, resident=24, extra=0.22, slower=1.12),
+    Tuning(block=48, numbers=4, resident=18, extra=0.22),
+    Tuning(block=64, numbers=4, resident=16, extra=0.22, slower=0.9),
+    Tuning(block=32, numbers=4, resident=20, extra=0.22, slower=0.97),
+)
+"""Of scan.cu: sizes of which one or another fills a GPU evenly; the first of equals."""
 
 
-def plan(b: int, l: int, d: int, n_padded: int, processors: int, tuning: Tuning) -> Plan:
-    """The number of chunks that is expected to take the least time.
+def plan(b: int, l: int, d: int, n_padded: int, processors: int, *tunings: Tuning) -> Plan:
+    """The tuning and number of chunks that are expected to take the least time.
 
-    A multiprocessor with fewer than 16 warps is not busy all the time; one that has more than it
-    holds at once runs them one after another.
+    A multiprocessor takes longer the more warps it holds, but not in proportion: 20 take 20, 4 take
+    8.4. What it cannot hold at once it runs after.
     """
-    warps = max(1, min(16, tuning.block * n_padded // (32 * tuning.numbers)))
-    programs = b * math.ceil(d / tuning.block)
-    enough, resident = max(1, 16 // warps), max(1, tuning.resident // warps)
     spans = max(1, math.ceil(l / SPAN))
-    best, n_chunks = math.inf, 1
-    for candidate in range(1, min(64, max(1, spans // 4)) + 1):
-        load = math.ceil(programs * candidate / processors)
-        busy = max(math.ceil(load / resident) * min(load, resident), enough) / candidate
-        time = busy * (1 + tuning.extra * (candidate - 1) / candidate)
-        if time < best * 0.98:
-            best, n_chunks = time, candidate
-    chunk = math.ceil(spans / n_chunks) * SPAN
-    return Plan(tuning.block, warps, tuning.resident, max(1, math.ceil(l / chunk)), chunk)
+    best: tuple[float, Plan] | None = None
+    for tuning in tunings:
+        warps = max(1, min(16, tuning.block * n_padded // (32 * tuning.numbers)))
+        resident = max(1, tuning.resident // warps)
+        for candidate in range(1, min(64, max(1, spans // 4)) + 1):
+            programs = b * math.ceil(d / tuning.block) * candidate
+            whole, rest = divmod(math.ceil(programs / processors), resident)
+            time = whole * (5.5 + 0.725 * resident * warps)
+            time += (5.5 + 0.725 * rest * warps) if rest else 0.0
+            time *= (1 + tuning.extra * (candidate - 1) / candidate) * tuning.slower / candidate
+            if best is None or time < best[0] * 0.98:
+                chunk = math.ceil(spans / candidate) * SPAN
+                n_chunks = max(1, math.ceil(l / chunk))
+                best = time, Plan(tuning.block, warps, tuning.resident, n_chunks, chunk)
+    assert best is not None
+    return best[1]
 
 
 def _processors(tensor: Tensor) -> int:
@@ -194,8 +209,8 @@ class _Call:
             HAS_SEQ=seq_idx is not None,
         )
 
-    def plan(self, tuning: Tuning) -> Plan:
-        return plan(self.b, self.l, self.d, self.n_padded, _processors(self.x), tuning)
+    def plan(self, *tunings: Tuning) -> Plan:
+        return plan(self.b, self.l, self.d, self.n_padded, _processors(self.x), *tunings)
 
     def sizes(self, plan: Plan) -> tuple[int, int, int, int, int, int]:
         return self.l, self.d, self.n, self.l_padded, plan.n_chunks, plan.chunk
@@ -252,8 +267,9 @@ class _Call:
         n_blocks = math.ceil(self.d / plan.block)
         narrow = self.packed.dtype == torch.bfloat16
         flags |= {"HAS_D": int(self.D is not None), "NARROW_BC": int(narrow)}
-        flags |= {"COPIES": self.copies, **defines}
-        cuda.launch(name, self.grid(plan)[0], (*sizes, n_blocks), {**shared, **tensors}, flags)
+        flags |= {"COPIES": self.copies, "MIN_BLOCKS": plan.resident // plan.warps, **defines}
+        tensors = {**shared, **tensors}
+        cuda.launch(name, self.grid(plan)[0], plan.warps, (*sizes, n_blocks), tensors, flags)
 
     def padded_state(self, state: Tensor) -> Tensor:
         """(b, d, n) to contiguous float32 (b, d, N)."""
@@ -297,7 +313,7 @@ def _forward(
     call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
     by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias])
     call.pack(by_cuda)
-    cut = call.plan(CUDA_FORWARD if by_cuda else FORWARD)
+    cut = call.plan(*(CUDA_FORWARD if by_cuda else (FORWARD,)))
     flags = call.flags | {
         "BD": cut.block,
         "S": SPAN,
@@ -430,7 +446,7 @@ def backward_into(
         [call.D, call.dt_bias],
     )
     call.pack(by_cuda, in_orders=True)
-    cut = call.plan(CUDA_BACKWARD if by_cuda else BACKWARD)
+    cut = call.plan(*(CUDA_BACKWARD if by_cuda else (BACKWARD,)))
     z_ = call.x if call.z is None else call.z
     shared = call.flags | {"BD": cut.block, "EVEN": call.even(cut), "num_warps": cut.warps}
     D_ = call.A if call.D is None else call.D
@@ -473,7 +489,7 @@ def backward_into(
         tensors = {"grad_y": grad_y, "starts": starts, "after": after, "partial": partial}
         tensors |= written | {"grad_first": before, "grad_A": sum_A}
         tensors |= {"grad_D": sum_D, "grad_bias": sum_bias}
-        call.cuda("scan_backward", cut, {"MIN_BLOCKS": cut.resident // cut.warps}, tensors)
+        call.cuda("scan_backward", cut, {}, tensors)
     else:
         _kernels().backward_kernel[call.grid(cut)](
             call.x,

@@ -8,12 +8,12 @@
 // lies there is laid out for every bank to be used at once, and B and C stay as narrow as they came.
 //
 // Compiled at run time, without headers, with: TYPE (0 float32, 1 bfloat16, 2 float16), HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
-// HAS_SEQ, HAS_FIRST, KEEP, LOCAL, NARROW_BC (each 0 or 1; NARROW_BC: B and C are bfloat16, and so is TYPE), and COPIES
-// (1 or 4: how often a token's B and C are there, see `order_of`).
+// HAS_SEQ, HAS_FIRST, KEEP, LOCAL, NARROW_BC (each 0 or 1; NARROW_BC: B and C are bfloat16, and so is TYPE), COPIES
+// (1 or 4: how often a token's B and C are there, see `order_of`), WARPS (of a block), MIN_BLOCKS (that a multiprocessor
+// shall hold at once), SHARED (bytes of a block's shared memory) and KERNEL (which one: 0, 1 or 2, as they follow).
 //
 // Letters: b batch, l sequence, d d_inner, n d_state = 16.
 
-#define WARPS 4
 #define SPAN 16
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -162,6 +162,13 @@ __device__ __forceinline__ float sum4(const float* v, bool odd, bool high) {
     return keep + __shfl_xor_sync(FULL, send, 2);
 }
 
+extern __shared__ __align__(16) char memory[];
+template <typename Shared>
+__device__ __forceinline__ Shared& shared_as() {
+    static_assert(sizeof(Shared) == SHARED, "cuda.py counts another size");
+    return *reinterpret_cast<Shared*>(memory);
+}
+
 struct Place {  // of a warp and a thread
     int lane, warp, q, channel, piece, block, begin, end;
     i64 row;
@@ -244,13 +251,17 @@ struct Forward {
     Sizes s;
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const Forward f) {
-    __shared__ __align__(16) float2 shared_du[WARPS][SPAN][8];
-    __shared__ __align__(16) float shared_y[WARPS][SPAN][8];
-    __shared__ __align__(16) Part shared_BC[2][SPAN * OF_TOKEN];
+#if KERNEL == 0
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forward(const Forward f) {
+    struct Shared {
+        float2 du[WARPS][SPAN][8];
+        float y[WARPS][SPAN][8];
+        Part BC[2][SPAN * OF_TOKEN];
+    };
+    Shared& shared = shared_as<Shared>();
     const Place p = place_of(f.s);
-    float2(*du)[8] = shared_du[p.warp];
-    float(*ys)[8] = shared_y[p.warp];
+    float2(*du)[8] = shared.du[p.warp];
+    float(*ys)[8] = shared.y[p.warp];
     float A2[4], h[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
     const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
@@ -272,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
     const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
     const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
     int buffer = 0;
-    stage(shared_BC[0], next_BC);
+    stage(shared.BC[0], next_BC);
     Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     const bool odd = p.q & 1, high = p.q & 2;
     float total = 0.f, any_reset = 0.f;
@@ -282,10 +293,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
     if (HAS_Z && !LOCAL) next_z = load4(z, inside);
     for (int span = p.begin; span < p.end; span += SPAN) {
         staged();
-        const Part* BC = shared_BC[buffer] + p.q * 4;
+        const Part* BC = shared.BC[buffer] + p.q * 4;
         buffer ^= 1;
         next_BC += SPAN * OF_TOKEN;
-        if (span + SPAN < p.end) stage(shared_BC[buffer], next_BC);
+        if (span + SPAN < p.end) stage(shared.BC[buffer], next_BC);
         const bool mine = inside;
         float xv[4], zv[4];
         {
@@ -380,6 +391,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_forward(const F
         *reinterpret_cast<float4*>(f.ends + (p.row * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(h[0], h[1], h[2], h[3]);
 #endif
 }
+#endif
 
 // ---- backward ---------------------------------------------------------------------------------------------------
 
@@ -395,11 +407,15 @@ struct Backward {
 };
 
 // The gradient of the state before each chunk, had nothing come from behind, and what is left of it after the chunk.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(const Backward f) {
-    __shared__ __align__(16) float2 shared_du[WARPS][SPAN][8];
-    __shared__ __align__(16) Part shared_BC[2][SPAN * OF_TOKEN];
+#if KERNEL == 1
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward_local(const Backward f) {
+    struct Shared {
+        float2 du[WARPS][SPAN][8];
+        Part BC[2][SPAN * OF_TOKEN];
+    };
+    Shared& shared = shared_as<Shared>();
     const Place p = place_of(f.s);
-    float2(*du)[8] = shared_du[p.warp];
+    float2(*du)[8] = shared.du[p.warp];
     float A2[4], g[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
     float bias[4] = {};
@@ -417,13 +433,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(
     if (HAS_Z) next_z = load4(z + t * f.z.token, inside);
     const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
     int buffer = 0;
-    stage(shared_BC[0], next_BC);
+    stage(shared.BC[0], next_BC);
     for (int back = spans - 1; back >= 0; back--) {
         staged();
-        const Part* C_at = shared_BC[buffer] + OF_C + p.q * 4;
+        const Part* C_at = shared.BC[buffer] + OF_C + p.q * 4;
         buffer ^= 1;
         next_BC -= SPAN * OF_TOKEN;
-        if (back > 0) stage(shared_BC[buffer], next_BC);
+        if (back > 0) stage(shared.BC[buffer], next_BC);
         float raw[4], gy[4], zv[4];
         widen(next_dt, raw);
         widen(next_g, gy);
@@ -469,26 +485,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) scan_backward_local(
     for (int j = 0; j < 4; j++) left[j] = exp2_fast(fmaf(total, A2[j], any_reset));
     *reinterpret_cast<float4*>(f.decays + state) = make_float4(left[0], left[1], left[2], left[3]);
 }
+#endif
 
 // Every gradient; those of B and C as sums over the channels of a block, in `partial` (b, l / 4, blocks, 2, 16, 4).
 // Keeps the states of 4 tokens and the gradients of state and A in registers, the states before each 4 tokens of a span
 // in shared memory. Moves x, dt, z, the gradients of y, x, dt and z once, and the states before every span once. Bound by
 // instructions.
+#if KERNEL == 2
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward(const Backward f) {
-    __shared__ __align__(16) float2 shared_du[WARPS][SPAN][8];
-    __shared__ __align__(16) float shared_go[WARPS][SPAN][8];  // gradient of y before the gate
-    __shared__ __align__(16) float shared_sums[3][WARPS][SPAN][8];
-    __shared__ float4 shared_first[WARPS][SPAN / 4][32];
-    __shared__ float shared_of_BC[2][2][WARPS][4][40];  // of two groups, by warp; 40: so that the sums read all banks
-    __shared__ __align__(16) Part shared_BC[2][SPAN * OF_TOKEN];
+    struct Shared {
+        float2 du[WARPS][SPAN][8];
+        float go[WARPS][SPAN][8];  // gradient of y before the gate
+        float sums[3][WARPS][SPAN][8];
+        float4 first[WARPS][SPAN / 4][32];
+        float of_BC[2][2][WARPS][4][40];  // of two groups, by warp; 40: so that the sums read all banks
+        Part BC[2][SPAN * OF_TOKEN];
+    };
+    Shared& shared = shared_as<Shared>();
     const Place p = place_of(f.s);
-    float2(*du)[8] = shared_du[p.warp];
-    float(*go)[8] = shared_go[p.warp];
+    float2(*du)[8] = shared.du[p.warp];
+    float(*go)[8] = shared.go[p.warp];
     const float2* const own_du = &du[0][p.lane >> 2];
     const float* const own_go = &go[0][p.lane >> 2];
-    float* const own_sums = &shared_sums[0][p.warp][p.q][p.lane >> 2];
+    float* const own_sums = &shared.sums[0][p.warp][p.q][p.lane >> 2];
     constexpr int all_sums = WARPS * SPAN * 8;  // of one kind
-    float4(*firsts)[32] = shared_first[p.warp];
+    float4(*firsts)[32] = shared.first[p.warp];
     float A2[4], g[4], h[4], sum_A[4] = {0.f, 0.f, 0.f, 0.f};
     const int order = order_of(p.lane);
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
@@ -504,7 +525,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
     int turn = 0, buffer = 0;
     const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
-    stage(shared_BC[0], next_BC);
+    stage(shared.BC[0], next_BC);
     const Number* dt_at = f.dt.data + p.row * f.dt.row + p.c4;
     const Number* x_at = f.x.data + p.row * f.x.row + p.c4;
     const Number* gy_at = f.grad_y.data + p.row * f.grad_y.row + p.c4;
@@ -550,10 +571,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             *reinterpret_cast<float4*>(&go[p.t][(p.lane & 1) * 4]) = make_float4(gy[0], gy[1], gy[2], gy[3]);
         }
         staged();
-        const Part* BC = ordered(shared_BC[buffer], p.q, order);
+        const Part* BC = ordered(shared.BC[buffer], p.q, order);
         buffer ^= 1;
         next_BC -= SPAN * OF_TOKEN;
-        if (back > 0) stage(shared_BC[buffer], next_BC);
+        if (back > 0) stage(shared.BC[buffer], next_BC);
 #if HAS_SEQ
         const float* resets = f.resets + p.row * f.s.l_padded + span;
 #endif
@@ -633,7 +654,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 }
 #pragma unroll
                 for (int j = 0; j < 2; j++) u[j] = v[2 * j] + __shfl_xor_sync(FULL, v[2 * j + 1], 8);
-                shared_of_BC[turn][group & 1][p.warp][i][own] = (c_high ? u[1] : u[0]) + __shfl_xor_sync(FULL, c_high ? u[0] : u[1], 16);
+                shared.of_BC[turn][group & 1][p.warp][i][own] = (c_high ? u[1] : u[0]) + __shfl_xor_sync(FULL, c_high ? u[0] : u[1], 16);
             }
             const float y = HAS_Z ? sum4(part_y, odd, high) : 0.f;
             const float drive = sum4(part_drive, odd, high), decay = sum4(part_decay, odd, high);
@@ -643,12 +664,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             if (group & 1) continue;
             __syncthreads();
 #pragma unroll
-            for (int i = 0; i < 2; i++) {  // over the warps, always in the same order; the other half is written meanwhile
-                float sum = 0.f;
+            for (int first = 0; first < 2 * 128; first += 32 * WARPS) {  // the other half is written meanwhile
+                const int k = first + threadIdx.x, i = k >> 7;
+                if (256 % (32 * WARPS) != 0 && k >= 256) break;
+                float sum = 0.f;  // over the warps, always in the same order
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) sum += shared_of_BC[turn][i][w][threadIdx.x & 3][threadIdx.x >> 2];
+                for (int w = 0; w < WARPS; w++) sum += shared.of_BC[turn][i][w][k & 3][k >> 2 & 31];
                 const i64 tile = (p.row * (f.s.l_padded / 4) + span / 4 + group + i) * f.s.n_blocks + p.block;
-                f.partial[tile * 128 + threadIdx.x] = sum;
+                f.partial[tile * 128 + (k & 127)] = sum;
             }
             turn ^= 1;
         }
@@ -669,9 +692,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             float delta[4], to_y[4], y[4] = {}, drive[4], decay[4];
             first_of_pairs(&du[p.t][c], p.lane, delta);
             scaled4(to_y, *reinterpret_cast<const float4*>(&go[p.t][c]), 1.f);
-            if (HAS_Z) scaled4(y, *reinterpret_cast<const float4*>(&shared_sums[0][p.warp][p.t][c]), 1.f);
-            scaled4(drive, *reinterpret_cast<const float4*>(&shared_sums[1][p.warp][p.t][c]), 1.f);
-            scaled4(decay, *reinterpret_cast<const float4*>(&shared_sums[2][p.warp][p.t][c]), 1.f);
+            if (HAS_Z) scaled4(y, *reinterpret_cast<const float4*>(&shared.sums[0][p.warp][p.t][c]), 1.f);
+            scaled4(drive, *reinterpret_cast<const float4*>(&shared.sums[1][p.warp][p.t][c]), 1.f);
+            scaled4(decay, *reinterpret_cast<const float4*>(&shared.sums[2][p.warp][p.t][c]), 1.f);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 g_x[i] = fmaf(drive[i], delta[i], skip[i] * to_y[i]);
@@ -715,3 +738,4 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #endif
     }
 }
+#endif
