@@ -35,6 +35,12 @@ def mamba_mixer_gpu(
     return y, final_state
 
 
+def _aligned(like: Tensor, *shape: int) -> Tensor:
+    """Memory of this shape whose rows begin at whole 16 bytes: the library's products of other rows
+    are several times as slow."""
+    return like.new_empty(*shape[:-1], -(-shape[-1] // 8) * 8)[..., : shape[-1]]
+
+
 def _parts(columns: Tensor, r: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """dt, B and C, of columns (b, l, r + 2 n)."""
     return columns[..., :r], columns[..., r : r + n], columns[..., r + n :]
@@ -59,9 +65,11 @@ def _forward(
     (d, r), n = dt_proj.shape, A.shape[1]
     z = xz[..., d:]
     x = conv._forward(xz[..., :d], conv_weight, conv_bias, None, seq_idx, True)
-    columns = torch.mm(x.flatten(0, 1), x_proj.t()).view(*x.shape[:2], len(x_proj))
+    columns = _aligned(x, *x.shape[:2], len(x_proj))
+    torch.mm(x.flatten(0, 1), x_proj.t(), out=columns.flatten(0, 1))
     low, B, C = _parts(columns, r, n)
-    dt = torch.mm(low.flatten(0, 1), dt_proj.t()).view(x.shape)
+    narrow = _aligned(dt_proj, d, r).copy_(dt_proj) if r % 8 else dt_proj
+    dt = torch.mm(low.flatten(0, 1), narrow.t()).view(x.shape)
     y, final_state, starts = scan._forward(x, dt, A, B, C, D, z, dt_bias, None, seq_idx, True, keep)
     if not keep:
         columns, dt = x.new_empty(0), x.new_empty(0)
@@ -95,7 +103,8 @@ def _backward(
     _, B, C = _parts(columns, r, n)
     if not x.numel():
         x = conv._forward(xz[..., :d], conv_weight, conv_bias, None, seq_idx, True)
-    g_columns, g_x, g_dt = (t.new_empty(t.shape) for t in (columns, x, dt))
+    g_x, g_dt = (t.new_empty(t.shape) for t in (x, dt))
+    g_columns = _aligned(columns, *columns.shape)
     g_low, g_B, g_C = _parts(g_columns, r, n)
     scan.backward_into(
         (g_x, g_dt, g_A, g_B, g_C, g_D, g_xz[..., d:], g_dt_bias, g_A),
@@ -116,8 +125,14 @@ def _backward(
     )
     x_td, columns_tc, g_columns_tc = (t.flatten(0, 1) for t in (x, columns, g_columns))
     g_dt_td = g_dt.flatten(0, 1)
-    torch.mm(g_dt_td, dt_proj, out=g_low.flatten(0, 1))
-    torch.mm(g_dt_td.t(), columns_tc[:, :r], out=g_dt_proj)
+    if r % 8:
+        narrow, g_narrow = _aligned(dt_proj, d, r).copy_(dt_proj), _aligned(dt_proj, d, r)
+    else:
+        narrow, g_narrow = dt_proj, g_dt_proj
+    torch.mm(g_dt_td, narrow, out=g_low.flatten(0, 1))
+    torch.mm(g_dt_td.t(), columns_tc[:, :r], out=g_narrow)
+    if g_narrow is not g_dt_proj:
+        g_dt_proj.copy_(g_narrow)
     torch.mm(g_columns_tc.t(), x_td, out=g_x_proj)
     g_x.flatten(0, 1).addmm_(g_columns_tc, x_proj)
     conv.backward_into(
@@ -152,7 +167,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = xz.new_empty(*xz.shape[:2], len(A))
     y, final_state, starts = scan._outputs(x, A, keep)
-    columns = xz.new_empty(*xz.shape[:2], len(x_proj))
+    columns = _aligned(xz, *xz.shape[:2], len(x_proj))
     dt = torch.empty_like(x) if keep else xz.new_empty(0)
     if not keep:
         columns = xz.new_empty(0)
