@@ -17,13 +17,15 @@ from blackmamba.ops import gpu
 from blackmamba.ops.expert_mlp.choices import choices_per_token, repeated, summed
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 
-FEW = 32
+FEW = 256
 """Most choices of which the kernels for few are faster than torch's grouped products."""
 FEW_WITHOUT_PRODUCT = 512
 """The same where torch has no grouped product that leaves the host alone."""
 
 _TOKENS = 512  # of a program that counts
-_FEW_BLOCKS = (32, 128, 4, 4)  # rows of a weight, of their numbers at a time; warps; stages
+_ROWS = 2  # of a program that moves them
+_FEW_BLOCKS = {16: (32, 128, 4, 4), 32: (64, 64, 4, 5), 64: (64, 64, 4, 5)}
+"""By the tokens at once: rows of a weight, of their numbers at a time; warps; stages."""
 
 
 def expert_mlp_gpu(
@@ -62,8 +64,14 @@ def sort_by_expert(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     padded = max(2, 1 << (n_experts - 1).bit_length())
     n_blocks = -(-t // _TOKENS)
     new = expert_ids.new_empty
-    counts, ends = new(n_blocks, padded, dtype=torch.int32), new(padded, dtype=torch.int32)
-    order = new(t, dtype=torch.int32)
+    ends, order = new(padded, dtype=torch.int32), new(t, dtype=torch.int32)
+    if n_blocks == 1:
+        gpu.launch(
+            kernels.place_kernel, (1,), expert_ids, ends, order, ends, t, 1,
+            E=padded, BLOCK=max(16, 1 << (t - 1).bit_length()), BLOCKS=0,
+        )  # fmt: skip
+        return order, ends[:n_experts]
+    counts = new(n_blocks, padded, dtype=torch.int32)
     gpu.launch(kernels.count_kernel, (n_blocks,), expert_ids, counts, t, E=padded, BLOCK=_TOKENS)
     gpu.launch(
         kernels.place_kernel, (n_blocks,),
@@ -84,8 +92,9 @@ def _gathered(x: Tensor, order: Tensor, k: int = 1) -> Tensor:
     order = order if k == 1 else order // k
     out = x.new_empty(len(order), x.shape[1])
     gpu.launch(
-        kernels.gather_kernel, (len(order),), x, order, out, x.shape[1], x.stride(0), BLOCK=1024
-    )
+        kernels.gather_kernel, (-(-len(out) // _ROWS),),
+        x, order, out, *out.shape, x.stride(0), **_row_blocks(x),
+    )  # fmt: skip
     return out
 
 
@@ -94,11 +103,16 @@ def _scattered(x: Tensor, order: Tensor, scale: Tensor | None) -> Tensor:
 
     out = torch.empty_like(x)
     gpu.launch(
-        kernels.scatter_kernel, (len(x),),
-        x, order, x if scale is None else scale, out, x.shape[1],
-        HAS_SCALE=scale is not None, BLOCK=1024,
+        kernels.scatter_kernel, (-(-len(x) // _ROWS),),
+        x, order, x if scale is None else scale, out, *x.shape,
+        HAS_SCALE=scale is not None, **_row_blocks(x),
     )  # fmt: skip
     return out
+
+
+def _row_blocks(x: Tensor) -> dict[str, int]:
+    """Rows that a program moves, and how much of them at once."""
+    return {"ROWS": _ROWS, "BLOCK": min(2048, max(16, 1 << (x.shape[1] - 1).bit_length()))}
 
 
 @torch.library.custom_op("blackmamba::expert_mlp_few", mutates_args=())
@@ -113,11 +127,12 @@ def _few(
     x = x if x.stride(1) == 1 else x.contiguous()
     order, ends = sort_by_expert(expert_ids, e)
     hidden, y = x.new_empty(len(x), f), x.new_empty(len(x), m)
-    bn, bk, warps, stages = _FEW_BLOCKS
+    at_once = 16 if len(x) <= 64 else 32 if len(x) <= 128 else 64
+    bn, bk, warps, stages = _FEW_BLOCKS[at_once]
     if x.dtype == torch.float32:
-        bk, stages = bk // 4, 2
+        bk, stages = min(bk, 64) // 2, 2
     options: dict[str, Any] = {
-        "M": 16 if len(x) <= 64 else 32 if len(x) <= 128 else 64, "BN": bn, "BK": bk,
+        "M": at_once, "BN": bn, "BK": bk,
         "WIDE": x.dtype == torch.float32 or gpu.interpreted(),
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
@@ -150,9 +165,11 @@ def _forward(
     h = _product()(_gathered(x, order, k), fc1.transpose(1, 2), offs=ends)
     f = fc2.shape[2]
     hidden = x.new_empty(len(order), f)
+    blocks = -(-f // 1024)
     gpu.launch(
-        kernels.activate_kernel, (len(order), -(-f // 1024)), h, hidden, f, GELU=gelu, BLOCK=1024
-    )
+        kernels.activate_kernel, (len(order) * blocks,),
+        h, hidden, len(order), f, GELU=gelu, BLOCK=1024, BLOCKS=blocks,
+    )  # fmt: skip
     y = _product()(hidden, fc2.transpose(1, 2), offs=ends)
     return _scattered(y, order, None if gate is None else gate.contiguous()), h, order, ends
 
@@ -180,8 +197,8 @@ def _backward(
     grad_gate = x.new_empty(0) if gate is None else gate.new_empty(len(order))
     gpu.launch(
         kernels.activate_backward_kernel, (len(order),),
-        grad, h, order, x if gate is None else gate.contiguous(), grad_h, hidden, grad_gate, f,
-        GELU=gelu, HAS_GATE=gate is not None, BLOCK=1024,
+        grad, h, order, x if gate is None else gate.contiguous(), grad_h, hidden, grad_gate,
+        len(order), f, GELU=gelu, HAS_GATE=gate is not None, BLOCK=1024,
     )  # fmt: skip
     needs_x, needs_fc1, needs_fc2, _ = needs
     none = grad_x = x.new_empty(0)

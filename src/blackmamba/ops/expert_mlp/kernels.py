@@ -30,58 +30,69 @@ def place_kernel(
     """order: the tokens sorted by expert, those of one in their order; ends: of each group.
 
     Owns BLOCK tokens. Each program sums all counts for itself: n_blocks * e numbers out of the L2
-    cache. Bound by its launch.
+    cache; the only one of few tokens counts them itself (BLOCKS 0). Bound by its launch.
     """
     i = tl.program_id(0)
     k = i * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, E)
-    earlier, total = tl.zeros([E], tl.int32), tl.zeros([E], tl.int32)
-    for first in range(0, n_blocks, BLOCKS):
-        b = first + tl.arange(0, BLOCKS)
-        inside = (b < n_blocks)[:, None] & (j >= 0)[None, :]
-        here = tl.load(counts + b[:, None] * E + j[None, :], inside, other=0)
-        total += tl.sum(here, 0)
-        earlier += tl.sum(tl.where((b < i)[:, None], here, 0), 0)
+    expert = tl.load(ids + k, k < t, other=E)
+    mine = (expert[:, None] == j[None, :]).to(tl.int32)
+    earlier = tl.zeros([E], tl.int32)
+    if BLOCKS == 0:
+        total = tl.sum(mine, 0)
+    else:
+        total = tl.zeros([E], tl.int32)
+        for first in range(0, n_blocks, BLOCKS):
+            b = first + tl.arange(0, BLOCKS)
+            inside = (b < n_blocks)[:, None] & (j >= 0)[None, :]
+            here = tl.load(counts + b[:, None] * E + j[None, :], inside, other=0)
+            total += tl.sum(here, 0)
+            earlier += tl.sum(tl.where((b < i)[:, None], here, 0), 0)
     end = tl.cumsum(total, 0)
     if i == 0:
         tl.store(ends + j, end)
-    expert = tl.load(ids + k, k < t, other=E)
-    mine = (expert[:, None] == j[None, :]).to(tl.int32)
     rank = tl.cumsum(mine, 0) - 1 + (end - total + earlier)[None, :]
     place = tl.sum(mine * rank, 1)
     tl.store(order + place, k, k < t)
 
 
 @triton.jit
-def gather_kernel(x, order, out, m, stride, BLOCK: tl.constexpr):
+def gather_kernel(x, order, out, t, m, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = x[order[i]].
 
-    Owns a row of out. Moves it once each way. Bound by bytes.
+    Owns ROWS rows of out. Moves them once each way. Bound by bytes.
     """
-    i = tl.program_id(0).to(tl.int64)
-    source = tl.load(order + i).to(tl.int64) * stride
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    source = tl.load(order + i, i < t, other=0).to(tl.int64) * stride
+    target = i.to(tl.int64) * m
     for first in range(0, m, BLOCK):
         k = first + tl.arange(0, BLOCK)
-        tl.store(out + i * m + k, tl.load(x + source + k, k < m), k < m)
+        inside = (i < t)[:, None] & (k < m)[None, :]
+        v = tl.load(x + source[:, None] + k[None, :], inside, other=0.0)
+        tl.store(out + target[:, None] + k[None, :], v, inside)
 
 
 @triton.jit
-def scatter_kernel(x, order, scale, out, m, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+def scatter_kernel(
+    x, order, scale, out, t, m,
+    HAS_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out[order[i]] = x[i] scale[order[i]].
 
-    Owns a row of x. Moves it once each way. Bound by bytes.
+    Owns ROWS rows of x. Moves them once each way. Bound by bytes.
     """
-    i = tl.program_id(0).to(tl.int64)
-    place = tl.load(order + i).to(tl.int64)
-    factor = 1.0
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = tl.load(order + i, i < t, other=0).to(tl.int64)
+    source = i.to(tl.int64) * m
     if HAS_SCALE:
-        factor = tl.load(scale + place).to(tl.float32)
+        factor = tl.load(scale + place, i < t, other=0.0).to(tl.float32)
     for first in range(0, m, BLOCK):
         k = first + tl.arange(0, BLOCK)
-        v = tl.load(x + i * m + k, k < m, other=0.0)
+        inside = (i < t)[:, None] & (k < m)[None, :]
+        v = tl.load(x + source[:, None] + k[None, :], inside, other=0.0)
         if HAS_SCALE:
-            v = (v.to(tl.float32) * factor).to(out.dtype.element_ty)
-        tl.store(out + place * m + k, v, k < m)
+            v = (v.to(tl.float32) * factor[:, None]).to(out.dtype.element_ty)
+        tl.store(out + place[:, None] * m + k[None, :], v, inside)
 
 
 @triton.jit
@@ -93,13 +104,15 @@ def _gelu_parts(g):
 
 
 @triton.jit
-def activate_kernel(h, out, f, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def activate_kernel(h, out, t, f, GELU: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """out = act(g) u of [g | u] = h.
 
-    Owns BLOCK numbers of a row. Moves 3 f numbers a row. Bound by bytes.
+    Owns BLOCK numbers of a row. Moves 3 f numbers a row. Bound by bytes. The last rows come first:
+    the product before wrote them last, and the one after begins with the first, so that at both
+    ends some 30 MB are still in the L2 cache.
     """
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = (t - 1 - tl.program_id(0) // BLOCKS).to(tl.int64)
+    k = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     inside = k < f
     g = tl.load(h + row * 2 * f + k, inside, other=0.0).to(tl.float32)
     u = tl.load(h + row * 2 * f + f + k, inside, other=0.0).to(tl.float32)
@@ -113,15 +126,15 @@ def activate_kernel(h, out, f, GELU: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def activate_backward_kernel(
-    grad, h, order, gate, grad_h, hidden, grad_gate, f,
+    grad, h, order, gate, grad_h, hidden, grad_gate, t, f,
     GELU: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of y = gate W act(g) u: gradients of g, u and gate, and gate act(g) u for the gradient of W.
 
     `grad` is W^T times the gradient of y, so that its product with act(g) u is the gate's gradient.
-    Owns a row. Moves 6 f numbers a row. Bound by bytes.
+    Owns a row; the last come first, as above. Moves 6 f numbers a row. Bound by bytes.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row = (t - 1 - tl.program_id(0)).to(tl.int64)
     token = tl.load(order + row).to(tl.int64)
     factor = 1.0
     if HAS_GATE:
