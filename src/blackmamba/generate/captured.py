@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blackmamba.errors import BackendError, InputError
 from blackmamba.generate.decoder import KNOWN_MODULES, REPLACED_METHODS, beyond_the_paper
@@ -54,29 +54,45 @@ def cannot_capture(model: BlackMamba, batch_size: int = 1) -> str | None:
         return f"a layer is wider than {_WIDEST}"
     if config.linear_bias or config.head_bias or not config.gated or config.d_conv < 2:
         return "it has biases, experts without gates, or no convolution"
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedStorage | QuantizedLinear | QuantizedEmbedding):
-            return f"{name} is quantised"
-        if type(module) not in KNOWN_MODULES:
-            return f"{name or 'the model'} is a {type(module).__name__}, which has its own ways"
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or REPLACED_METHODS & vars(module).keys()
-        ):
-            return f"{name or 'the model'} has hooks or replaced methods, which would not be called"
-        if (
-            isinstance(module, Layer)
-            and module.mixer is not None
-            and module.feed_forward is not None
-        ):
-            return f"{name} is a parallel pair"
-    for name, parameter in model.named_parameters():
-        if parameter.dtype not in _DTYPES:
-            return f"{name} is {parameter.dtype}"
-        if parameter.device.type != "cuda" and not gpu.interpreted():
-            return f"{name} is on {parameter.device}"
+    if any(not _plain(module) for module in model.modules()):
+        return next(filter(None, map(_oddity, *zip(*model.named_modules(), strict=True))))
+    for parameter in model.parameters():
+        fits = parameter.device.type == "cuda" or gpu.interpreted()
+        if parameter.dtype not in _DTYPES or not fits:
+            name = next(name for name, p in model.named_parameters() if p is parameter)
+            return f"{name} is {parameter.dtype} on {parameter.device}"
     return None
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a recording can do what the module does; asked of some 200 before every prompt."""
+    return (
+        type(module) in _PLAIN
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and REPLACED_METHODS.isdisjoint(module.__dict__)
+        and not (type(module) is Layer and _is_pair(module))
+    )
+
+
+def _oddity(name: str, module: nn.Module) -> str | None:
+    """Why not."""
+    if _plain(module):
+        return None
+    if isinstance(module, QuantizedStorage | QuantizedLinear | QuantizedEmbedding):
+        return f"{name} is quantised"
+    if type(module) not in KNOWN_MODULES:
+        return f"{name or 'the model'} is a {type(module).__name__}, which has its own ways"
+    if isinstance(module, Layer) and _is_pair(module):
+        return f"{name} is a parallel pair"
+    return f"{name or 'the model'} has hooks or replaced methods, which would not be called"
+
+
+def _is_pair(layer: Layer) -> bool:
+    return layer.mixer is not None and layer.feed_forward is not None
+
+
+_PLAIN = frozenset(KNOWN_MODULES) - {QuantizedStorage, QuantizedLinear, QuantizedEmbedding}
 
 
 class CapturedDecoder:

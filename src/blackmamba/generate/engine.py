@@ -10,6 +10,7 @@ import contextlib
 import operator
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -197,7 +198,6 @@ class Batch:
             and n_tokens == self._model.config.n_tokens
         ):
             found, next_ids = decoder.greedy(), None
-            self._last_ids = found[0].clone()
         else:
             self._last_ids = next_ids = self._sample(logits, check=False)
             found = torch.stack((next_ids, usable_rows(logits, n_tokens).to(torch.int64)))
@@ -205,6 +205,8 @@ class Batch:
         self._ahead = decoder.step(next_ids) if self._n_left > 1 else None
         ids, usable = read.result()
         refuse_unusable(usable.bool())
+        if next_ids is None:
+            self._last_ids = ids
         return ids.tolist()
 
     def _sample(self, logits: Tensor, check: bool = True) -> Tensor:
@@ -265,7 +267,7 @@ def read_prompts(model: BlackMamba, prompts: list[list[int]]) -> tuple[Tensor, S
     read_states: list[State] = []
     while rows:
         stop = start + max(at_once // len(rows), _PREFILL_TOKENS_PER_ROW)
-        pieces = [torch.tensor(prompts[row][start:stop]) for row in rows]
+        pieces = [torch.from_numpy(np.array(prompts[row][start:stop])) for row in rows]
         lengths = torch.tensor([len(piece) for piece in pieces])
         logits, state = read_piece(
             model,
@@ -329,6 +331,10 @@ def _checked_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[
 def _checked_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         raise InputError(f"{name}={ids!r}: must be a list of token ids")
+    if isinstance(ids, list) and set(map(type, ids)) == {int}:
+        usual: list[int] = ids
+        if min(usual) >= 0 and max(usual) < vocab_size:
+            return usual.copy()
     checked: list[int] = []
     for i, token_id in enumerate(ids):
         number = _whole(token_id)

@@ -188,22 +188,25 @@ def route_kernel(
     Owns one sequence. Bound by its launch.
     """
     _begin(PDL)
-    _ready(PDL)
     b = tl.program_id(0)
-    k = tl.arange(0, BK)
+    k, j = tl.arange(0, BK), tl.arange(0, BE)
+    w = tl.load(
+        weight + j[:, None] * m + k[None, :], (j < e)[:, None] & (k < m)[None, :], other=0.0
+    )  # of the first experts, on their way while x is normed
+    _ready(PDL)
     v = _normed(x + b * m, norm_weight, norm_weight, eps, m, k, False)
     best = -float("inf")
     chosen = 0
     for first in range(0, e, BE):
-        j = first + tl.arange(0, BE)
-        whole = (j < e)[:, None] & (k < m)[None, :]
-        w = tl.load(weight + j[:, None] * m + k[None, :], whole, other=0.0)
         logits = tl.sum(w * v[None, :], 1) + tl.load(bias + j, j < e, other=0.0)
         logits = tl.where(j < e, logits, -float("inf"))
         top = tl.max(logits, 0)
         at = first + tl.argmax(logits, 0)
         chosen = tl.where(top > best, at, chosen)
         best = tl.maximum(top, best)
+        j += BE
+        whole = (j < e)[:, None] & (k < m)[None, :]
+        w = tl.load(weight + j[:, None] * m + k[None, :], whole, other=0.0)
     tl.store(ids + b, chosen)
     tl.store(gate + b, 1 / (1 + tl.exp2(-LOG2E * best)))
 
