@@ -21,6 +21,7 @@ from blackmamba.train.step import CapturedGradients
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+    pytest.mark.xdist_group("curves"),  # one process, so that the reference is run once
 ]
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
@@ -70,11 +71,15 @@ def smooth(losses: torch.Tensor, window: int = 10) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_float32_kernels_draw_the_references_curve(reference: torch.Tensor):
+    """The same losses until a near tie in the choice of experts falls the other way (after 55 steps
+    on an H200); single batches then differ by up to 0.8 %, as two runs do, the curves by less."""
     losses = curve(torch.float32)
     assert losses[-20:].mean() < 0.6 * losses[0]
     difference = ((losses - reference) / reference).abs()
-    logger.info("float32: largest difference %.3g, end %.4f", difference.max(), losses[-1])
-    assert difference.max() < 0.005
+    of_means = ((smooth(losses) - smooth(reference)) / smooth(reference)).abs()
+    logger.info("float32: largest difference %.3g, of means %.3g", difference.max(), of_means.max())
+    assert difference[:40].max() < 1e-5
+    assert of_means.max() < 0.005
 
 
 @pytest.mark.slow
