@@ -58,6 +58,7 @@ def main(
         for which, seconds in timed(contenders, repeats).items():
             flops_s = 18 * tokens * m * f / seconds
             found[f"{name}, {which}"] = seconds * 1e3
+            found[f"{name}, {which}, of limit"] = flops_s / rate
             print(
                 f"{name:<18}{which:<24}{seconds * 1e3:>8.3f}{flops_s / 1e12:>10,.0f}"
                 f"{flops_s / rate:>10.1%}"

@@ -19,7 +19,7 @@ import torch
 import blackmamba
 from blackmamba.generate.captured import CapturedDecoder
 from blackmamba.generate.prefill import read_piece
-from blackmamba.model import BlackMamba
+from blackmamba.model import BlackMamba, State
 from blackmamba.model.size import training_flops_per_token
 from blackmamba.presets import presets
 from blackmamba.train.origin import origin
@@ -45,7 +45,7 @@ def main(
     print(f"{'batch':>8}{'steps':>12}{'limit':>12}{'ratio':>8}{'generate':>12}   tokens/s")
     with torch.inference_mode():
         for b in batches:
-            rate = decode_rate(CapturedDecoder(model, model.initial_state(b)), b, steps)
+            rate = decode_rate(model, torch.randint(0, config.n_tokens, (b, prompt)), steps)
             bound = b * limit.bytes_s / step_bytes(model, b)
             prompts = [[(7 * i + j) % config.n_tokens for j in range(prompt)] for i in range(b)]
             blackmamba.generate(model, prompts, max_new_tokens=4)
@@ -54,12 +54,8 @@ def main(
             whole = found[f"generate {b}"]
             print(f"{b:>8}{rate:>12,.0f}{bound:>12,.0f}{rate / bound:>8.0%}{whole:>12,.0f}")
         for length in contexts:
-            ids = torch.randint(0, config.n_tokens, (1, length), device=DEVICE)
-            state = None
-            for piece in ids.split(16384, dim=1):
-                _, state = model.prefill(piece, state, logits="last")
-            assert state is not None
-            found[f"after {length}"] = decode_rate(CapturedDecoder(model, state), 1, steps)
+            ids = torch.randint(0, config.n_tokens, (1, length))
+            found[f"after {length}"] = decode_rate(model, ids, steps)
             print(f"batch 1 after {length:>8,} tokens{found[f'after {length}']:>12,.0f} tokens/s")
         for b, length in [(8, prefills[0]), *((1, length) for length in prefills)]:
             ids = torch.randint(0, config.n_tokens, (b, length), device=DEVICE)
@@ -70,6 +66,7 @@ def main(
             flops = training_flops_per_token(config, length) / 3
             flops -= 2 * config.vocab_size * config.d_model
             found[f"prefill {b} x {length}"] = rate
+            found[f"prefill {b} x {length}, of the product's rate"] = rate * flops / limit.flops_s
             share, peak = rate * flops / limit.flops_s, torch.cuda.max_memory_allocated() / 1e9
             print(
                 f"prefill {b} x {length:>8,}{rate:>12,.0f} tokens/s{share:>7.0%} "
@@ -82,16 +79,21 @@ def main(
     )
 
 
-def read(model: BlackMamba, ids: torch.Tensor, piece: int = 16384) -> None:
-    """A prefill, of long rows piece by piece: memory does not grow with the row."""
+def read(model: BlackMamba, ids: torch.Tensor, most: int = 16384) -> State:
+    """A prefill, of many tokens piece by piece: memory does not grow with the rows."""
     state = None
-    for part in ids.split(piece, dim=1):
+    for part in ids.split(max(1, most // len(ids)), dim=1):
         _, state = read_piece(model, part, state, None)
+    assert state is not None
+    return state
 
 
-def decode_rate(decoder: CapturedDecoder, batch: int, steps: int) -> float:
-    """Tokens a second of greedy steps."""
-    decoder.step(torch.zeros(batch, dtype=torch.int64))
+def decode_rate(model: BlackMamba, ids: torch.Tensor, steps: int) -> float:
+    """Tokens a second of greedy steps after prompts (b, l). No two are alike: sequences that were
+    would all choose the same experts."""
+    decoder = CapturedDecoder(model, read(model, ids))
+    batch = len(ids)
+    decoder.step(ids[:, 0].contiguous())
 
     def run() -> None:
         for _ in range(steps):
