@@ -29,6 +29,17 @@ class Batch(NamedTuple):
     seq_idx: Tensor | None
     """(b, l) int32: a row's documents counted from 0; None where they are not told apart."""
 
+    def piece(self, place: int, ways: int) -> "Batch":
+        """The piece number `place` of every row, cut in `ways` of equal length."""
+        l = self.input_ids.shape[1] // ways
+        assert l * ways == self.input_ids.shape[1]
+        input_ids, labels, seq_idx = (
+            None if t is None else t[:, place * l : (place + 1) * l] for t in self
+        )
+        assert input_ids is not None
+        assert labels is not None
+        return Batch(input_ids, labels, seq_idx)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing:

@@ -232,11 +232,19 @@ def check_ranks(config: RunConfig, ranks: Ranks) -> None:
     """
     parallel, train = config.parallel, config.train
     check_fits(parallel, config.model, ranks.size, ranks.node_size)
-    parts = ranks.size * train.accumulate
+    readers = ranks.size // parallel.sequence
+    parts = readers * train.accumulate
     if ranks.size > 1 and train.batch_size % parts:
+        whose = "ranks" if parallel.sequence == 1 else f"groups of {parallel.sequence} ranks"
         raise ConfigError(
             f"train.batch_size={train.batch_size}: must be a multiple of {parts}, for "
-            f"{ranks.size} ranks of {train.accumulate} micro-batches"
+            f"{readers} {whose} of {train.accumulate} micro-batches"
+        )
+    least = max(1, config.model.d_conv - 1) * parallel.sequence
+    if train.seq_len % parallel.sequence or train.seq_len < least:
+        raise ConfigError(
+            f"train.seq_len={train.seq_len}: must be a multiple of "
+            f"parallel.sequence={parallel.sequence}, and at least {least}"
         )
     if parallel.cpu_offload and not ranks.is_group:
         raise ConfigError("parallel.cpu_offload=true: start the run with torchrun")
@@ -263,13 +271,14 @@ def check_resumable(old: RunConfig, new: RunConfig, ranks: tuple[int, int] = (1,
         ConfigError: names every key that differs and may not.
     """
     differing: list[str] = []
+    readers = [n // run.parallel.sequence for n, run in zip(ranks, (old, new), strict=True)]
     for part in ("model", "data", "train", "lora"):
         before, after = getattr(old, part), getattr(new, part)
         for field in dataclasses.fields(before):
             if part == "train" and field.name in _FREE_ON_RESUME:
                 continue
             was, now = getattr(before, field.name), getattr(after, field.name)
-            if field.name == "accumulate" and was * ranks[0] == now * ranks[1]:
+            if field.name == "accumulate" and was * readers[0] == now * readers[1]:
                 continue
             if was != now:
                 differing.append(f"{part}.{field.name} (was {was!r}, now {now!r})")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from blackmamba.model import BlackMamba, Trace, balance_step
 from blackmamba.model.balance import Reduce, forget_load
@@ -133,6 +134,8 @@ class GradientsOfBatch:
     """Whether this process was asked to stop; where there are many, they tell each other."""
     reduce: Reduce | None = None
     """Sums over ranks; None where there is one process."""
+    sequence_group: ProcessGroup | None = None
+    """Ranks that hold the pieces of the same rows; see `BlackMamba.loss`."""
 
     def __init__(self, model: BlackMamba):
         self._model = model
@@ -176,7 +179,13 @@ class GradientsOfBatch:
         for part, ratio in zip(parts, ratios, strict=True):
             self._begin(is_last=part is parts[-1])
             documents = None if seq_idx is None else seq_idx[part]
-            losses = model.losses(input_ids[part], labels[part], seq_idx=documents, trace=trace)
+            losses = model.losses(
+                input_ids[part],
+                labels[part],
+                seq_idx=documents,
+                trace=trace,
+                sequence_group=self.sequence_group,
+            )
             (losses.total / ratio).backward()
             total += losses.cross_entropy.detach() / ratio
             if accumulate > 1:

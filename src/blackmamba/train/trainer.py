@@ -232,7 +232,7 @@ class Trainer:
         with self._metrics() as metrics, StopRequest() as stop:
             while counters.step < settings.steps:
                 number = counters.step + counters.skipped_batches
-                batch = sampler.batch(number, self._ranks.rank, self._ranks.size)
+                batch = self._own(sampler, number)
                 self._gradients.wants_stop = stop.requested
                 step = self._begin_step(number, batch)
                 is_last = counters.step == settings.steps
@@ -263,6 +263,12 @@ class Trainer:
                         "--resume goes on from there"
                     )
         return found or self._validate()
+
+    def _own(self, sampler: WindowSampler, number: int) -> Batch:
+        """What this rank reads of a batch: rows, or its piece of each."""
+        ways, rank, size = self.config.parallel.sequence, self._ranks.rank, self._ranks.size
+        batch = sampler.batch(number, rank // ways, size // ways)
+        return batch if ways == 1 else batch.piece(rank % ways, ways)
 
     def _metrics(self) -> MetricsLog | NoMetrics:
         if not self._ranks.is_first:

@@ -127,3 +127,27 @@ def test_four_ranks_are_one_process(config: RunConfig, tmp_path: Path):
     on_ranks(4, train_all, runs)
     for _, out, _ in runs:
         assert_same_run(out, tmp_path / "alone")
+
+
+PIECES: Mapping[str, dict[str, Any]] = {
+    "pieces": {"sequence": 4},
+    "sharded": {"sequence": 2, "shard": "full"},
+    "experts": {"sequence": 2, "shard": "hybrid", "shard_degree": 2, "expert": 2},
+}
+
+
+def test_rows_cut_over_ranks_are_one_process(config: RunConfig, tmp_path: Path):
+    # A router without a balance, which would be that of other tokens.
+    alone = with_model(config, 4, router="softmax")
+    alone = dataclasses.replace(alone, train=dataclasses.replace(alone.train, steps=8))
+    run(alone, tmp_path / "alone")
+    runs: list[tuple[RunConfig, Path, bool]] = []
+    for name, parallel in PIECES.items():
+        readers = 4 // parallel["sequence"]
+        train = dataclasses.replace(alone.train, accumulate=4 // readers)
+        cut = dataclasses.replace(alone, train=train, parallel=ParallelConfig(**parallel))
+        shutil.copytree(tmp_path / "alone/data", tmp_path / name / "data")
+        runs.append((cut, tmp_path / name, False))
+    on_ranks(4, train_all, runs)
+    for _, out, _ in runs:
+        assert_same_run(out, tmp_path / "alone", steps=8)

@@ -24,6 +24,10 @@ class ParallelConfig:
     expert: int = 1
     """How many ranks share the experts of a layer; tokens travel to them. Divides the number of
     experts of every routed layer."""
+    sequence: int = 1
+    """How many ranks read the same rows, each its piece of every one: for rows too long for one
+    rank. Mamba layers hand on what they remember, exactly; Sinkhorn and the balance losses of a
+    rank see its pieces. Divides train.seq_len; no attention layers."""
     cpu_offload: bool = False
     """Keep the parts and the optimizer in the host's memory; needs a shard other than "none"."""
     timeout_s: float = 600.0
@@ -32,6 +36,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.expert < 1:
             raise ConfigError(f"parallel.expert={self.expert}: must be at least 1")
+        if self.sequence < 1:
+            raise ConfigError(f"parallel.sequence={self.sequence}: must be at least 1")
         if self.shard_degree < 0:
             raise ConfigError(f"parallel.shard_degree={self.shard_degree}: must be at least 0")
         if self.shard_degree and self.shard != "hybrid":

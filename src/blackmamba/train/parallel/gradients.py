@@ -28,6 +28,8 @@ class GradientsOfRanks(GradientsOfBatch):
         super().__init__(model)
         self._shards, self._ranks, self._mesh = shards, ranks, mesh
         self.reduce = ranks.sum_
+        if mesh.sequence > 1:
+            self.sequence_group = mesh.rows.get_group("piece")
 
     def __call__(
         self,

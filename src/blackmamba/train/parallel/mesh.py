@@ -4,8 +4,9 @@ Ranks are numbered so that neighbours are on one machine, and groups that talk m
 
     parameters   rank = replica * shards + shard
     experts      rank = (replica * outer + shard) * expert_degree + expert,  shards = outer * degree
+    rows         rank = reader * sequence + piece
 
-Every rank has rows of its own, also those that share experts.
+Every rank has rows of its own, also those that share experts; or pieces of rows, with a sequence.
 """
 
 import dataclasses
@@ -28,10 +29,14 @@ class Mesh:
     """Ranks that hold one copy together."""
     experts: int
     """Ranks that share the experts of a layer."""
+    sequence: int
+    """Ranks that share every row."""
     dense: DeviceMesh
     """(replicate, shard)"""
     routed: DeviceMesh
     """(replicate, shard, expert): with experts spread, fewer ranks share one of them."""
+    rows: DeviceMesh
+    """(reader, piece)"""
     host_dense: DeviceMesh
     host_routed: DeviceMesh
     """The same two, for what is in the host's memory."""
@@ -46,6 +51,8 @@ def degrees(config: ParallelConfig, size: int, node_size: int) -> tuple[int, int
     shards = {"none": 1, "full": size, "hybrid": config.shard_degree or node_size}[config.shard]
     if size % shards:
         raise ConfigError(f"parallel.shard_degree={shards}: must divide the {size} ranks")
+    if size % config.sequence:
+        raise ConfigError(f"parallel.sequence={config.sequence}: must divide the {size} ranks")
     if size % config.expert:
         raise ConfigError(f"parallel.expert={config.expert}: must divide the {size} ranks")
     if config.shard == "hybrid" and shards % config.expert:
@@ -64,6 +71,11 @@ def check_fits(config: ParallelConfig, model: ModelConfig, size: int, node_size:
     _, shards = degrees(config, size, node_size)
     specs = zip(model.layers, model.layer_specs, strict=True)
     routed = [(text, spec.n_experts) for text, spec in specs if spec.feed_forward == "moe"]
+    if config.sequence > 1 and any(spec.mixer == "attention" for spec in model.layer_specs):
+        raise ConfigError(
+            f"parallel.sequence={config.sequence}: this model has attention layers, which would "
+            "need the keys and values of all ranks; leave it at 1"
+        )
     if config.expert == 1:
         return
     if not routed:
@@ -99,19 +111,22 @@ def build_mesh(config: ParallelConfig, ranks: Ranks) -> Mesh:
             outer,
             config.expert,
         ),
+        ("reader", "piece"): (ranks.size // config.sequence, config.sequence),
     }
 
     def build(device: str) -> list[DeviceMesh]:
         return [init_device_mesh(device, s, mesh_dim_names=n) for n, s in shapes.items()]
 
-    dense, routed = build(ranks.device.type)
-    host_dense, host_routed = (dense, routed) if ranks.device.type == "cpu" else build("cpu")
+    dense, routed, rows = build(ranks.device.type)
+    host_dense, host_routed = (dense, routed) if ranks.device.type == "cpu" else build("cpu")[:2]
     return Mesh(
         replicas=replicas,
         shards=shards,
         experts=config.expert,
+        sequence=config.sequence,
         dense=dense,
         routed=routed,
+        rows=rows,
         host_dense=host_dense,
         host_routed=host_routed,
     )
