@@ -6,9 +6,9 @@ has an implementation of that name; a backend that is named, there or in a call,
 """
 
 import contextlib
-import contextvars
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from typing import Generic, Literal, TypeVar, get_args
 
@@ -30,7 +30,7 @@ ENVIRONMENT_VARIABLE = "BLACKMAMBA_BACKEND"
 F = TypeVar("F", bound=Callable[..., object])
 _registered: dict[str, tuple[Backend, ...]] = {}
 _logged: set[tuple[str, str]] = set()
-_chosen: contextvars.ContextVar["Backend | None"] = contextvars.ContextVar("backend", default=None)
+_forced = threading.local()  # torch.compile cannot trace a ContextVar
 
 
 class Implementations(Generic[F]):
@@ -115,11 +115,12 @@ def describe_backends() -> list[tuple[str, str]]:
 @contextlib.contextmanager
 def forcing(backend: Backend) -> Generator[None]:
     """Inside, `backend` stands in for BLACKMAMBA_BACKEND; for this thread alone."""
-    token = _chosen.set(backend)
+    before = getattr(_forced, "backend", None)
+    _forced.backend = backend
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _forced.backend = before
 
 
 def forced_backend() -> Backend:
@@ -128,7 +129,7 @@ def forced_backend() -> Backend:
     Raises:
         BackendError: it names no backend.
     """
-    chosen = _chosen.get()
+    chosen: Backend | None = getattr(_forced, "backend", None)
     if chosen is not None:
         return chosen
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
