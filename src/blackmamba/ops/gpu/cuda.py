@@ -1,17 +1,23 @@
 """CUDA C++ kernels, compiled when they are first run by the NVRTC that comes with PyTorch.
 
+Machine code is kept on disk, as Triton keeps its own, so that the next process need not compile.
 For the few kernels that Triton cannot make fast: they need no compiler on the machine and no
 header, and each has its counterpart in Triton, which runs where this does not.
 """
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Mapping
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.cuda import _utils  # pyright: ignore[reportPrivateUsage]
+
+from blackmamba.files import atomic_file
 
 _MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _USUAL_SHARED_BYTES = 48 * 1024  # that a block may have without being asked
@@ -86,15 +92,29 @@ def _architecture(device: int) -> str:
 
 @functools.cache
 def _compile(source: Path, defines: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """The source as machine code."""
-    library = _utils._get_nvrtc_library()  # pyright: ignore[reportPrivateUsage]
+    """The source as machine code, from disk if it was compiled before."""
     options = [f"--gpu-architecture={architecture}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in defines]
-    program = ctypes.c_void_p()
     text = source.read_bytes()
-    code = library.nvrtcCreateProgram(
-        ctypes.byref(program), text, source.name.encode(), 0, None, None
-    )
+    what = "\0".join([torch.__version__, torch.version.cuda or "", *options]).encode() + text
+    kept = kept_kernels() / f"{hashlib.sha256(what).hexdigest()}.cubin"
+    with contextlib.suppress(OSError):
+        return kept.read_bytes()
+    binary = _compiled(source.name, text, options)
+    with contextlib.suppress(OSError), atomic_file(kept) as temporary:  # a full or read-only disk
+        temporary.write_bytes(binary)
+    return binary
+
+
+def kept_kernels() -> Path:
+    """The folder of machine code; it may be removed at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blackmamba" / "cuda"
+
+
+def _compiled(name: str, text: bytes, options: Sequence[str]) -> bytes:
+    library = _utils._get_nvrtc_library()  # pyright: ignore[reportPrivateUsage]
+    program = ctypes.c_void_p()
+    code = library.nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), 0, None, None)
     if code == 0:
         encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         code = library.nvrtcCompileProgram(program, len(options), encoded)
@@ -103,7 +123,7 @@ def _compile(source: Path, defines: tuple[tuple[str, int], ...], architecture: s
         library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         library.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{source.name} does not compile:\n{log.value.decode()}")
+        raise RuntimeError(f"{name} does not compile:\n{log.value.decode()}")
     library.nvrtcGetCUBINSize(program, ctypes.byref(size))
     binary = ctypes.create_string_buffer(size.value)
     library.nvrtcGetCUBIN(program, binary)
