@@ -71,5 +71,4 @@ def convert(
         except RuntimeError as error:  # torch's zip writer hides that the disk is full
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
-    tokenizer_json = None if tokenizer is None else tokenizer.to_json()
-    write_folder(Path(destination), config, ("pytorch_model.bin", write_weights), tokenizer_json)
+    write_folder(Path(destination), config, ("pytorch_model.bin", write_weights), tokenizer)

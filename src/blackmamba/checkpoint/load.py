@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _FILES = (
     "config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json",
-    "model.safetensors.index.json", "model-*-of-*.safetensors",
+    "chat.json", "model.safetensors.index.json", "model-*-of-*.safetensors",
 )  # fmt: skip
 _Kind = Literal["native", "released", "dense"]
 

@@ -1,4 +1,4 @@
-"""Our model folders: config.json, model.safetensors and, where there is one, tokenizer.json."""
+"""Our model folders: config.json, model.safetensors, and tokenizer.json and chat.json if any."""
 
 import contextlib
 import functools
@@ -59,19 +59,14 @@ def save_with(
     def write_weights(path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
-    write_folder(
-        Path(folder),
-        plain,
-        ("model.safetensors", write_weights),
-        None if tokenizer is None else tokenizer.to_json(),
-    )
+    write_folder(Path(folder), plain, ("model.safetensors", write_weights), tokenizer)
 
 
 def write_folder(
     folder: Path,
     config: Mapping[str, Any],
     weights: tuple[str, Callable[[Path], None]],
-    tokenizer_json: str | None,
+    tokenizer: "Tokenizer | None",
 ) -> None:
     """Write the files of a model folder so that no stop leaves a mixture; see `save`.
 
@@ -79,11 +74,14 @@ def write_folder(
         folder: made if it is missing.
         config: of config.json.
         weights: the weight file's name, and what writes it to a path.
-        tokenizer_json: of tokenizer.json; None: such a file is left as it is.
+        tokenizer: for tokenizer.json and, if its model was trained on conversations, chat.json;
+            None: such files are left as they are.
     Raises:
         CheckpointError: it cannot be written.
     """
-    texts = {} if tokenizer_json is None else {"tokenizer.json": tokenizer_json}
+    texts = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()}
+    if tokenizer is not None and tokenizer.chat is not None:
+        texts["chat.json"] = tokenizer.chat.to_json()
     texts["config.json"] = json.dumps(config, indent=2) + "\n"
     files: dict[str, Callable[[Path], None]] = dict([weights])
     for name, text in texts.items():

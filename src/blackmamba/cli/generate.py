@@ -30,6 +30,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     prompts.add_argument(
         "--prompt-file", action="append", default=[], help="a text file to continue"
     )
+    prompts.add_argument(
+        "--chat",
+        metavar="TEXT",
+        help="let a model that was trained on conversations answer TEXT; interactive: line by line",
+    )
+    prompts.add_argument("--system", metavar="TEXT", help="what a conversation begins with")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-new-tokens", type=int, default=200)
     sampling.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
@@ -49,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
     from blackmamba.generate import generate_text
 
+    if args.chat is not None:
+        return _chat(args)
+    if args.system is not None:
+        raise ConfigError("--system is of a conversation: give --chat TEXT too")
     prompts = [*args.prompt, *(read_text(path) for path in args.prompt_file)]
     if not prompts:
         raise ConfigError("no prompt: give --prompt TEXT or --prompt-file FILE")
@@ -89,3 +99,46 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    """Answer one text, or each line that comes in, all that was said before in mind."""
+    from blackmamba.data.chat import Message, check_template
+    from blackmamba.generate.sampling import SamplingConfig
+    from blackmamba.generate.text import continue_ids
+
+    if args.prompt or args.prompt_file:
+        raise ConfigError("--chat is another way than --prompt and --prompt-file: give one of them")
+    tokenizer = load_tokenizer(args)
+    template = check_template(tokenizer, args.model)
+    model = load_model(args)
+    sampling = SamplingConfig(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty, seed=args.seed,
+    )  # fmt: skip
+    messages = [] if args.system is None else [Message("system", args.system)]
+
+    def answer(text: str) -> None:
+        messages.append(Message("user", text))
+        (reply,) = continue_ids(
+            model,
+            tokenizer,
+            [template.prompt(tokenizer, messages)],
+            args.max_new_tokens,
+            sampling,
+            stop=args.stop,
+            on_text=lambda _row, piece: print(piece, end="", flush=True),
+        )
+        print()
+        messages.append(Message("assistant", reply))
+
+    if args.chat != "interactive":
+        answer(args.chat)
+        return 0
+    while True:
+        print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line.strip():
+            print()
+            return 0
+        answer(line.strip())

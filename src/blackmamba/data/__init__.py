@@ -6,6 +6,8 @@ batch.input_ids, batch.labels
 """
 
 from blackmamba.data.build import ShardConfig, join_parts, prepare_shards
+from blackmamba.data.chat import ChatTemplate, Message
+from blackmamba.data.conversations import ChatData, prepare_conversations
 from blackmamba.data.packing import Batch, Packing
 from blackmamba.data.prepare import DataConfig, PreparedData, open_prepared, prepare
 from blackmamba.data.sampler import ValidationStreams, WindowSampler
@@ -16,7 +18,10 @@ from blackmamba.data.tokens import TokenFile
 
 __all__ = [
     "Batch",
+    "ChatData",
+    "ChatTemplate",
     "DataConfig",
+    "Message",
     "Packing",
     "PreparedData",
     "ShardConfig",
@@ -29,5 +34,6 @@ __all__ = [
     "join_parts",
     "open_prepared",
     "prepare",
+    "prepare_conversations",
     "prepare_shards",
 ]

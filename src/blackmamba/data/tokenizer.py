@@ -8,6 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from blackmamba.data.chat import ChatTemplate
 from blackmamba.data.text import sections
 from blackmamba.errors import ConfigError, DataError, InputError
 from blackmamba.files import write_text
@@ -65,6 +66,8 @@ class Tokenizer:
         self.eot_id: int = ends[0]
         self.n_tokens: int = max(vocabulary.values()) + 1
         """Ids are 0 .. n_tokens - 1."""
+        self.chat: ChatTemplate | None = None
+        """How its model was taught to read conversations, if it was: chat.json beside it."""
 
     @classmethod
     def load(cls, source: str | Path) -> "Tokenizer":
@@ -97,7 +100,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing more special
             raise DataError(f"{path}: damaged tokenizer ({error})") from None
-        return cls(backend, str(path))
+        found = cls(backend, str(path))
+        found.chat = ChatTemplate.beside(Path(path))
+        return found
 
     @classmethod
     def from_hub(cls, name: str) -> "Tokenizer":

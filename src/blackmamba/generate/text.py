@@ -66,8 +66,26 @@ def generate_text(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    stop = _checked_stop(stop)
     prompt_ids = _encoded(model, tokenizer, prompts)
+    return continue_ids(
+        model, tokenizer, prompt_ids, max_new_tokens, config,
+        stop=stop, stop_at_eot=stop_at_eot, on_text=on_text,
+    )  # fmt: skip
+
+
+def continue_ids(
+    model: BlackMamba,
+    tokenizer: TextTokenizer,
+    prompt_ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    config: SamplingConfig,
+    *,
+    stop: Sequence[str] = (),
+    stop_at_eot: bool = True,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """`generate_text` of prompts that are ids already, such as a conversation."""
+    stop = _checked_stop(stop)
     batch = Batch(
         model,
         prompt_ids,

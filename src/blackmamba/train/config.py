@@ -142,6 +142,8 @@ class TrainConfig:
     configuration of the model and the tokenizer are then that model's."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are: "embedding", "layers.0-3", "*.router.*"; see `select`."""
+    chat: bool = False
+    """data.text has conversations: train on their answers alone."""
 
     def __post_init__(self) -> None:
         for least, names in _AT_LEAST.items():

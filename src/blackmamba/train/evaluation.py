@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blackmamba.data import PreparedData, ValidationStreams
-from blackmamba.data.sampler import IGNORED
+from blackmamba.data import ChatData, PreparedData, ValidationStreams
+from blackmamba.data.packing import IGNORED
 from blackmamba.model import BlackMamba
 from blackmamba.train.metrics import finite
 from blackmamba.train.parallel.ranks import Ranks
@@ -64,7 +64,7 @@ class Validations:
 @torch.inference_mode()
 def validate(
     model: BlackMamba,
-    data: PreparedData,
+    data: PreparedData | ChatData,
     *,
     batch_size: int,
     seq_len: int,
@@ -74,12 +74,15 @@ def validate(
 
     Args:
         model: comes back in the mode, training or evaluation, that it came in.
-        data: its validation split is read.
+        data: its validation split is read. Of conversations only the answers count, and each is
+            read from its own beginning, however long it is.
         batch_size: parallel streams that the text is cut into; each begins with an empty memory.
         seq_len: tokens of a stream that are read at once; the memory is carried from piece to
             piece, so this changes memory and speed, not the result.
         ranks: who shares the streams; each reads its part of them, and all know the result.
     """
+    if isinstance(data, ChatData):
+        return _validate_answers(model, data, batch_size, seq_len)
     ranks = ranks or Ranks()
     streams = ValidationStreams(data.validation.tokens, batch_size, seq_len, data.tokenizer.eot_id)
     device = model.embedding.weight.device
@@ -112,3 +115,31 @@ def _own_streams(input_ids: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tenso
     if own.start == own.stop:
         return input_ids[:1], torch.full_like(labels[:1], IGNORED)
     return input_ids[own], labels[own]
+
+
+def _validate_answers(
+    model: BlackMamba, data: ChatData, batch_size: int, seq_len: int
+) -> Validation:
+    """Over the answers' words and ends; bits are those of their text. Every rank reads all."""
+    device = model.embedding.weight.device
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    n_tokens, was_training = 0, model.training
+    model.eval()
+    try:
+        for input_ids, labels, lengths in data.validation_batches(batch_size):
+            state = None
+            for start in range(0, input_ids.shape[1], seq_len):
+                piece = slice(start, start + seq_len)
+                left = (lengths - start).clamp(0, input_ids[:, piece].shape[1]).to(device)
+                logits, state = model.prefill(input_ids[:, piece].to(device), state, lengths=left)
+                wanted = labels[:, piece].flatten().to(device)
+                losses = F.cross_entropy(
+                    logits.float().flatten(0, 1), wanted, ignore_index=IGNORED, reduction="none"
+                )
+                nats += losses.double().sum()
+            n_tokens += int((labels != IGNORED).sum())
+    finally:
+        model.train(was_training)
+        if hasattr(model, "reshard"):  # FSDP keeps the embedding, which may change next
+            model.reshard()  # pyright: ignore[reportCallIssue]
+    return Validation(nats.item(), n_tokens, data.index.n_validation_bytes)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from blackmamba.data import PreparedData, prepare
+from blackmamba.data import ChatData, PreparedData, prepare, prepare_conversations
 from blackmamba.errors import ConfigError, DataError
 from blackmamba.train.checkpoints import Checkpoint, newest_checkpoint, remove_leftovers
 from blackmamba.train.config import RunConfig, check_resumable
@@ -75,14 +75,18 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def open_data(out: Path, config: RunConfig, checkpoint: Checkpoint | None) -> PreparedData:
+def open_data(
+    out: Path, config: RunConfig, checkpoint: Checkpoint | None
+) -> PreparedData | ChatData:
     folder = out / DATA
+    make = prepare_conversations if config.train.chat else prepare
     if checkpoint is None:
-        return prepare(config.data, folder)
+        return make(config.data, folder)
     try:
-        data = PreparedData.open(folder)  # the text itself may be gone by now
+        # the text itself may be gone by now
+        data = (ChatData if config.train.chat else PreparedData).open(folder)
     except DataError:
-        data = prepare(config.data, folder)
+        data = make(config.data, folder)
     if data.index.fingerprint != checkpoint.data:
         raise DataError(f"{folder}: not the text that this run began with; begin a new run")
     return data

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.checkpoint import save, save_adapter
-from blackmamba.data import Batch, PreparedData, Tokenizer, WindowSampler
+from blackmamba.data import Batch, ChatData, PreparedData, Tokenizer, WindowSampler
 from blackmamba.errors import ConfigError, TrainingError
 from blackmamba.model import BlackMamba, Trace
 from blackmamba.model.lora import draw_dropout
@@ -190,7 +190,7 @@ class Trainer:
         self,
         config: RunConfig,
         out: Path,
-        data: PreparedData,
+        data: PreparedData | ChatData,
         model: BlackMamba,
         optimizer: torch.optim.Optimizer,
         average: WeightAverage | None,
@@ -222,9 +222,11 @@ class Trainer:
     def train(self) -> Validations:
         """All steps that are left; returns the validation after the last."""
         settings, counters = self.config.train, self.counters
-        sampler = WindowSampler(
-            self.data.train.tokens, settings.seq_len, settings.batch_size, settings.seed
-        )
+        rows = settings.seq_len, settings.batch_size, settings.seed
+        if isinstance(self.data, ChatData):
+            sampler = self.data.sampler(*rows)
+        else:
+            sampler = WindowSampler(self.data.train.tokens, *rows)
         found: Validations | None = None
         waiting: _Step | None = None  # on a GPU: runs, while the host prepares the next
         self._began, self._since = time.monotonic() - counters.seconds, time.monotonic()
