@@ -77,9 +77,9 @@ def test_a_run_of_adapters(trained: Path, source: Path):
     tensors = load_file(trained / "adapter" / "adapter.safetensors")
     assert {name.rpartition(".")[2] for name in tensors} == {"lora_A", "lora_B"}
     checkpoint = trained / "checkpoints" / "step-00000004"
-    assert {p.name for p in checkpoint.iterdir()} == {
-        "adapter.json", "adapter.safetensors", "optimizer.safetensors", "trainer.json",
-    }  # fmt: skip
+    held = {path.name for path in checkpoint.iterdir()}
+    assert {"adapter.json", "adapter.safetensors", "optimizer.safetensors"} <= held
+    assert "model.safetensors" not in held
     moments = load_file(checkpoint / "optimizer.safetensors")
     assert {name.split("/")[0].rpartition(".")[2] for name in moments} == {"lora_A", "lora_B"}
     at_checkpoint = logits(source, adapter=checkpoint)
