@@ -15,8 +15,11 @@ from torch.nn import functional as F
 import blackmamba
 from blackmamba.cli.main import main
 from blackmamba.data import ChatData, ChatTemplate, Message
+from blackmamba.errors import ConfigError
 from blackmamba.train import load_recipe, run, validate
+from blackmamba.train.config import check_ranks
 from blackmamba.train.metrics import read_metrics
+from blackmamba.train.parallel.ranks import Ranks
 
 SKY, GRASS = "sky?", "grass?"
 ANSWERS = {SKY: "blue", GRASS: "green"}
@@ -117,6 +120,12 @@ def test_what_cannot_be(trained: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "--system is of a conversation" in error
     assert "--chat is another way than --prompt" in error
     assert "has no chat.json, as it was not trained on conversations" in error
+
+
+def test_rows_are_not_cut_over_ranks(recipe: Path):
+    config = load_recipe(recipe, ["parallel.sequence=2"])
+    with pytest.raises(ConfigError, match=r"parallel.sequence=2: with train.chat=true"):
+        check_ranks(config, Ranks(size=2, node_size=2))
 
 
 def test_a_system_turn_is_read(trained: Path, capsys: pytest.CaptureFixture[str]):

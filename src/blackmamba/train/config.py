@@ -248,6 +248,11 @@ def check_ranks(config: RunConfig, ranks: Ranks) -> None:
             f"train.seq_len={train.seq_len}: must be a multiple of "
             f"parallel.sequence={parallel.sequence}, and at least {least}"
         )
+    if train.chat and parallel.sequence > 1:
+        raise ConfigError(
+            f"parallel.sequence={parallel.sequence}: with train.chat=true a piece of a row may "
+            "have no answer in it; set it to 1"
+        )
     if parallel.cpu_offload and not ranks.is_group:
         raise ConfigError("parallel.cpu_offload=true: start the run with torchrun")
     if config.lora.rank and ranks.is_group:

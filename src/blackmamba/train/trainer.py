@@ -23,6 +23,7 @@ from torch import Tensor
 
 from blackmamba.checkpoint import save, save_adapter
 from blackmamba.data import Batch, ChatData, PreparedData, Tokenizer, WindowSampler
+from blackmamba.data.conversations import ConversationSampler
 from blackmamba.errors import ConfigError, TrainingError
 from blackmamba.model import BlackMamba, Trace
 from blackmamba.model.lora import draw_dropout
@@ -266,7 +267,7 @@ class Trainer:
                     )
         return found or self._validate()
 
-    def _own(self, sampler: WindowSampler, number: int) -> Batch:
+    def _own(self, sampler: WindowSampler | ConversationSampler, number: int) -> Batch:
         """What this rank reads of a batch: rows, or its piece of each."""
         ways, rank, size = self.config.parallel.sequence, self._ranks.rank, self._ranks.size
         batch = sampler.batch(number, rank // ways, size // ways)
