@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 
-from blackmamba.analyse.machines import H100
-from blackmamba.analyse.scaling import Spread, activation_bytes_per_token, held, plan
+from blackmamba.analyse.machines import H100, MACHINES
+from blackmamba.analyse.scaling import Grid, activation_bytes_per_token, held, plan
 from blackmamba.config import ModelConfig
 from blackmamba.errors import ConfigError
 from blackmamba.model import BlackMamba, keeps_float32
 from blackmamba.model.layer import Layer
+from blackmamba.ops.recompute import Recompute
 from blackmamba.presets import presets
 from blackmamba.train import TrainConfig
 
-ONE = Spread(gpus=1, node_gpus=8)
+ONE = Grid(gpus=1, node_gpus=8)
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -54,9 +55,9 @@ def test_parameters_are_those_of_the_built_model(config: ModelConfig, experts: i
 
     def gathered(index: int) -> float:
         own = {n: p for n, p in sizes.items() if n.startswith(f"layers.{index}.")}
-        spread = sum(n for name, n in own.items() if is_routed(model, name))
-        rest = sum(n for name, n in own.items() if not keeps_float32(name)) - spread
-        return rest + spread / experts
+        grid = sum(n for name, n in own.items() if is_routed(model, name))
+        rest = sum(n for name, n in own.items() if not keeps_float32(name)) - grid
+        return rest + grid / experts
 
     assert counts.largest_layer == max(map(gathered, range(config.n_layers)))
 
@@ -82,30 +83,50 @@ def test_activations_are_the_table_of_the_documents():
     assert layers == 2 * (4608 + 2304) + mamba
 
 
-def test_one_gpu_is_predicted_near_what_was_measured():
-    # benchmarks/RESULTS.md: 223.8 ms, of which 13.2 went to a kernel that was mended after the run;
-    # 50.8 GB, with states of the scan in float32, which are bfloat16 now
-    found = plan(presets["blackmamba-1.5b"], settings(), ONE, H100)
-    assert found.step_s[0] == found.step_s[1] == found.compute_s
-    assert abs(found.compute_s - (0.2238 - 0.0132)) < 0.03 * 0.21
-    states = 15 * 2304 * 2 * 16 * 2048
-    assert abs(found.memory_bytes + states - 50.8e9) < 0.03 * 50.8e9
-    measured = {"products": 54.8, "experts' products": 47.0, "scan": 52.9, "optimizer": 15.6}
-    for kind, ms in measured.items():
-        assert abs(1e3 * found.seconds[kind] - ms) < 0.07 * ms, kind
+MEASURED = {  # benchmarks/RESULTS.md: milliseconds of a step, and gigabytes
+    ("h200", "1.5b", 16, "none"): (196.0, 48.5),
+    ("h200", "1.5b", 16, "cheap"): (199.8, 44.1),
+    ("h200", "2.8b", 8, "none"): (190.9, 60.5),
+    ("h200", "2.8b", 8, "cheap"): (193.6, 57.1),
+    ("h200", "2.8b", 16, "none"): (341.2, 81.6),
+    ("h200", "2.8b", 16, "cheap"): (347.3, 74.7),
+    # Without 13.2 ms of a kernel that was mended after the run, and 2.3 GB, the half of states of
+    # the scan that are bfloat16 now.
+    ("h100", "1.5b", 16, "none"): (223.8 - 13.2, 50.8 - 2.3),
+}
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_one_gpu_is_predicted_near_what_was_measured(case: tuple[str, str, int, Recompute]):
+    gpu, size, rows, recompute = case
+    ms, gigabytes = MEASURED[case]
+    train = settings(batch_size=rows, recompute=recompute)
+    found = plan(presets[f"blackmamba-{size}"], train, ONE, MACHINES[gpu])
+    assert found.step_s == (found.compute_s, found.compute_s)
+    # Too little by 0.7 to 2.0 % and by 1.8 to 12.1 %: what is not modelled takes memory and time.
+    assert 0.975 < found.memory_bytes / gigabytes / 1e9 < 1
+    assert 0.87 < 1e3 * found.compute_s / ms < 1
+
+
+def test_layers_computed_twice_take_a_third_more():
+    once = plan(presets["blackmamba-1.5b"], settings(), ONE, H100).seconds
+    twice = plan(presets["blackmamba-1.5b"], settings(recompute="layers"), ONE, H100).seconds
+    assert twice["experts' products"] == pytest.approx(once["experts' products"] * 4 / 3)
+    assert once["products"] * 1.2 < twice["products"] < once["products"] * 4 / 3
+    assert (twice["loss"], twice["optimizer"]) == (once["loss"], once["optimizer"])
 
 
 def test_what_ranks_share_is_divided_and_what_they_repeat_is_not():
     config, train = presets["blackmamba-1.5b"], settings(batch_size=1024, weights="float32")
     one = plan(config, settings(), ONE, H100)
     counts = held(config)
-    hybrid = plan(config, train, Spread(gpus=64, node_gpus=8, shards=8), H100)
+    hybrid = plan(config, train, Grid(gpus=64, node_gpus=8, shards=8), H100)
     assert hybrid.micro_tokens == one.micro_tokens
     assert hybrid.memory["activations"] == one.memory["activations"]
     matrices = counts.dense + counts.experts
     assert hybrid.memory["moments"] == matrices + 8 * counts.float32  # 8 bytes on 8 ranks
     # A batch of a sixteenth of the tokens: more of the step is communication.
-    small = plan(config, settings(batch_size=64), Spread(gpus=64, node_gpus=8, shards=8), H100)
+    small = plan(config, settings(batch_size=64), Grid(gpus=64, node_gpus=8, shards=8), H100)
     share = [p.communication_s(overlaps=True) / p.compute_s for p in (hybrid, small)]
     assert share[1] > 8 * share[0]
     # Across nodes a copy's gradients go through each GPU's own port, within them through NVLink.
@@ -113,39 +134,39 @@ def test_what_ranks_share_is_divided_and_what_they_repeat_is_not():
     across, near = sent["sum gradients"], sent["reduce gradients"]
     assert (across.group, across.stride) == (8, 8)
     assert across.sent_bytes == 2 * 7 / 8 * 4 * matrices / 8
-    assert across.seconds(H100, hybrid.spread) == pytest.approx(across.sent_bytes / 40e9)
-    assert near.seconds(H100, hybrid.spread) == pytest.approx(7 / 8 * 4 * matrices / 360e9)
+    assert across.seconds(H100, hybrid.grid) == pytest.approx(across.sent_bytes / 40e9)
+    assert near.seconds(H100, hybrid.grid) == pytest.approx(7 / 8 * 4 * matrices / 360e9)
     assert hybrid.step_s[0] < hybrid.step_s[1]
     assert hybrid.utilisation(hybrid.step_s[1]) < hybrid.utilisation(hybrid.step_s[0]) < 1
 
 
-def test_spread_experts_move_tokens_in_place_of_parameters():
+def test_grid_experts_move_tokens_in_place_of_parameters():
     config, train = presets["blackmamba-1.5b"], settings(batch_size=1024, weights="float32")
-    kept = plan(config, train, Spread(gpus=64, node_gpus=8, shards=8), H100)
-    spread = plan(config, train, Spread(gpus=64, node_gpus=8, shards=8, experts=8), H100)
-    sent = {t.what: t.sent_bytes for t in spread.traffic}
+    kept = plan(config, train, Grid(gpus=64, node_gpus=8, shards=8), H100)
+    grid = plan(config, train, Grid(gpus=64, node_gpus=8, shards=8, experts=8), H100)
+    sent = {t.what: t.sent_bytes for t in grid.traffic}
     assert sent["tokens to experts"] == 4 * 15 * 7 / 8 * 32768 * 1152 * 2
-    gathers = [sum(t.sent_bytes for t in p.traffic if "gather" in t.what) for p in (kept, spread)]
+    gathers = [sum(t.sent_bytes for t in p.traffic if "gather" in t.what) for p in (kept, grid)]
     assert gathers[1] < gathers[0] / 4
-    assert spread.memory_bytes < kept.memory_bytes
+    assert grid.memory_bytes < kept.memory_bytes
 
 
 def test_a_row_over_ranks_hands_on_states():
     config = presets["mamba-1.5b"]
     long = settings(batch_size=8, seq_len=1 << 20)
-    cut = plan(config, long, Spread(gpus=64, node_gpus=8, sequence=8, shards=8), H100)
+    cut = plan(config, long, Grid(gpus=64, node_gpus=8, sequence=8, shards=8), H100)
     assert cut.micro_tokens == 1 << 17
     sent = {t.what: t.sent_bytes for t in cut.traffic}["states of rows"]
     # (state and sum of delta) forward, gradient of the state backward, to seven others; tails twice
     assert sent == 34 * (4 * 2304 * 33 * 7 + 2 * 2 * 2304 * 3)
     rows = settings(batch_size=64 * 64)
-    whole = plan(config, rows, Spread(gpus=64, node_gpus=8, shards=8), H100)
+    whole = plan(config, rows, Grid(gpus=64, node_gpus=8, shards=8), H100)
     assert cut.micro_tokens == whole.micro_tokens
     assert cut.seconds["scan"] == pytest.approx(1.4 * whole.seconds["scan"])
 
 
 @pytest.mark.parametrize(
-    ("train", "spread", "message"),
+    ("train", "grid", "message"),
     [
         ({"batch_size": 12}, {"gpus": 8}, "train.batch_size=12: must be a multiple of 8 ranks"),
         ({"batch_size": 8, "accumulate": 2}, {"gpus": 8}, "times accumulate=2"),
@@ -155,6 +176,6 @@ def test_a_row_over_ranks_hands_on_states():
         ({"optimizer": "muon"}, {"gpus": 1}, "train.optimizer='muon': the plan knows 'adamw'"),
     ],
 )
-def test_what_does_not_divide_is_named(train: dict[str, Any], spread: dict[str, Any], message: str):
+def test_what_does_not_divide_is_named(train: dict[str, Any], grid: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        plan(presets["tiny"], settings(**train), Spread(**({"node_gpus": 8} | spread)), H100)
+        plan(presets["tiny"], settings(**train), Grid(**({"node_gpus": 8} | grid)), H100)

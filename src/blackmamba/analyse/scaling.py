@@ -14,16 +14,17 @@ from blackmamba.analyse.machines import Machine
 from blackmamba.config import LayerSpec, ModelConfig
 from blackmamba.errors import ConfigError
 from blackmamba.model.size import layer_parameters, parameters, training_flops_per_token
-from blackmamba.train.config import TrainConfig
+from blackmamba.train.config import RunConfig, TrainConfig
+from blackmamba.train.parallel.mesh import check_fits, degrees
 
 _SCAN_SPAN = 16  # tokens between the states that the scan on a GPU keeps
 _LOGITS_BYTES = 1 << 29  # of a chunk of logits
 _FLOAT = 4
-_SEQUENCE_EXTRA_SCAN = 0.4  # two more forward passes of the scan: forward is 0.2 of both
+_SCAN_FORWARD = 0.2  # the share of the forward pass in the scan's time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spread:
+class Grid:
     """How a run lies on GPUs."""
 
     gpus: int
@@ -42,6 +43,23 @@ class Spread:
         for name in ("shards", "experts", "sequence"):
             if self.gpus % getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)}: must divide the {self.gpus} GPUs")
+
+    @staticmethod
+    def of(config: RunConfig, gpus: int, node_gpus: int) -> "Grid":
+        """As `config.parallel` has it on so many GPUs.
+
+        Raises:
+            ConfigError: a degree does not divide what it should.
+        """
+        parallel = config.parallel
+        check_fits(parallel, config.model, gpus, node_gpus)
+        return Grid(
+            gpus=gpus,
+            node_gpus=node_gpus,
+            shards=degrees(parallel, gpus, node_gpus)[1],
+            experts=parallel.expert,
+            sequence=parallel.sequence,
+        )
 
     @property
     def expert_shards(self) -> int:
@@ -62,13 +80,13 @@ class Traffic:
     overlaps: bool
     """Whether it runs beside the arithmetic."""
 
-    def seconds(self, machine: Machine, spread: Spread) -> float:
+    def seconds(self, machine: Machine, grid: Grid) -> float:
         """At the rate of the slowest link on the way."""
         if self.group == 1:
             return 0.0
         rate = machine.link_bytes_s
-        if (self.group - 1) * self.stride >= spread.node_gpus:
-            ports = max(1, min(self.group, spread.node_gpus // self.stride))
+        if (self.group - 1) * self.stride >= grid.node_gpus:
+            ports = max(1, min(self.group, grid.node_gpus // self.stride))
             rate = min(rate, ports * machine.network_bytes_s)
         return self.sent_bytes / (rate * machine.network_share)
 
@@ -77,7 +95,7 @@ class Traffic:
 class Plan:
     """A step of a run on every GPU."""
 
-    spread: Spread
+    grid: Grid
     machine: Machine
     tokens: int
     """Of a step, over all GPUs."""
@@ -101,7 +119,7 @@ class Plan:
     def communication_s(self, *, overlaps: bool) -> float:
         """Of what does, or of what does not run beside arithmetic."""
         return sum(
-            t.seconds(self.machine, self.spread) for t in self.traffic if t.overlaps is overlaps
+            t.seconds(self.machine, self.grid) for t in self.traffic if t.overlaps is overlaps
         )
 
     @property
@@ -112,18 +130,18 @@ class Plan:
 
     def utilisation(self, step_s: float) -> float:
         """Share of the GPUs' product rate; docs/performance.md."""
-        rate = self.machine.product_flop_s * self.spread.gpus
+        rate = self.machine.product_flop_s * self.grid.gpus
         return self.flops_per_token * self.tokens / step_s / rate
 
 
-def plan(config: ModelConfig, train: TrainConfig, spread: Spread, machine: Machine) -> Plan:
+def plan(config: ModelConfig, train: TrainConfig, grid: Grid, machine: Machine) -> Plan:
     """What a step takes.
 
     Args:
         config: the model.
         train: batch, length, precision and recomputation; "auto" counts as bfloat16 and, without
             shards, float32 masters.
-        spread: how it lies on the GPUs.
+        grid: how it lies on the GPUs.
         machine: what they give.
     Raises:
         ConfigError: the batch or a row does not divide over the ranks; an optimizer of which
@@ -133,27 +151,27 @@ def plan(config: ModelConfig, train: TrainConfig, spread: Spread, machine: Machi
         raise ConfigError(
             f"train.optimizer={train.optimizer!r}: the plan knows 'adamw' alone; set that for it"
         )
-    readers = spread.gpus // spread.sequence
+    readers = grid.gpus // grid.sequence
     if train.batch_size % (readers * train.accumulate):
         raise ConfigError(
             f"train.batch_size={train.batch_size}: must be a multiple of {readers} ranks times "
             f"accumulate={train.accumulate}"
         )
-    if train.seq_len % spread.sequence:
+    if train.seq_len % grid.sequence:
         raise ConfigError(
             f"train.seq_len={train.seq_len}: must be a multiple of parallel.sequence="
-            f"{spread.sequence}"
+            f"{grid.sequence}"
         )
     rows = train.batch_size // (readers * train.accumulate)
-    micro_tokens = rows * train.seq_len // spread.sequence
+    micro_tokens = rows * train.seq_len // grid.sequence
     return Plan(
-        spread=spread,
+        grid=grid,
         machine=machine,
         tokens=train.batch_size * train.seq_len,
         micro_tokens=micro_tokens,
-        memory=_memory(config, train, spread, micro_tokens),
-        traffic=_traffic(config, train, spread, rows, micro_tokens),
-        seconds=_seconds(config, spread, machine, micro_tokens * train.accumulate),
+        memory=_memory(config, train, grid, micro_tokens),
+        traffic=_traffic(config, train, grid, rows, micro_tokens),
+        seconds=_seconds(config, train, grid, machine, micro_tokens * train.accumulate),
         flops_per_token=training_flops_per_token(config, train.seq_len),
     )
 
@@ -175,10 +193,10 @@ class Held:
     largest_layer: int
     """Of a layer's dense part and one rank's share of its experts: what is gathered at once."""
 
-    def on_rank(self, spread: Spread) -> float:
+    def on_rank(self, grid: Grid) -> float:
         """Of the first two kinds, how many a GPU keeps."""
-        experts = self.experts / spread.experts / spread.expert_shards
-        return self.dense / spread.shards + experts
+        experts = self.experts / grid.experts / grid.expert_shards
+        return self.dense / grid.shards + experts
 
 
 def held(config: ModelConfig, experts: int = 1) -> Held:
@@ -216,13 +234,11 @@ def _rows(config: ModelConfig, width: int) -> int:
 # ---- memory ---------------------------------------------------------------------------------
 
 
-def _memory(
-    config: ModelConfig, train: TrainConfig, spread: Spread, tokens: int
-) -> dict[str, float]:
+def _memory(config: ModelConfig, train: TrainConfig, grid: Grid, tokens: int) -> dict[str, float]:
     """Bytes when the backward pass begins: activations are whole, gradients have yet to come."""
-    counts, product = held(config, spread.experts), _product_bytes(train)
-    own = counts.on_rank(spread)
-    weights, masters = _weights(train, spread)
+    counts, product = held(config, grid.experts), _product_bytes(train)
+    own = counts.on_rank(grid)
+    weights, masters = _weights(train, grid)
     found = {
         "parameters": own * (weights + masters) + counts.float32 * _FLOAT,
         "moments": (own + counts.float32) * 2 * _FLOAT,
@@ -231,8 +247,8 @@ def _memory(
     }
     if train.ema_decay:
         found["average"] = _FLOAT * (own + counts.float32)
-    whole = counts.dense + counts.experts / spread.experts
-    if spread.shards > 1:
+    whole = counts.dense + counts.experts / grid.experts
+    if grid.shards > 1:
         layer = counts.largest_layer
         gathered = product * (2 * layer + counts.root)  # one at work, the next on its way
         found["gathered and reduced"] = gathered + (product + _FLOAT) * layer
@@ -240,7 +256,7 @@ def _memory(
             found["gradients"] = whole * _FLOAT
     elif train.accumulate > 1:
         found["gradients"] = whole * _FLOAT
-    if spread.shards == 1 and train.weights == "float32" and product != _FLOAT:
+    if grid.shards == 1 and train.weights == "float32" and product != _FLOAT:
         found["cast parameters"] = whole * product
     return found
 
@@ -249,11 +265,11 @@ def _product_bytes(train: TrainConfig) -> int:
     return _FLOAT if train.dtype == "float32" else 2
 
 
-def _weights(train: TrainConfig, spread: Spread) -> tuple[int, int]:
+def _weights(train: TrainConfig, grid: Grid) -> tuple[int, int]:
     """Bytes of a parameter where the products read it, and of its master beside."""
     how = train.weights
     if how == "auto":
-        how = "master" if spread.shards == 1 and train.dtype != "float32" else "float32"
+        how = "master" if grid.shards == 1 and train.dtype != "float32" else "float32"
     product = _product_bytes(train)
     return {"float32": (_FLOAT, 0), "master": (product, _FLOAT), "stochastic": (product, 0)}[how]
 
@@ -306,7 +322,7 @@ def _width(config: ModelConfig, spec: LayerSpec) -> int:
 
 
 def _traffic(
-    config: ModelConfig, train: TrainConfig, spread: Spread, rows: int, tokens: int
+    config: ModelConfig, train: TrainConfig, grid: Grid, rows: int, tokens: int
 ) -> tuple[Traffic, ...]:
     """Of a ring, a rank sends (n - 1) / n of what is gathered or reduced, and twice that of what is
     summed for all."""
@@ -317,38 +333,38 @@ def _traffic(
         if group > 1:
             found.append(Traffic(what, sent, group, stride, overlaps))
 
-    parts = [("", counts.dense, counts.root, spread.shards, 1)]
-    if spread.experts == 1:
-        parts = [("", counts.dense + counts.experts, counts.root, spread.shards, 1)]
+    parts = [("", counts.dense, counts.root, grid.shards, 1)]
+    if grid.experts == 1:
+        parts = [("", counts.dense + counts.experts, counts.root, grid.shards, 1)]
     else:
-        own = counts.experts // spread.experts
-        parts.append((" of experts", own, 0, spread.expert_shards, spread.experts))
+        own = counts.experts // grid.experts
+        parts.append((" of experts", own, 0, grid.expert_shards, grid.experts))
     for whose, count, root, shards, stride in parts:
         share = (shards - 1) / shards
         twice = 2 * count - root  # forward, and all but the root again backward
         add(f"gather parameters{whose}", steps * product * twice * share, shards, stride, True)
         add(f"reduce gradients{whose}", _FLOAT * count * share, shards, stride, True)
-        copies = spread.gpus // stride // shards
+        copies = grid.gpus // stride // shards
         summed = 2 * (copies - 1) / copies * _FLOAT * count / shards
         add(f"sum gradients{whose}", summed, copies, stride * shards, shards > 1)
-    everyone = 2 * (spread.gpus - 1) / spread.gpus * _FLOAT * counts.float32
-    add("sum float32 gradients", everyone, spread.gpus, 1, False)
+    everyone = 2 * (grid.gpus - 1) / grid.gpus * _FLOAT * counts.float32
+    add("sum float32 gradients", everyone, grid.gpus, 1, False)
 
     n_routed = sum(s.feed_forward == "moe" for s in config.layer_specs)
-    away = (spread.experts - 1) / spread.experts * config.experts_per_token
+    away = (grid.experts - 1) / grid.experts * config.experts_per_token
     leaving = away * tokens * config.d_model * product
     # there and back, and so do their gradients
-    add("tokens to experts", 4 * n_routed * steps * leaving, spread.experts, 1, False)
+    add("tokens to experts", 4 * n_routed * steps * leaving, grid.experts, 1, False)
 
     if config.sinkhorn_scope == "global":
         logits = tokens * _FLOAT * sum(s.n_experts for s in config.layer_specs)
-        add("logits of all ranks", steps * logits * (spread.gpus - 1), spread.gpus, 1, False)
+        add("logits of all ranks", steps * logits * (grid.gpus - 1), grid.gpus, 1, False)
 
     n_mamba = sum(s.mixer == "mamba" for s in config.layer_specs)
-    numbers = rows * config.d_inner * (2 * config.d_state + 1) * (spread.sequence - 1)
+    numbers = rows * config.d_inner * (2 * config.d_state + 1) * (grid.sequence - 1)
     tails = 2 * rows * config.d_inner * (config.d_conv - 1)
     sent = n_mamba * steps * (_FLOAT * numbers + product * tails)
-    add("states of rows", sent, spread.sequence, 1, False)
+    add("states of rows", sent, grid.sequence, 1, False)
     return tuple(found)
 
 
@@ -356,11 +372,11 @@ def _traffic(
 
 
 def _seconds(
-    config: ModelConfig, spread: Spread, machine: Machine, tokens: int
+    config: ModelConfig, train: TrainConfig, grid: Grid, machine: Machine, tokens: int
 ) -> dict[str, float]:
     """Of a GPU's share of a step, by kind, in bfloat16."""
     m, d, f, k = config.d_model, config.d_inner, config.d_expert, config.d_conv
-    counts, head = held(config, spread.experts), config.d_model * config.vocab_size
+    counts, head = held(config, grid.experts), config.d_model * config.vocab_size
     flops = {"products": 6.0 * head, "experts' products": 0.0}
     moved = {"norms": 0.0, "convolution": 0.0, "experts' rows": 0.0, "router": 0.0}  # bytes
     scan = 0.0
@@ -382,11 +398,16 @@ def _seconds(
     norm = m * (28 if config.residual_dtype == "float32" else 16)  # with the residual addition
     moved["norms"] += norm * (config.n_layers + 1)
     moved["loss"] = 5 * config.vocab_size  # in bfloat16, read twice and written once, and caches
-    if spread.sequence > 1:
-        scan *= 1 + _SEQUENCE_EXTRA_SCAN
+    if train.recompute == "layers":  # all but the head once more forward
+        flops = {kind: each * 4 / 3 for kind, each in flops.items()}
+        flops["products"] -= 2.0 * head
+        moved = {kind: each * (1 if kind == "loss" else 4 / 3) for kind, each in moved.items()}
+        scan *= 1 + _SCAN_FORWARD
+    if grid.sequence > 1:
+        scan *= 1 + 2 * _SCAN_FORWARD
     return {
         **{name: tokens * each / machine.model_product_flop_s for name, each in flops.items()},
         "scan": tokens * scan,
         **{name: tokens * each / machine.bytes_s for name, each in moved.items()},
-        "optimizer": (counts.on_rank(spread) + counts.float32) * machine.optimizer_s,
+        "optimizer": (counts.on_rank(grid) + counts.float32) * machine.optimizer_s,
     }

@@ -16,6 +16,7 @@ from blackmamba.cli import (
     eval,
     generate,
     info,
+    plan,
     quantize,
     runs,
     train,
@@ -24,7 +25,7 @@ from blackmamba.cli import (
 from blackmamba.errors import BlackMambaError, PeerError
 from blackmamba.version import __version__
 
-_COMMANDS = (data, train, runs, generate, eval, convert, quantize, upcycle, info, doctor)
+_COMMANDS = (data, plan, train, runs, generate, eval, convert, quantize, upcycle, info, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:
