@@ -33,6 +33,7 @@ def script(request, monkeypatch):
         ("cpu_operations", {}),
         ("cpu_training", {"only": ["peer", "alone"]}),  # each part but the first starts a process
         ("cpu_generation", {}),
+        ("cpu_trainer", {}),
         ("gpu_training", {}),
         ("evaluation", {}),
         pytest.param(

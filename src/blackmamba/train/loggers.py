@@ -88,6 +88,7 @@ class WandB:
             dir=str(path),
             config=to_mapping(config),
             resume="allow",
+            settings={"console": "off"},  # the terminal is the progress bar's
         )
         self._run.define_metric("*", step_metric="step")
 
