@@ -1,11 +1,49 @@
 """What the tests of training let ranks do: run several runs, one after the other."""
 
+import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
+from blackmamba.data import WindowSampler
+from blackmamba.errors import BlackMambaError
 from blackmamba.train import RunConfig, run
+
+Incident = tuple[str, int, int]
+"""What happens, to which rank, when it reads the batch of which step (from 1)."""
 
 
 def train_all(runs: list[tuple[RunConfig, Path, bool]]) -> list[Any]:
     """The result of each run: (configuration, folder, resume)."""
     return [run(config, out, resume=resume) for config, out, resume in runs]
+
+
+def train_badly(runs: list[tuple[RunConfig, Path, bool, Incident | None]]) -> list[tuple[str, str]]:
+    """How each run ended: the name of the error, or "", and what it says."""
+    return [_train(config, out, resume, incident) for config, out, resume, incident in runs]
+
+
+def _train(
+    config: RunConfig, out: Path, resume: bool, incident: Incident | None
+) -> tuple[str, str]:
+    read = WindowSampler.batch
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def batch(self: WindowSampler, step: int, rank: int = 0, world_size: int = 1) -> Any:
+        if incident is not None and incident[1:] == (rank, step + 1):
+            if incident[0] == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:  # a full disk: no file may grow beyond 3 kB
+                resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
+        return read(self, step, rank, world_size)
+
+    WindowSampler.batch = batch  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        run(config, out, resume=resume)
+    except (BlackMambaError, KeyboardInterrupt) as error:
+        return type(error).__name__, str(error)
+    finally:
+        WindowSampler.batch = read
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return "", ""

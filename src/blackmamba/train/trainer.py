@@ -235,7 +235,9 @@ class Trainer:
         with self._metrics() as metrics, StopRequest() as stop:
             while counters.step < settings.steps:
                 number = counters.step + counters.skipped_batches
+                self._ranks.at(f"reads the batch of step {counters.step + 1}")
                 batch = self._own(sampler, number)
+                self._ranks.at(f"in step {counters.step + 1}")
                 self._gradients.wants_stop = stop.requested
                 step = self._begin_step(number, batch)
                 is_last = counters.step == settings.steps
@@ -258,6 +260,7 @@ class Trainer:
                     waiting = None
                 is_stopping = waiting is None and self._stops(stop)
                 if is_saved or is_stopping:
+                    self._ranks.at(f"saves the checkpoint of step {counters.step}")
                     metrics.sync()
                     self._save()
                 if is_stopping and not is_last:
@@ -433,6 +436,7 @@ class Trainer:
 
     def _validate(self) -> Validations:
         """Of the weights and, if there is one, of their average."""
+        self._ranks.at(f"validates after step {self.counters.step}")
         settings = self.config.train
         options: dict[str, Any] = {
             "batch_size": settings.evaluate_batch_size,

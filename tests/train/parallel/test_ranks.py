@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from many_ranks import on_ranks
-from ranks_train import train_all
+from ranks_train import train_all, train_badly
 
 import blackmamba
 from blackmamba.config import ModelConfig
+from blackmamba.model import BlackMamba
 from blackmamba.train import RunConfig, run
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.parallel.config import ParallelConfig
@@ -45,7 +46,10 @@ def assert_same_run(out: Path, reference: Path, steps: int = STEPS) -> None:
     assert len(losses(out)) == steps
     # float32: sums over ranks are in another order. 20 steps apart, measured 2e-6 at most
     assert losses(out) == pytest.approx(losses(reference), abs=1e-5), out.name
-    mine, theirs = (blackmamba.load(path) for path in (out, reference))
+    assert_same_weights(*(blackmamba.load(path) for path in (out, reference)))
+
+
+def assert_same_weights(mine: BlackMamba, theirs: BlackMamba) -> None:
     for (name, one), (_, other) in zip(
         mine.named_parameters(), theirs.named_parameters(), strict=True
     ):
@@ -151,3 +155,94 @@ def test_rows_cut_over_ranks_are_one_process(config: RunConfig, tmp_path: Path):
     on_ranks(4, train_all, runs)
     for _, out, _ in runs:
         assert_same_run(out, tmp_path / "alone", steps=8)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------
+
+BOTH = {"shard": "full", "expert": 2}
+HALF = f"step-{STEPS // 2:08d}"
+
+
+def without_the_end(out: Path, copy: Path) -> Path:
+    """The run as it was after its first checkpoint, in another folder."""
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:08d}")
+    shutil.rmtree(copy / "model")
+    return copy
+
+
+def test_two_ranks_are_resumed_by_one_and_by_four(config: RunConfig, tmp_path: Path):
+    two = tmp_path / "two"
+    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=0.9))
+    run(alone, tmp_path / "alone")
+    shutil.copytree(tmp_path / "alone/data", two / "data")
+    # Two ranks go on with what one process has begun, too.
+    begun = without_the_end(tmp_path / "alone", tmp_path / "begun")
+    on_ranks(
+        2, train_all, [(on(alone, 2, **BOTH), two, False), (on(alone, 2, **BOTH), begun, True)]
+    )
+    assert sorted(p.name for p in (two / "checkpoints" / HALF).glob("shard-*"))[1:]
+
+    one, four = (without_the_end(two, tmp_path / name) for name in ("one", "four"))
+    run(alone, one, resume=True)
+    kind = {"shard": "hybrid", "shard_degree": 2, "expert": 2}
+    on_ranks(4, train_all, [(on(alone, 4, **kind), four, True)])
+    for out in (begun, two, one, four):
+        assert_same_run(out, tmp_path / "alone")
+        average, expected = (blackmamba.load(o / "model_ema") for o in (out, tmp_path / "alone"))
+        assert_same_weights(average, expected)
+
+
+def test_whatever_goes_wrong_is_said_once_and_loses_nothing(config: RunConfig, tmp_path: Path):
+    sharded = on(config, 2, **BOTH)
+    damaged = tmp_path / "damaged"
+    short = dataclasses.replace(config.train, checkpoint_every=4, accumulate=2)
+    often = dataclasses.replace(sharded, train=short)
+    on_ranks(2, train_badly, [(often, damaged, False, ("SIGTERM", 1, 10))])
+    assert len(losses(damaged)) == 10
+    assert sorted(p.name for p in (damaged / "checkpoints").iterdir()) == [
+        "step-00000008", "step-00000010",
+    ]  # fmt: skip
+    kinds = {"flipped": 1, "missing": 2, "truncated": 3}
+    runs: list[tuple[RunConfig, Path, bool, Any]] = []
+    for kind, place in kinds.items():
+        out = tmp_path / kind
+        shutil.copytree(damaged, out)
+        files = sorted(p for p in (out / "checkpoints/step-00000010").iterdir())
+        file = next(p for p in files if p.name.startswith(f"shard-0000{1 + place % 2}"))
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.unlink()
+        if kind == "flipped":
+            file.write_bytes(
+                content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+            )
+        elif kind == "truncated":
+            file.write_bytes(content[:middle])
+        runs.append((often, out, True, None))
+    uneven = dataclasses.replace(sharded, train=dataclasses.replace(sharded.train, batch_size=6))
+    too_many = dataclasses.replace(sharded, parallel=ParallelConfig(expert=3))
+    runs += [
+        (uneven, tmp_path / "uneven", False, None),
+        (too_many, tmp_path / "too-many", False, None),
+        (often, damaged, True, ("full disk", 1, 11)),
+        (often, damaged, True, None),
+    ]
+    first, second = on_ranks(2, train_badly, runs)
+    for number, kind in enumerate(kinds):
+        ends = {first[number][0], second[number][0]}
+        assert ends == {"CheckpointError", "PeerError"}, kind
+        said = next(e[1] for e in (first[number], second[number]) if e[0] == "CheckpointError")
+        assert "step-00000010/shard-0000" in said
+        assert "remove its folder to resume from the one before" in said
+        assert "\n" not in said
+    assert first[3][1] == (
+        "train.batch_size=6: must be a multiple of 4, for 2 ranks of 2 micro-batches"
+    )
+    assert first[4][1] == "parallel.expert=3: must divide the 2 ranks"
+    assert second[3][0] == second[4][0] == "PeerError"
+    assert [end[0] for end in (first[5], second[5])] == ["CheckpointError", "CheckpointError"]
+    assert "older ones are as they were" in first[5][1]
+    assert (first[6], second[6]) == (("", ""), ("", ""))
+    run(config, tmp_path / "alone")
+    assert_same_run(damaged, tmp_path / "alone")

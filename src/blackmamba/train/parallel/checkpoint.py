@@ -5,6 +5,7 @@ which files a rank needs, however many ranks wrote them and however they were cu
 safetensors; each piece says where in its whole it belongs. (torch's own format is a pickle.)
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.futures import Future
 
 from blackmamba.errors import CheckpointError
 from blackmamba.files import digest
+from blackmamba.train.parallel.ranks import is_lost_contact
 
 _SUM = ".sha256"
 
@@ -79,10 +81,16 @@ def read_together(
     """
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one is meant
+            dcp.load(
+                dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None
+            )
     except CheckpointException as error:
         raise CheckpointError(_reason(error)) from None
     except Exception as error:
+        if isinstance(error, RuntimeError) and is_lost_contact(error):
+            raise
         raise CheckpointError(" ".join(str(error).split())) from None
 
 
