@@ -18,6 +18,7 @@ from blackmamba.cli import (
     info,
     plan,
     quantize,
+    reproduce,
     runs,
     train,
     upcycle,
@@ -25,7 +26,9 @@ from blackmamba.cli import (
 from blackmamba.errors import BlackMambaError, PeerError
 from blackmamba.version import __version__
 
-_COMMANDS = (data, plan, train, runs, generate, eval, convert, quantize, upcycle, info, doctor)
+_COMMANDS = (
+    data, plan, train, runs, generate, eval, convert, quantize, upcycle, info, reproduce, doctor,
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,152 @@
+"""The pictures: one style for all of them. Only this file of the room imports matplotlib."""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blackmamba.analyse.experts import LayerUse
+from blackmamba.analyse.latency import Latency
+from blackmamba.analyse.runs import Curve
+from blackmamba.analyse.sinkhorn import Convergence
+from blackmamba.files import atomic_file
+
+COLOURS = {
+    "transformer": "#7f7f7f",
+    "moe-transformer": "#1f77b4",
+    "mamba": "#2ca02c",
+    "blackmamba": "#d62728",
+}
+_OTHERS = ("#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#ff7f0e")
+_SMOOTHED = 0.05  # of a curve's steps are averaged
+
+
+@contextmanager
+def figure(path: Path, columns: int = 1, rows: int = 1) -> Generator[Any]:
+    """Axes to draw on, in an array of (rows, columns); saved at the end."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(5.2 * columns, 3.7 * rows), dpi=130, layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.subplots(rows, columns, squeeze=False)
+    yield axes
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    with atomic_file(path) as temporary:
+        drawn.savefig(temporary, format="png")
+
+
+def colour(name: str, index: int = 0) -> str:
+    """The same one for the same network everywhere."""
+    return COLOURS.get(name, _OTHERS[index % len(_OTHERS)])
+
+
+def draw_ladder(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
+    """Smoothed training loss against FLOPs and against time; a line a run, a colour a network."""
+    with figure(path, columns=2) as axes:
+        for i, (name, runs) in enumerate(curves.items()):
+            network = name.split("/")[0]
+            for j, run in enumerate(runs):
+                smooth = _smooth(np.array(run.losses))
+                skip = len(smooth) // 10
+                label = name if j == 0 else None
+                style: dict[str, Any] = {"color": colour(network, i), "lw": 1.2, "alpha": 0.85}
+                axes[0, 0].plot(run.flops[skip:], smooth[skip:], label=label, **style)
+                axes[0, 1].plot(run.seconds[skip:], smooth[skip:], **style)
+        axes[0, 0].set(xlabel="training FLOPs", ylabel="loss (nats per token)", xscale="log")
+        axes[0, 1].set(xlabel="seconds on this machine", ylabel="loss (nats per token)")
+        axes[0, 0].legend(frameon=False, fontsize=8)
+
+
+def draw_latency(path: Path, rows: Sequence[Latency]) -> None:
+    """Time of a prompt, time of a token after it, and memory, by length of context."""
+    names = list(dict.fromkeys(row.name for row in rows))
+    with figure(path, columns=3) as axes:
+        for i, name in enumerate(names):
+            own = [row for row in rows if row.name == name]
+            x = [row.context for row in own]
+            style: dict[str, Any] = {
+                "color": colour(name, i),
+                "marker": "o",
+                "ms": 3,
+                "label": name,
+            }
+            axes[0, 0].plot(x, [row.prompt_s for row in own], **style)
+            axes[0, 1].plot(x, [row.token_ms for row in own], **style)
+            axes[0, 2].plot(x, [row.state_bytes / 1e6 for row in own], **style)
+        for axis, what in zip(
+            axes[0],
+            ("reading the prompt (s)", "each token after it (ms)", "memory of a sequence (MB)"),
+            strict=True,
+        ):
+            axis.set(xlabel="tokens of context", ylabel=what, xscale="log", yscale="log")
+        axes[0, 0].legend(frameon=False, fontsize=8)
+
+
+def draw_sinkhorn(path: Path, pairs: Mapping[str, Mapping[str, Convergence]]) -> None:
+    """Error of the marginals after each step, for both starts; a panel a setting."""
+    with figure(path, columns=len(pairs)) as axes:
+        for axis, (title, runs) in zip(axes[0], pairs.items(), strict=True):
+            for start, run in runs.items():
+                label = "the paper's start" if start == "paper" else "ordinary start"
+                steps = range(1, len(run.errors) + 1)
+                shade = COLOURS["blackmamba" if start == "paper" else "transformer"]
+                axis.plot(steps, run.errors, marker="o", ms=3, color=shade, label=label)
+                if 0 < run.authors_steps <= len(run.errors):
+                    axis.axvline(run.authors_steps, color=shade, ls=":", lw=1)
+            axis.set(
+                title=title, xlabel="steps", ylabel="largest error of a marginal", yscale="log"
+            )
+        axes[0, 0].legend(frameon=False, fontsize=8)
+
+
+def draw_experts(path: Path, uses: Sequence[LayerUse]) -> None:
+    """Each expert's share of the tokens of each domain: a panel a layer."""
+    with figure(path, columns=len(uses)) as axes:
+        for axis, use in zip(axes[0], uses, strict=True):
+            n_experts = len(next(iter(use.share.values())))
+            width = 0.8 / len(use.share)
+            for i, (domain, share) in enumerate(use.share.items()):
+                x = np.arange(n_experts) + (i - (len(use.share) - 1) / 2) * width
+                axis.bar(x, share, width, label=domain, color=_OTHERS[i % len(_OTHERS)])
+            axis.axhline(1 / n_experts, color="black", lw=0.8, ls=":")
+            axis.set(title=f"layer {use.layer}", xlabel="expert", ylabel="share of tokens")
+        axes[0, 0].legend(frameon=False, fontsize=8)
+
+
+def draw_through_training(
+    path: Path, steps: Sequence[int], series: Mapping[str, Mapping[str, Sequence[float]]]
+) -> None:
+    """A panel for each quantity, a line for each of its series, by training step."""
+    with figure(path, columns=len(series)) as axes:
+        for axis, (what, lines) in zip(axes[0], series.items(), strict=True):
+            for i, (label, values) in enumerate(lines.items()):
+                axis.plot(steps, values, marker="o", ms=3, color=_OTHERS[i], label=label)
+            axis.set(xlabel="training step", ylabel=what)
+            axis.legend(frameon=False, fontsize=8)
+
+
+def draw_ablations(path: Path, losses: Mapping[str, Sequence[float]], base: str) -> None:
+    """Final validation loss of each variant less the base's mean: a dot a seed."""
+    zero = float(np.mean(losses[base]))
+    names = list(losses)[::-1]
+    with figure(path, rows=max(1, len(names) // 12 + 1)) as axes:
+        whole = axes[0, 0]
+        for axis in axes[1:, 0]:
+            axis.remove()
+        for y, name in enumerate(names):
+            values = np.array(losses[name]) - zero
+            whole.plot(values, [y] * len(values), "o", ms=4, alpha=0.7, color="#d62728")
+            whole.plot([values.mean()], [y], "|", ms=14, color="black")
+        whole.axvline(0, color="black", lw=0.8, ls=":")
+        whole.set_yticks(range(len(names)), names, fontsize=8)
+        whole.set(xlabel=f"validation loss less that of {base} (nats per token)")
+
+
+def _smooth(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    n = max(1, int(len(values) * _SMOOTHED))
+    padded = np.concatenate([np.full(n - 1, values[0]), values])
+    return np.convolve(padded, np.ones(n) / n, mode="valid")

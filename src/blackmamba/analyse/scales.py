@@ -1,0 +1,71 @@
+"""How large the experiments of a report are."""
+
+import dataclasses
+
+from blackmamba.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large the experiments are."""
+
+    ladder: tuple[tuple[int, int], ...]
+    """(d_model, pairs of layers) of each rung; the first is also that of the ablations."""
+    seeds: int
+    vocab_size: int
+    settings: TrainConfig
+    ablation_seeds: int
+    experts: tuple[int, ...]
+    """Numbers of experts in the ablations."""
+    latency: tuple[int, int]
+    """(d_model, pairs)."""
+    contexts: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    sinkhorn_tokens: tuple[int, ...]
+    sinkhorn_experts: tuple[int, ...]
+    probes: int
+    """Checkpoints of one run that its experts are looked at in."""
+
+
+def _settings(steps: int, batch_size: int, seq_len: int, lr: float, dtype: str) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        lr=lr,
+        min_lr_ratio=0.05,
+        warmup_steps=max(1, steps // 20),
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
+        weights="auto",
+        evaluate_seq_len=seq_len,
+    )
+
+
+SCALES: dict[str, Scale] = {
+    "toy": Scale(
+        ladder=((32, 1),), seeds=1, vocab_size=300, settings=_settings(6, 4, 32, 5e-3, "float32"),
+        ablation_seeds=1, experts=(2,), latency=(32, 1), contexts=(8, 32), batch_sizes=(1,),
+        sinkhorn_tokens=(64,), sinkhorn_experts=(4,), probes=2,
+    ),
+    "ci": Scale(
+        ladder=((64, 2), (96, 3)), seeds=2, vocab_size=512,
+        settings=_settings(160, 8, 128, 5e-3, "float32"),
+        ablation_seeds=1, experts=(1, 4, 16), latency=(128, 4), contexts=(128, 1024, 4096),
+        batch_sizes=(1,), sinkhorn_tokens=(128, 1024, 4096), sinkhorn_experts=(8, 64), probes=4,
+    ),
+    "laptop": Scale(
+        ladder=((128, 3), (192, 4), (256, 6)), seeds=3, vocab_size=4096,
+        settings=_settings(1500, 8, 256, 5e-3, "auto"),
+        ablation_seeds=3, experts=(1, 2, 4, 16, 32, 64), latency=(256, 6),
+        contexts=(128, 1024, 8192, 32_768), batch_sizes=(1, 8),
+        sinkhorn_tokens=(256, 2048, 16_384), sinkhorn_experts=(8, 64), probes=8,
+    ),
+    "gpu": Scale(
+        ladder=((256, 6), (384, 10), (640, 16)), seeds=3, vocab_size=16_384,
+        settings=_settings(3000, 64, 1024, 2e-3, "auto"),
+        ablation_seeds=3, experts=(1, 2, 4, 16, 32, 64), latency=(640, 16),
+        contexts=(128, 1024, 8192, 65_536), batch_sizes=(1, 16),
+        sinkhorn_tokens=(2048, 16_384, 65_536), sinkhorn_experts=(8, 64), probes=8,
+    ),
+}  # fmt: skip
+"""By name. "toy" is for trying the program; its numbers mean nothing."""

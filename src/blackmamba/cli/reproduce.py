@@ -1,0 +1,48 @@
+"""`blackmamba reproduce`: the paper's claims, checked at a scale, as one report."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+PARTS = ("sizes", "ladder", "latency", "experts", "sinkhorn", "ablations", "better")
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the sub-command."""
+    parser = commands.add_parser(
+        "reproduce",
+        help="check the paper's claims and write a report",
+        description="Train and measure small networks and write one report with every figure of "
+        "the paper that can be made at the scale. What is in OUT already is not trained again.",
+    )
+    parser.add_argument(
+        "--scale", choices=("ci", "laptop", "gpu", "toy"), default="ci",
+        help="ci: minutes on two cores (default); laptop, gpu: hours there; toy: to try it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="OUT", help="folder of everything"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts of the report"
+    )
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="PATH", help="train on this; repeatable"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is being done and where the report is."""
+    from blackmamba.analyse.reproduce import reproduce
+
+    report = reproduce(
+        args.out,
+        args.scale,
+        text=args.text or ("corpus:bible",),
+        only=args.only,
+        command=shlex.join(["blackmamba", *sys.argv[1:]]),
+        tell=lambda line: print(line, flush=True),
+    )
+    print(f"report: {report}")
+    return 0

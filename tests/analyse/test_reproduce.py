@@ -1,0 +1,172 @@
+"""`blackmamba reproduce` at toy scale, its report in a browser, and the parts it is made of."""
+
+import csv
+import dataclasses
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from blackmamba.analyse import ablations
+from blackmamba.analyse.architectures import NAMES, four_architectures
+from blackmamba.analyse.intervals import mean
+from blackmamba.analyse.latency import latencies
+from blackmamba.analyse.report import Section, write_report
+from blackmamba.analyse.reproduce import PARTS, SCALES, reproduce
+from blackmamba.cli import reproduce as command
+from blackmamba.cli.main import main
+from blackmamba.errors import ConfigError
+from blackmamba.model import BlackMamba
+from blackmamba.model.size import parameters, training_flops_per_token
+from blackmamba.presets import presets
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+# matplotlib and its helpers warn of what is not ours to repair
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"word{i % 37} and {i * i % 101}," for i in range(3000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reproduced")
+    return reproduce(out, "toy", text=[str(text)], command="blackmamba reproduce --scale toy")
+
+
+def test_every_part_has_its_section_tables_and_pictures(report: Path):
+    page = report.read_text()
+    for part in PARTS:
+        assert f'<section id="{part}">' in page
+    assert page.count("data:image/png;base64,") == page.count("<img ") >= 6
+    assert "http" not in page  # it needs nothing but itself
+    for name in ("sizes", "ladder", "latency-1", "experts", "sinkhorn", "ablations", "better"):
+        rows = list(csv.reader((report.parent / f"{name}.csv").read_text().splitlines()))
+        assert len(rows) > 1
+        assert len({len(row) for row in rows}) == 1
+
+
+def test_closed_forms_are_said_to_agree(report: Path):
+    assert "agree exactly with torch" in report.read_text()
+
+
+def test_nothing_is_trained_twice(report: Path, text: Path):
+    lines: list[str] = []
+    before = report.read_bytes()
+    again = reproduce(report.parent, "toy", text=[str(text)], only=["ladder"], tell=lines.append)
+    assert not [line for line in lines if line.startswith("training")]
+    assert again.read_bytes() != before  # only one part is in it now
+    reproduce(report.parent, "toy", text=[str(text)], command="blackmamba reproduce --scale toy")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed here")
+def test_a_browser_shows_it_without_complaint(report: Path, tmp_path: Path):
+    """What its console said is on the standard error; a picture that failed has no size."""
+    page = tmp_path / "page.html"
+    check = (
+        "<script>addEventListener('load', () => { const all = [...document.images];"
+        "document.body.dataset.shown = all.filter(i => i.complete && i.naturalWidth > 100).length"
+        " + ' of ' + all.length; });</script></body>"
+    )
+    page.write_text(report.read_text().replace("</body>", check))
+    done = subprocess.run(
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+         page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    shown = re.search(r'data-shown="(\d+) of (\d+)"', done.stdout)
+    assert shown is not None, done.stderr
+    assert shown[1] == shown[2]
+    assert int(shown[1]) >= 6
+    assert "CONSOLE" not in done.stderr
+
+
+@pytest.mark.parametrize("scale", [name for name in SCALES if name != "toy"])
+def test_scales_are_whole(scale: str):
+    found = SCALES[scale]
+    for rung in (*found.ladder, found.latency):
+        active = [
+            parameters(c).active for c in four_architectures(*rung, found.vocab_size).values()
+        ]
+        assert max(active) / min(active) < 1.06
+    assert len(found.sinkhorn_tokens) * len(found.sinkhorn_experts) * 4 >= 20
+
+
+def test_the_four_networks():
+    found = four_architectures(128, 3, 1000)
+    assert tuple(found) == NAMES
+    assert set(found["moe-transformer"].layers) == {"attention", "moe"}
+    with pytest.raises(ConfigError, match="d_model=100: must be a multiple of 32"):
+        four_architectures(100, 3, 1000)
+
+
+def test_variants_change_one_thing_and_are_built():
+    base = four_architectures(64, 2, 256)["blackmamba"]
+    found = ablations.variants(base, (1, 8, 16))
+    assert len({v.name for v in found}) == len(found)
+    assert found[0].config == base
+    assert "experts-8" not in {v.name for v in found}
+    ids = torch.randint(256, (1, 8))
+    for variant in found:
+        BlackMamba(variant.config).loss(ids, ids).backward()
+        active = parameters(variant.config).active / parameters(base).active
+        assert 0.9 < active < 1.1, variant.name
+    better = ablations.better(base)
+    assert 0.95 < training_flops_per_token(better, 64) / training_flops_per_token(base, 64) < 1.1
+    fewer = ablations.with_fewer_steps(SCALES["ci"].settings, 0.5, lr=1e-3)
+    assert fewer.steps == SCALES["ci"].settings.steps // 2
+    assert fewer.lr == 1e-3
+
+
+def test_intervals():
+    assert str(mean([2.0])) == "2.0000"
+    pair = mean([1.0, 3.0])
+    assert (pair.value, pair.n) == (2, 2)
+    assert pair.half_width == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2), rel=1e-3)
+    many = mean([float(i) for i in range(40)])
+    assert many.half_width == pytest.approx(2.02 * 11.69 / math.sqrt(40), rel=0.02)
+
+
+def test_latency_of_each_network_at_each_length():
+    models = {n: BlackMamba(presets[n]).eval() for n in ("mamba-tiny", "transformer-tiny")}
+    rows = latencies(models, (4, 12), batch_size=2, new_tokens=4, repeats=1)
+    assert [(row.name, row.context) for row in rows] == [
+        ("mamba-tiny", 4), ("mamba-tiny", 12), ("transformer-tiny", 4), ("transformer-tiny", 12),
+    ]  # fmt: skip
+    assert rows[0].state_bytes == rows[1].state_bytes
+    assert rows[2].state_bytes < rows[3].state_bytes
+    assert all(row.prompt_s > 0 and row.token_ms > 0 for row in rows)
+
+
+def test_text_in_a_report_is_escaped(tmp_path: Path):
+    section = Section(key="k", title="<b>", claim="a & b", finding="'\"<script>")
+    page = write_report(tmp_path, "t", [("x", "<i>")], [section]).read_text()
+    assert "&lt;b&gt;" in page
+    assert "<script>" not in page
+    assert "<i>" not in page
+
+
+def test_wrong_arguments(tmp_path: Path):
+    with pytest.raises(ConfigError, match="scale='cl': valid are: toy, ci"):
+        reproduce(tmp_path, "cl")
+    with pytest.raises(ConfigError, match="part 'laddr': did you mean 'ladder'"):
+        reproduce(tmp_path, "toy", only=["laddr"])
+
+
+def test_on_the_command_line(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["reproduce", "--scale", "toy", "--only", "sizes", "--text", str(text), "--out"]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.endswith(f"report: {tmp_path / 'out' / 'report.html'}\n")
+    assert command.PARTS == PARTS
+    assert {f.name for f in dataclasses.fields(Section)} >= {"claim", "finding"}
