@@ -424,8 +424,8 @@ def test_text_that_vanishes(text: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     original = module_function.__globals__["find_sources"]
 
-    def find_and_remove(names: list[str]) -> object:
-        found = original(names)
+    def find_and_remove(*arguments: object) -> object:
+        found = original(*arguments)
         text.unlink()
         return found
 

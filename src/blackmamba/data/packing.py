@@ -4,7 +4,7 @@ Letters: `b` batch, `l` sequence.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,14 @@ IGNORED = -100
 
 PackingKind = Literal["stream", "documents", "masked"]
 Rows = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Sliceable(Protocol):
+    """Ids that can be counted and sliced: an array, or many files that look like one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: slice, /) -> np.ndarray[Any, np.dtype[np.integer[Any]]]: ...
 
 
 class Batch(NamedTuple):
@@ -39,6 +47,16 @@ class Batch(NamedTuple):
         assert input_ids is not None
         assert labels is not None
         return Batch(input_ids, labels, seq_idx)
+
+
+class Window(NamedTuple):
+    """Where a row was read."""
+
+    source: str
+    """Its name in a mixture; "text" where there is but one."""
+    epoch: int
+    start: int
+    """First token, counted in the source."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blackmamba.config import to_mapping
+from blackmamba.data.config import DataConfig
 from blackmamba.data.holdout import document_hash
+from blackmamba.data.packing import Packing, PackingKind
+from blackmamba.data.sampler import WindowSampler
 from blackmamba.data.shards import ShardedData, is_sharded
 from blackmamba.data.text import Source, find_sources, sections
-from blackmamba.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
+from blackmamba.data.tokenizer import Tokenizer
 from blackmamba.data.tokens import FORMAT, Index, TokenFile, TokenWriter, dtype_for
-from blackmamba.errors import ConfigError, DataError
+from blackmamba.errors import DataError
 from blackmamba.files import atomic_folder
 
 SECTION_CHARACTERS = 8192
@@ -29,36 +32,6 @@ _TRAIN, _VALIDATION, _VALIDATION_TEXT = "train.bin", "validation.bin", "validati
 _FILES = {_TOKENIZER, _INDEX, _TRAIN, _VALIDATION, _VALIDATION_TEXT}
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Which text, how it becomes tokens, and how much of it is held out."""
-
-    text: tuple[str, ...]
-    """Files, folders, "corpus:bible", "corpus:python-stdlib"; see `iter_documents`."""
-    tokenizer: str = "train"
-    """"train": learnt from the training text; else a tokenizer.json, its folder or a hub name."""
-    vocab_size: int = 4096
-    """Tokens of a trained tokenizer; one that is given brings its own."""
-    validation_fraction: float = 0.05
-    """Expected share of the documents that is held out."""
-    split_seed: int = 0
-    """Another seed holds out other documents."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.text, str) or not self.text or not all(self.text):
-            raise ConfigError(f"text={self.text!r}: must be a list of files, folders or corpora")
-        if not self.tokenizer:
-            raise ConfigError('tokenizer="": must be "train", a path or a hub name')
-        if self.tokenizer == "train" and self.vocab_size < MIN_VOCAB_SIZE:
-            raise ConfigError(f"vocab_size={self.vocab_size}: must be at least {MIN_VOCAB_SIZE}")
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(
-                f"validation_fraction={self.validation_fraction}: must be between 0 and 1"
-            )
-        if self.split_seed < 0:
-            raise ConfigError(f"split_seed={self.split_seed}: must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +66,16 @@ class PreparedData:
         return self.index.fingerprint
 
     @property
-    def validation_text(self) -> Path:
+    def validation_text(self) -> Path | None:
         """The file of the validation documents themselves, with a line end between each two."""
         return self.folder / _VALIDATION_TEXT
+
+    def sampler(
+        self, seq_len: int, batch_size: int, seed: int, packing: PackingKind = "stream"
+    ) -> WindowSampler:
+        """The rows that training reads."""
+        settings = Packing(kind=packing, eot_id=self.tokenizer.eot_id)
+        return WindowSampler(self.train.tokens, seq_len, batch_size, seed, settings)
 
 
 def open_prepared(folder: str | Path) -> PreparedData | ShardedData:
@@ -119,7 +99,7 @@ def prepare(config: DataConfig, folder: str | Path) -> PreparedData:
             something else, or cannot be written.
     """
     folder = Path(folder)
-    sources = find_sources(config.text)
+    sources = find_sources(config.text, config.field)
     tokenizer = None if config.tokenizer == "train" else Tokenizer.load(config.tokenizer)
     fingerprint = _fingerprint(config, sources, tokenizer)
     ready = _reusable(folder, fingerprint)
@@ -151,7 +131,12 @@ def _fingerprint(config: DataConfig, sources: list[Source], tokenizer: Tokenizer
     """Of everything that decides what the prepared folder holds."""
     files = [state for source in sources for state in source.states()]
     known_tokenizer = tokenizer.fingerprint if tokenizer else ""
-    content = json.dumps([FORMAT, to_mapping(config), files, known_tokenizer])
+    settings = to_mapping(config)
+    if settings["field"] == "text":
+        del settings["field"]  # as it was before there was a choice
+    for name in ("sources", "packing", "token_log"):  # what is read later, not what is prepared
+        del settings[name]
+    content = json.dumps([FORMAT, settings, files, known_tokenizer])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from blackmamba.data.packing import IGNORED, Batch, Packing, rows_of_rank
+from blackmamba.data.packing import IGNORED, Batch, Packing, Sliceable, Window, rows_of_rank
 from blackmamba.errors import ConfigError, DataError, InputError
-
-Ids = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 class WindowSampler:
@@ -38,7 +36,7 @@ class WindowSampler:
 
     def __init__(
         self,
-        tokens: Ids,
+        tokens: Sliceable,
         seq_len: int,
         batch_size: int,
         seed: int,
@@ -73,19 +71,21 @@ class WindowSampler:
         """
         places = self.windows(step, rank, world_size)
         rows_bl = np.empty((len(places), self._seq_len + 1), np.int64)
-        for row, (_, start) in zip(rows_bl, places, strict=True):
+        for row, (_, _, start) in zip(rows_bl, places, strict=True):
             ids = self._tokens[start : start + self._seq_len + 1]
             row[: len(ids)] = ids
             row[len(ids) :] = self._tokens[: self._seq_len + 1 - len(ids)]
         return self._packing.batch(rows_bl)
 
-    def windows(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
-        """(epoch, first token) of each row that `batch` gives for the same arguments."""
+    def windows(self, step: int, rank: int = 0, world_size: int = 1) -> list[Window]:
+        """What each row that `batch` gives for the same arguments is."""
         if step < 0:
             raise InputError(f"step={step}: must be at least 0")
         numbers = rows_of_rank(step, self._batch_size, rank, world_size)
         places = (divmod(number, self.n_windows) for number in numbers)
-        return [(epoch, int(self._starts_of(epoch)[place])) for epoch, place in places]
+        return [
+            Window("text", epoch, int(self._starts_of(epoch)[place])) for epoch, place in places
+        ]
 
     def _starts_of(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         if epoch != self._epoch:
@@ -116,7 +116,7 @@ class ValidationStreams:
         DataError: there are no tokens.
     """
 
-    def __init__(self, tokens: Ids, batch_size: int, seq_len: int, eot_id: int):
+    def __init__(self, tokens: Sliceable, batch_size: int, seq_len: int, eot_id: int):
         _check_at_least_1(batch_size=batch_size, seq_len=seq_len)
         if len(tokens) == 0:
             raise DataError("0 validation tokens: nothing can be predicted")

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from blackmamba.config import from_mapping, to_mapping
+from blackmamba.data.packing import Sliceable
 from blackmamba.data.tokenizer import Tokenizer
 from blackmamba.data.tokens import Counts, Dtype
 from blackmamba.errors import ConfigError, DataError
@@ -34,7 +35,7 @@ SHARD_FORMAT = 2
 BLOCK_BYTES = 2**16
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 
-Ids = np.ndarray[tuple[int], np.dtype[np.uint16 | np.uint32]]
+Ids = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,16 +136,15 @@ class ShardedSplit:
         self.n_bytes = sum(s.counts.n_bytes for s in shards)
         """UTF-8 bytes of its documents, with nothing between them."""
         self.n_documents = sum(s.counts.n_documents for s in shards)
-        self.tokens = ShardedIds([Shard(folder / s.file, index, s) for s in shards], index.dtype)
+        self.tokens = Joined([Shard(folder / s.file, index, s) for s in shards])
 
 
-class ShardedIds:
-    """The ids of many shards as one sequence that can be sliced; nothing else is read."""
+class Joined:
+    """Several sequences of ids as one that can be sliced; nothing else is read."""
 
-    def __init__(self, shards: "Sequence[Shard | ShardedIds]", dtype: Dtype):
-        self._shards = shards
-        self._ends = list(itertools.accumulate(map(len, shards)))
-        self.dtype = np.dtype(dtype)
+    def __init__(self, parts: Sequence[Sliceable]):
+        self._parts = parts
+        self._ends = list(itertools.accumulate(map(len, parts)))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -160,13 +160,13 @@ class ShardedIds:
         found: list[Ids] = []
         number = bisect.bisect_right(self._ends, start)
         while start < stop:
-            first = self._ends[number] - len(self._shards[number])
+            first = self._ends[number] - len(self._parts[number])
             end = min(stop, self._ends[number])
-            found.append(self._shards[number][start - first : end - first])
+            found.append(self._parts[number][start - first : end - first])
             start, number = end, number + 1
         if len(found) == 1:
             return found[0]
-        return np.concatenate(found) if found else np.empty(0, self.dtype)
+        return np.concatenate(found) if found else np.empty(0, np.uint16)
 
 
 class Shard:

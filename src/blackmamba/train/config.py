@@ -208,7 +208,15 @@ class RunConfig:
                 f"train.freeze={list(self.train.freeze)}: with lora.rank={self.lora.rank} all but "
                 "the adapters is frozen; choose them by lora.targets"
             )
-        if self.data.tokenizer == "train" and self.data.vocab_size > self.model.vocab_size:
+        if self.train.chat and (
+            self.data.sources or self.data.token_log or self.data.packing != "stream"
+        ):
+            raise ConfigError(
+                "train.chat=true: conversations have a packing of their own, and neither "
+                "data.sources nor data.token_log"
+            )
+        is_learnt = self.data.tokenizer == "train" and not self.data.sources
+        if is_learnt and self.data.vocab_size > self.model.vocab_size:
             raise ConfigError(
                 f"data.vocab_size={self.data.vocab_size}: must be at most "
                 f"model.vocab_size={self.model.vocab_size}"
@@ -218,7 +226,7 @@ class RunConfig:
                 f"train.weights={self.train.weights!r}: parallel.shard={self.parallel.shard!r} "
                 "keeps float32 parameters and gathers them in train.dtype; use 'float32' or 'auto'"
             )
-        if self.data.tokenizer == "train" and self.train.init:
+        if is_learnt and self.train.init:
             raise ConfigError(
                 f"data.tokenizer='train': a run from train.init={self.train.init} needs the "
                 "tokenizer of that model; load_recipe finds it"
@@ -283,6 +291,8 @@ def check_resumable(old: RunConfig, new: RunConfig, ranks: tuple[int, int] = (1,
         before, after = getattr(old, part), getattr(new, part)
         for field in dataclasses.fields(before):
             if part == "train" and field.name in _FREE_ON_RESUME:
+                continue
+            if (part, field.name) == ("data", "token_log"):
                 continue
             was, now = getattr(before, field.name), getattr(after, field.name)
             if field.name == "accumulate" and was * readers[0] == now * readers[1]:

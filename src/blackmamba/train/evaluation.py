@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blackmamba.data import ChatData, PreparedData, ValidationStreams
+from blackmamba.data import ChatData, MixtureData, PreparedData, ValidationStreams
 from blackmamba.data.packing import IGNORED
 from blackmamba.model import BlackMamba
 from blackmamba.train.metrics import finite
@@ -64,7 +64,7 @@ class Validations:
 @torch.inference_mode()
 def validate(
     model: BlackMamba,
-    data: PreparedData | ChatData,
+    data: PreparedData | ChatData | MixtureData,
     *,
     batch_size: int,
     seq_len: int,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from blackmamba.data import ChatData, PreparedData, prepare, prepare_conversations
+from blackmamba.data import ChatData, MixtureData, PreparedData, prepare, prepare_conversations
 from blackmamba.errors import ConfigError, DataError
 from blackmamba.train.checkpoints import Checkpoint, newest_checkpoint, remove_leftovers
 from blackmamba.train.config import RunConfig, check_resumable
@@ -77,16 +77,24 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 def open_data(
     out: Path, config: RunConfig, checkpoint: Checkpoint | None
-) -> PreparedData | ChatData:
+) -> PreparedData | ChatData | MixtureData:
+    """The run's data, prepared where it is not yet.
+
+    Raises:
+        DataError: it is missing, damaged, or not what the run began with.
+    """
     folder = out / DATA
     make = prepare_conversations if config.train.chat else prepare
-    if checkpoint is None:
+    if config.data.sources:
+        data = MixtureData(config.data, folder)
+    elif checkpoint is None:
         return make(config.data, folder)
-    try:
-        # the text itself may be gone by now
-        data = (ChatData if config.train.chat else PreparedData).open(folder)
-    except DataError:
-        data = make(config.data, folder)
-    if data.index.fingerprint != checkpoint.data:
+    else:
+        try:
+            # the text itself may be gone by now
+            data = (ChatData if config.train.chat else PreparedData).open(folder)
+        except DataError:
+            data = make(config.data, folder)
+    if checkpoint is not None and data.fingerprint != checkpoint.data:
         raise DataError(f"{folder}: not the text that this run began with; begin a new run")
     return data

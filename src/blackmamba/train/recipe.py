@@ -49,9 +49,13 @@ def load_recipe(
     recipe = _parse(_read(name_or_path), where)
     if not isinstance(recipe, dict):
         raise ConfigError(f"{where}: must be a mapping with the keys model, data and train")
-    recipe = cast("dict[str, Any]", recipe)
+    data = recipe.get("data")
+    if isinstance(data, dict) and {"mixture", "sources"} <= data.keys():
+        raise ConfigError(f"{where}: data has both mixture and sources: give one of them")
+    recipe = _with_mixture(cast("dict[str, Any]", recipe))
     for override in overrides:
         _override(recipe, override)
+        recipe = _with_mixture(recipe)
     recipe = _with_preset(recipe)
     train = recipe.get("train")
     source = cast("dict[str, Any]", train).get("init", "") if isinstance(train, dict) else ""
@@ -111,13 +115,48 @@ def _override(recipe: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r}: must look like train.lr=3e-4")
-    target = recipe
+    target: Any = recipe
     for depth, key in enumerate(keys[:-1], 1):
-        inner = target.setdefault(key, {})
-        if not isinstance(inner, dict):
+        named = _by_name(target)
+        if named:  # a list of sources: one of them
+            if key not in named:
+                raise ConfigError(f"override {override!r}: no {key!r}; {nearest(key, named)}")
+            target = named[key]
+        else:
+            target = target.setdefault(key, {})
+        if not isinstance(target, dict) and (depth + 1 == len(keys) or not _by_name(target)):
             raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is no mapping")
-        target = cast("dict[str, Any]", inner)
     target[keys[-1]] = _parse(value, f"override {override!r}")
+
+
+def _by_name(items: Any) -> dict[str, dict[str, Any]]:
+    """The mappings of a list by their `name`; empty for anything else."""
+    if not isinstance(items, list):
+        return {}
+    mappings = [x for x in cast("list[Any]", items) if isinstance(x, dict)]
+    return {str(x["name"]): x for x in mappings if "name" in x}
+
+
+def _with_mixture(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with `data.mixture` replaced by the sources that it stands for."""
+    data = recipe.get("data")
+    if not isinstance(data, dict) or "mixture" not in data:
+        return recipe
+    data = cast("dict[str, Any]", data)
+    name = str(data["mixture"])
+    folder = importlib.resources.files("blackmamba") / "recipes" / "mixtures"
+    names = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir())
+    if name in names:
+        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = _read(name)
+    else:
+        raise ConfigError(f"data.mixture={name!r}: no such file or mixture; {nearest(name, names)}")
+    mixture = _parse(text, name)
+    if not isinstance(mixture, dict) or set(mixture) != {"sources"}:
+        raise ConfigError(f"{name}: must be a mapping with the key sources alone")
+    own = {key: value for key, value in data.items() if key not in ("mixture", "sources")}
+    return {**recipe, "data": {**mixture, **own}}
 
 
 def _with_preset(recipe: Mapping[str, Any]) -> dict[str, Any]:

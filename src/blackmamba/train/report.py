@@ -6,6 +6,7 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+from blackmamba.data import Share
 from blackmamba.files import write_text
 from blackmamba.train.metrics import finite
 from blackmamba.train.origin import origin
@@ -39,6 +40,8 @@ class RunResult:
     """What `xz -9e` needs for the same text; None if that is too long to try."""
     product_flops_per_s: float
     """Of a large product on this machine: what utilisation (mfu) is a share of."""
+    sources: dict[str, Share]
+    """What was read of each source of a mixture; empty for one text."""
     model: Path
     """Folder of the trained model."""
 
@@ -59,7 +62,12 @@ class RunResult:
             f"{self.steps} steps{skipped}, {self.tokens:,} tokens in {minutes} min {seconds} s\n"
             f"validation: {self.nats_per_token:.3f} nats per token, "
             f"{self.bits_per_byte:.3f} bits per byte{xz}{ema}\n"
-            f"model: {self.model}"
+            + "".join(
+                f"source {name}: {100 * share.weight:.2f} % of the tokens ({share.tokens:,}), "
+                f"{share.epochs:.3f} epochs\n"
+                for name, share in self.sources.items()
+            )
+            + f"model: {self.model}"
         )
 
 
@@ -72,13 +80,13 @@ def write_summary(result: RunResult, folder: Path) -> None:
     write_text(folder / "summary.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 
-def xz_bits_per_byte(text: Path) -> float | None:
+def xz_bits_per_byte(text: Path | None) -> float | None:
     """What `xz -9e` needs for each byte of a file: a bar that a language model should clear.
 
     Returns:
-        None if the file has more than 32 MB or nothing in it.
+        None if there is no file, or it has more than 32 MB or nothing in it.
     """
-    if not 0 < text.stat().st_size <= _XZ_MAX_BYTES:
+    if text is None or not 0 < text.stat().st_size <= _XZ_MAX_BYTES:
         return None
     content = text.read_bytes()
     return 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / len(content)

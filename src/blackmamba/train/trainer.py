@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from blackmamba.checkpoint import save, save_adapter
-from blackmamba.data import Batch, ChatData, PreparedData, Tokenizer, WindowSampler
+from blackmamba.data import (
+    Batch,
+    ChatData,
+    MixtureData,
+    MixtureSampler,
+    PreparedData,
+    Share,
+    Tokenizer,
+    TokenLog,
+)
 from blackmamba.data.conversations import ConversationSampler
 from blackmamba.errors import ConfigError, TrainingError
 from blackmamba.model import BlackMamba, Trace
@@ -155,6 +164,7 @@ def _run(config: RunConfig, out: Path, resume: bool, progress: Progress, ranks: 
         best_nats_per_token=counters.best_nats_per_token,
         xz_bits_per_byte=xz_bits_per_byte(data.validation_text) if ranks.is_first else None,
         product_flops_per_s=trainer.rate,
+        sources=trainer.sources(),
         model=out / MODEL,
     )
     if not ranks.is_first:
@@ -191,7 +201,7 @@ class Trainer:
         self,
         config: RunConfig,
         out: Path,
-        data: PreparedData | ChatData,
+        data: PreparedData | ChatData | MixtureData,
         model: BlackMamba,
         optimizer: torch.optim.Optimizer,
         average: WeightAverage | None,
@@ -206,6 +216,12 @@ class Trainer:
         self.progress = progress if ranks.is_first else Progress()
         self._ranks, self._spread = ranks, spread
         self._device = ranks.device
+        settings = config.train
+        rows = settings.seq_len, settings.batch_size, settings.seed
+        if isinstance(data, ChatData):
+            self.sampler = data.sampler(*rows)
+        else:
+            self.sampler = data.sampler(*rows, config.data.packing)
         self._is_ahead = self._device.type != "cpu"
         self._is_stopped = False
         if spread is None:
@@ -223,20 +239,15 @@ class Trainer:
     def train(self) -> Validations:
         """All steps that are left; returns the validation after the last."""
         settings, counters = self.config.train, self.counters
-        rows = settings.seq_len, settings.batch_size, settings.seed
-        if isinstance(self.data, ChatData):
-            sampler = self.data.sampler(*rows)
-        else:
-            sampler = WindowSampler(self.data.train.tokens, *rows)
         found: Validations | None = None
         waiting: _Step | None = None  # on a GPU: runs, while the host prepares the next
         self._began, self._since = time.monotonic() - counters.seconds, time.monotonic()
         self.progress.on_start(counters.step, settings.steps)
-        with self._metrics() as metrics, StopRequest() as stop:
+        with self._metrics() as metrics, StopRequest() as stop, self._token_log() as log:
             while counters.step < settings.steps:
                 number = counters.step + counters.skipped_batches
                 self._ranks.at(f"reads the batch of step {counters.step + 1}")
-                batch = self._own(sampler, number)
+                batch = self._own(number, log)
                 self._ranks.at(f"in step {counters.step + 1}")
                 self._gradients.wants_stop = stop.requested
                 step = self._begin_step(number, batch)
@@ -270,10 +281,12 @@ class Trainer:
                     )
         return found or self._validate()
 
-    def _own(self, sampler: WindowSampler | ConversationSampler, number: int) -> Batch:
+    def _own(self, number: int, log: TokenLog | None) -> Batch:
         """What this rank reads of a batch: rows, or its piece of each."""
         ways, rank, size = self.config.parallel.sequence, self._ranks.rank, self._ranks.size
-        batch = sampler.batch(number, rank // ways, size // ways)
+        if log is not None and not isinstance(self.sampler, ConversationSampler):
+            log.write(number, self.sampler.windows(number, rank // ways, size // ways))
+        batch = self.sampler.batch(number, rank // ways, size // ways)
         return batch if ways == 1 else batch.piece(rank % ways, ways)
 
     def _metrics(self) -> MetricsLog | NoMetrics:
@@ -285,6 +298,17 @@ class Trainer:
     def _stops(self, stop: StopRequest) -> bool:
         """Whether to stop, of which all ranks think alike: in every step they tell each other."""
         return stop.requested if self._spread is None else self._is_stopped
+
+    def _token_log(self) -> contextlib.AbstractContextManager[TokenLog | None]:
+        if not self.config.data.token_log:
+            return contextlib.nullcontext()
+        return TokenLog(self.out, self._ranks.rank)
+
+    def sources(self) -> dict[str, Share]:
+        """What has been read of each source of a mixture; empty for one text."""
+        if not isinstance(self.sampler, MixtureSampler):
+            return {}
+        return self.sampler.usage(self.counters.step + self.counters.skipped_batches)
 
     def _begin_step(self, number: int, batch: Batch) -> "_Step":
         """Start a step; on a GPU it is not done when this returns."""
@@ -347,6 +371,9 @@ class Trainer:
         if step.is_logged:
             row["grad_norms"] = {k: finite(v) for k, v in outcome.part_norms.items()}
             row["machine"] = self._machine()
+            if isinstance(self.sampler, MixtureSampler):
+                usage = self.sampler.usage(step.batch + 1)
+                row["sources"] = {k: dataclasses.asdict(v) for k, v in usage.items()}
         if found is not None:
             row |= found.row()
         counters.bad_steps += not outcome.is_finite
@@ -469,7 +496,7 @@ class Trainer:
             self.optimizer,
             counters=counters,
             config=self.config,
-            data=self.data.index.fingerprint,
+            data=self.data.fingerprint,
             keep=settings.keep_checkpoints,
             keep_also=keep_also,
             average=self.average,
