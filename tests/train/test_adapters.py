@@ -175,3 +175,20 @@ def test_settings_that_contradict(recipe: Recipe):
         load_recipe("tiny", ["lora.rank=2"])
     with pytest.raises(ConfigError, match=r"train.freeze=\['embedding'\]: with lora.rank=2"):
         load_recipe(recipe(), ["train.freeze=[embedding]"])
+
+
+def test_an_adapter_brings_its_chat_template(
+    tmp_path: Path, recipe: Recipe, source: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The base was never trained on conversations; with the adapter it takes part in one."""
+    lines = [{"prompt": f"the cat {i}", "response": "a dog"} for i in range(9)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    changes = [f"data.text=[{tmp_path / 'chat.jsonl'}]", "train.chat=true", "train.steps=1"]
+    run(load_recipe(recipe(), [*changes, "train.seq_len=64"]), tmp_path / "run")
+    chat = ["--chat", "the cat", "--temperature", "0", "--max-new-tokens", "3"]
+    assert main(["generate", str(source), *chat]) == 2
+    assert main(["generate", str(source), *chat, "--adapter", str(tmp_path / "run")]) == 0
+    merged = str(tmp_path / "merged")
+    assert main(["convert", str(source), merged, "--adapter", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["generate", merged, *chat]) == 0

@@ -7,13 +7,14 @@ folder they are.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from blackmamba.config import from_mapping, to_mapping
+from blackmamba.data.chat import CHAT_FILE, ChatTemplate
 from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.files import settle, write_text
 from blackmamba.model import BlackMamba
@@ -26,12 +27,19 @@ from blackmamba.model.lora import (
     merge_adapters,
 )
 
+if TYPE_CHECKING:
+    from blackmamba.data import Tokenizer
+
 FORMAT, VERSION = "blackmamba-adapter", 1
 _CONFIG, _WEIGHTS = "adapter.json", "adapter.safetensors"
 
 
-def save_adapter(model: BlackMamba, folder: str | Path) -> None:
+def save_adapter(
+    model: BlackMamba, folder: str | Path, tokenizer: "Tokenizer | None" = None
+) -> None:
     """Write a model's adapters, and nothing else of it, into `folder`.
+
+    The chat template that the tokenizer has, if any, lies beside them: the base may have none.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -55,6 +63,8 @@ def save_adapter(model: BlackMamba, folder: str | Path) -> None:
         save_file(tensors, temporary, metadata={"format": "pt"})
         settle(temporary)
         temporary.replace(folder / _WEIGHTS)
+        if tokenizer is not None and tokenizer.chat is not None:
+            write_text(folder / CHAT_FILE, tokenizer.chat.to_json())
         write_text(folder / _CONFIG, json.dumps(plain, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the adapter cannot be written ({error})") from None
@@ -130,6 +140,16 @@ def merge_adapter(model: BlackMamba, fingerprint: str, folder: str | Path, name:
     add_adapters(model, dataclasses.replace(adapted, base=str(name)))
     fill_adapters(model, folder)
     merge_adapters(model)
+
+
+def add_chat(tokenizer: "Tokenizer | None", folder: str | Path) -> None:
+    """Give a tokenizer the chat template that an adapter was trained with, if it was with one.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if tokenizer is not None:
+        tokenizer.chat = ChatTemplate.beside(_found(folder) / _CONFIG) or tokenizer.chat
 
 
 def _found(folder: str | Path) -> Path:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.checkpoint import released
-from blackmamba.checkpoint.adapter import merge_adapter
+from blackmamba.checkpoint.adapter import add_chat, merge_adapter
 from blackmamba.checkpoint.load import (
     find_folder,
     fingerprint,
@@ -51,6 +51,7 @@ def convert(
     model, tokenizer = load_as_stored(folder), load_tokenizer(folder)
     if adapter is not None:
         merge_adapter(model, fingerprint(folder), adapter, source)
+        add_chat(tokenizer, adapter)
     length = max_sequence_length(folder)
     if to == "native":
         save_with(model, destination, tokenizer, {"max_sequence_length": length})

@@ -85,12 +85,16 @@ def load_model(args: argparse.Namespace) -> "BlackMamba":
 def load_tokenizer(args: argparse.Namespace) -> "Tokenizer":
     """The tokenizer that was named, or the model folder's own, or that of the released models."""
     from blackmamba.checkpoint import load_tokenizer
+    from blackmamba.checkpoint.adapter import add_chat
     from blackmamba.data import Tokenizer
 
     if args.tokenizer:
         return Tokenizer.load(args.tokenizer)
     own = load_tokenizer(args.model)
-    return own if own is not None else Tokenizer.load(TOKENIZER)
+    found = own if own is not None else Tokenizer.load(TOKENIZER)
+    if getattr(args, "adapter", None):
+        add_chat(found, args.adapter)
+    return found
 
 
 def read_text(path: str) -> str:

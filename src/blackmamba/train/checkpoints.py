@@ -137,7 +137,7 @@ def save_checkpoint(
                 if adaptation(model) is None:
                     save(model, temporary, tokenizer=tokenizer)
                 else:
-                    save_adapter(model, temporary)
+                    save_adapter(model, temporary, tokenizer)
                 save_file(optimizer_tensors(model, optimizer, average), temporary / _OPTIMIZER)
                 settle(temporary / _OPTIMIZER)
                 _finish(temporary, text, {})

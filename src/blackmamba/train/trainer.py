@@ -146,7 +146,7 @@ def _run(config: RunConfig, out: Path, resume: bool, progress: Progress, ranks: 
     found = trainer.train()
     _save_model(model, spread, data.tokenizer, out / MODEL)
     if config.lora.rank:
-        save_adapter(model, out / ADAPTER)
+        save_adapter(model, out / ADAPTER, data.tokenizer)
     if average is not None:
         with average.in_place():
             _save_model(model, spread, data.tokenizer, out / AVERAGE)
