@@ -1,12 +1,15 @@
 // Vectors run along d, so that B and C are broadcasts and nothing is summed across lanes in the
-// loops. A task is one row of the batch and some groups of channels. It reads time in chunks; for a
-// chunk and a group it first writes delta, delta x and so on into scratch memory, then reads them
-// block by block, a block being `lanes` channels, with up to 16 states of each channel in registers.
+// loops. A task is one row of the batch and some groups of channels. It reads time in chunks, and a
+// chunk of a group block by block, a block being `lanes` channels: it first writes delta, delta x and
+// so on into scratch memory, then goes through time with up to 16 states of each channel in registers.
+// Backward these are 4 states of two blocks at a time, so that decays and states of a chunk stay in a
+// first-level cache; what is summed over channels is folded to one vector for each 4 states.
 #include "selective_scan/cpu.hpp"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <initializer_list>
 
 #include "native/simd.hpp"
 #include "native/threads.hpp"
@@ -20,7 +23,8 @@ using std::int64_t;
 constexpr int64_t chunk = scan_chunk;
 constexpr int64_t pad = 16;                       // channels are padded to this, whatever `lanes` is
 constexpr int most_states = lanes == 16 ? 16 : 8;  // of a channel in registers, going forward
-constexpr int most_adjoints = lanes == 16 ? 8 : 4;  // the same going backward, with their sums
+constexpr int most_adjoints = 4;                   // the same going backward
+constexpr int most_blocks = lanes == 16 ? 2 : 1;    // of channels, that go backward together
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,58 +84,66 @@ BM_INLINE void over_states(int64_t n, const F& f) {
 }
 
 // ---- the loops over time -------------------------------------------------------------------------
-// Of one block: streams (t, stride), one vector a token; B and C (t, n); states (n, lanes); decays,
-// befores and sums (t, n, lanes). Pointers to states are already at the first of the N.
+// Of one or two blocks: streams (t, lanes) of each, one behind the other; B and C (t, n); states
+// (n, lanes) of each; decays and befores (t, blocks, N, lanes); sums (t, lanes), folded. Pointers to
+// states are already at the first of the N.
 
-// Lines of the inputs that will be wanted next. The loops ask for them token by token, as no processor
-// guesses that the next group of channels follows: in each token of a block for one vector of each
-// tensor, row after row of the group, since every row lies in another page.
-struct Ahead {
-  const char* lines[4];    // of the first row
-  std::int64_t steps[4];    // bytes from row to row; 0 where nothing is wanted
-  std::int64_t row, column;  // where this block's share begins, in vectors
-  std::int64_t columns;     // vectors of a row
-  std::int64_t width;       // bytes of a vector
-
-  explicit Ahead(const void* nothing) : row(0), column(0), columns(1), width(0) {
-    for (int i = 0; i < 4; ++i) clear(i, nothing);
-  }
-  void clear(int i, const void* nothing) {
-    lines[i] = static_cast<const char*>(nothing), steps[i] = 0;
-  }
-  // Moves the last two tensors to another pass over the block: a processor waits for only some 20
-  // lines at a time.
-  Ahead split(const void* nothing) {
-    Ahead other = *this;
-    for (int i = 0; i < 2; ++i) {
-      other.lines[i] = lines[i + 2], other.steps[i] = steps[i + 2];
-      other.clear(i + 2, nothing), clear(i + 2, nothing);
-    }
-    return other;
-  }
-};
-
+// Lines of memory that will be wanted next. The loops ask for some in each token, as no processor
+// guesses that the next group of channels follows: every row of it lies in another page.
 class Fetcher {
  public:
-  explicit Fetcher(const Ahead& ahead) : a_(ahead), row_(ahead.row), column_(ahead.column) {}
-  BM_INLINE void fetch() {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-      __builtin_prefetch(a_.lines[i] + row_ * a_.steps[i] + column_ * a_.width, 0, 3);
-    if (++column_ == a_.columns) column_ = 0, ++row_;
+  // rows of `bytes`, `step` bytes apart
+  void add(const void* begin, int64_t step, int64_t rows, int64_t bytes) {
+    if (!begin || rows <= 0) return;
+    pieces_[count_++] = {static_cast<const char*>(begin), step, rows, divide_up(bytes, line)};
+    if (count_ == 1) start(0);
+  }
+  // the next `lines` lines; nothing once all were asked for
+  BM_INLINE void fetch(int lines) {
+#pragma GCC unroll 8
+    for (int i = 0; i < lines; ++i) {
+      __builtin_prefetch(next_, 0, 3);
+      next_ += advance_;
+      if (--left_ == 0) next_row();
+    }
   }
 
  private:
-  const Ahead& a_;
-  int64_t row_, column_;
+  static constexpr int64_t line = 64;
+  struct Piece {
+    const char* begin;
+    int64_t step, rows, lines;
+  };
+
+  void start(int number) {
+    now_ = number, row_ = 0;
+    next_ = pieces_[now_].begin, left_ = pieces_[now_].lines, advance_ = line;
+  }
+  void next_row() {
+    const Piece& piece = pieces_[now_];
+    if (++row_ < piece.rows) {
+      next_ = piece.begin + row_ * piece.step, left_ = piece.lines;
+    } else if (now_ + 1 < count_) {
+      start(now_ + 1);
+    } else {
+      left_ = INT64_MAX, advance_ = 0;
+    }
+  }
+
+  Piece pieces_[8];
+  int count_ = 0, now_ = 0;
+  int64_t row_ = 0, left_ = INT64_MAX, advance_ = 0;
+  const char* next_ = nullptr;
 };
 
+constexpr int64_t block_size = chunk * lanes;  // of a stream
+
 struct Block {
-  int64_t n, stride;
+  int64_t n;
   const float *delta, *drive, *B, *C;
-  const float* A2;  // log2(e) A
+  const float* A2;  // log2(e) A; blocks are n * lanes apart, as those of states are
   float* y;         // sum of C h
-  Ahead ahead;
+  Fetcher* fetcher;
 };
 
 template <int N>
@@ -141,111 +153,132 @@ void advance(const Block& k, float* state, int64_t first, int64_t last, bool fre
   for (int i = 0; i < N; ++i) h[i] = fresh ? vec{} : load(state + i * lanes);
   const float* const A2 = k.A2;
   const float *B = k.B + first * k.n, *C = k.C + first * k.n;
-  const float *delta = k.delta + first * k.stride, *drive = k.drive + first * k.stride;
-  float* y = k.y + first * k.stride;
-  Fetcher fetcher(k.ahead);
   for (int64_t t = first; t < last; ++t) {
-    fetcher.fetch();
-    const vec dl = load(delta), u = load(drive);
-    vec sums[4] = {};
-    if (add) sums[0] = load(y);
+    k.fetcher->fetch(4);
+    const vec dl = load(k.delta + t * lanes), u = load(k.drive + t * lanes);
+    vec sums[2] = {};
+    if (add) sums[0] = load(k.y + t * lanes);
+    constexpr int step = N < 4 ? N : 4;
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      const vec a = decay2(dl * load(A2 + i * lanes));
-      h[i] = a * h[i] + u * B[i];
-      sums[i % 4] += h[i] * C[i];
+    for (int i = 0; i < N; i += step) {
+      vec a[step];
+#pragma GCC unroll 4
+      for (int m = 0; m < step; ++m) a[m] = dl * load(A2 + (i + m) * lanes);
+      to_decays(a);
+#pragma GCC unroll 4
+      for (int m = 0; m < step; ++m) h[i + m] = a[m] * h[i + m] + u * B[i + m];
+#pragma GCC unroll 4
+      for (int m = 0; m < step; ++m) sums[m % 2] += h[i + m] * C[i + m];
     }
-    store(y, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-    delta += k.stride, drive += k.stride, y += k.stride, B += k.n, C += k.n;
+    store(k.y + t * lanes, sums[0] + sums[1]);
+    B += k.n, C += k.n;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) store(state + i * lanes, h[i]);
 }
 
 struct Adjoint {
-  const float* grad;           // of y before the gate, (t, stride)
-  float *decays, *befores;     // exp(delta A), and the state that it meets
-  float *sums_B, *sums_C;      // to be summed over lanes
-  float *grad_drive, *grad_rate;  // (t, stride): sums over n of B g, and of A2 decay g h
+  const float* grad;         // of y before the gate
+  float *decays, *befores;   // exp(delta A), and the state that it meets
+  float *sums_B, *sums_C;    // to be summed over lanes
+  float *grad_drive, *grad_rate;  // sums over n of B g, and of A2 decay g h
 };
 
-// The states again, with what the way back needs.
-template <int N>
-void recompute(const Block& k, const Adjoint& q, const float* state, int64_t first,
-               int64_t last, bool fresh, bool add) {
-  vec h[N];
+// The states again, with what the way back needs. `add`: to sums over earlier states; `sum`: to sums
+// over earlier blocks.
+template <int N, int M>
+void recompute(const Block& k, const Adjoint& q, const float* state, int64_t first, int64_t last,
+               bool fresh, bool add, bool sum) {
+  const int64_t apart = k.n * lanes;
+  vec h[M][N];
 #pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) h[i] = fresh ? vec{} : load(state + i * lanes);
-  const float* const A2 = k.A2;
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) h[m][i] = fresh ? vec{} : load(state + m * apart + i * lanes);
   const float *B = k.B + first * k.n, *C = k.C + first * k.n;
-  const float *delta = k.delta + first * k.stride, *drive = k.drive + first * k.stride;
-  const float* grad = q.grad + first * k.stride;
-  float* y = k.y + first * k.stride;
-  constexpr int64_t step = N * lanes;
-  float *decays = q.decays + first * step, *befores = q.befores + first * step;
-  const int64_t sums_step = k.n * lanes;
-  float* sums_C = q.sums_C + first * sums_step;
-  Fetcher fetcher(k.ahead);
   for (int64_t t = first; t < last; ++t) {
-    fetcher.fetch();
-    const vec dl = load(delta), u = load(drive), gy = load(grad);
+    k.fetcher->fetch(2);
+    float* const kept = q.decays + t * (N * M * lanes);
+    float* const befores = q.befores + t * (N * M * lanes);
     vec sums[4] = {};
-    if (add) sums[0] = load(y);
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      const vec a = decay2(dl * load(A2 + i * lanes));
-      store(decays + i * lanes, a);
-      store(befores + i * lanes, h[i]);
-      h[i] = a * h[i] + u * B[i];
-      sums[i % 4] += h[i] * C[i];
-      store(sums_C + i * lanes, gy * h[i] + load(sums_C + i * lanes));
+    for (int m = 0; m < M; ++m) {
+      const int64_t at = m * block_size + t * lanes;
+      const vec dl = load(k.delta + at), u = load(k.drive + at), gy = load(q.grad + at);
+      vec y = add ? load(k.y + at) : vec{};
+      vec a[N];
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) a[i] = dl * load(k.A2 + m * apart + i * lanes);
+      to_decays(a);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) {
+        store(kept + (m * N + i) * lanes, a[i]);
+        store(befores + (m * N + i) * lanes, h[m][i]);
+        h[m][i] = a[i] * h[m][i] + u * B[i];
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) y += h[m][i] * C[i];
+      store(k.y + at, y);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i)
+        sums[i] = m > 0 ? gy * h[m][i] + sums[i] : gy * h[m][i];
     }
-    store(y, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-    delta += k.stride, drive += k.stride, grad += k.stride, y += k.stride, B += k.n, C += k.n;
-    decays += step, befores += step, sums_C += sums_step;
+    const vec folded = fold(sums);
+    store(q.sums_C + t * lanes, sum ? folded + load(q.sums_C + t * lanes) : folded);
+    B += k.n, C += k.n;
   }
 }
 
 // Back through time; `carry` is the gradient of the state behind token last - 1, then before `first`.
-template <int N>
+template <int N, int M>
 void retreat(const Block& k, const Adjoint& q, float* carry, float* grad_A, int64_t first,
-             int64_t last, bool add) {
-  vec g[N], gA[N];
+             int64_t last, bool add, bool sum) {
+  const int64_t apart = k.n * lanes;
+  vec g[M][N], gA[M][N];
 #pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) g[i] = load(carry + i * lanes), gA[i] = load(grad_A + i * lanes);
-  constexpr int64_t step = N * lanes;
-  const int64_t sums_step = k.n * lanes, end = last - 1;
-  const float* const A2 = k.A2;
-  const float *B = k.B + end * k.n, *C = k.C + end * k.n;
-  const float *delta = k.delta + end * k.stride, *drive = k.drive + end * k.stride;
-  const float* grad = q.grad + end * k.stride;
-  float *grad_drive = q.grad_drive + end * k.stride, *grad_rate = q.grad_rate + end * k.stride;
-  const float *decays = q.decays + end * step, *befores = q.befores + end * step;
-  float* sums_B = q.sums_B + end * sums_step;
-  Fetcher fetcher(k.ahead);
-  for (int64_t t = last; t > first; --t) {
-    fetcher.fetch();
-    const vec dl = load(delta), u = load(drive), gy = load(grad);
-    vec to_drive[2] = {}, to_rate[2] = {};
-    if (add) to_drive[0] = load(grad_drive), to_rate[0] = load(grad_rate);
+  for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
-      const vec whole = gy * C[i] + g[i];
-      store(sums_B + i * lanes, whole * u + load(sums_B + i * lanes));
-      to_drive[i % 2] += whole * B[i];
-      g[i] = whole * load(decays + i * lanes);
-      const vec log_decay = g[i] * load(befores + i * lanes);
-      gA[i] += log_decay * dl;
-      to_rate[i % 2] += log_decay * load(A2 + i * lanes);
+      g[m][i] = load(carry + m * apart + i * lanes);
+      gA[m][i] = load(grad_A + m * apart + i * lanes);
     }
-    store(grad_drive, to_drive[0] + to_drive[1]);
-    store(grad_rate, to_rate[0] + to_rate[1]);
-    delta -= k.stride, drive -= k.stride, grad -= k.stride, B -= k.n, C -= k.n;
-    grad_drive -= k.stride, grad_rate -= k.stride;
-    decays -= step, befores -= step, sums_B -= sums_step;
+  const float *B = k.B + (last - 1) * k.n, *C = k.C + (last - 1) * k.n;
+  for (int64_t t = last - 1; t >= first; --t) {
+    k.fetcher->fetch(2);
+    const float* const kept = q.decays + t * (N * M * lanes);
+    const float* const befores = q.befores + t * (N * M * lanes);
+    vec sums[4] = {};
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const int64_t at = m * block_size + t * lanes;
+      const vec dl = load(k.delta + at), u = load(k.drive + at), gy = load(q.grad + at);
+      const float* const A2 = k.A2 + m * apart;
+      vec to_drive = add ? load(q.grad_drive + at) : vec{};
+      vec to_rate = add ? load(q.grad_rate + at) : vec{};
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) {
+        const vec whole = gy * C[i] + g[m][i];
+        sums[i] = m > 0 ? whole * u + sums[i] : whole * u;
+        to_drive += whole * B[i];
+        g[m][i] = whole * load(kept + (m * N + i) * lanes);
+        const vec log_decay = g[m][i] * load(befores + (m * N + i) * lanes);
+        gA[m][i] += log_decay * dl;
+        to_rate += log_decay * load(A2 + i * lanes);
+      }
+      store(q.grad_drive + at, to_drive);
+      store(q.grad_rate + at, to_rate);
+    }
+    const vec folded = fold(sums);
+    store(q.sums_B + t * lanes, sum ? folded + load(q.sums_B + t * lanes) : folded);
+    B -= k.n, C -= k.n;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) store(carry + i * lanes, g[i]), store(grad_A + i * lanes, gA[i]);
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      store(carry + m * apart + i * lanes, g[m][i]);
+      store(grad_A + m * apart + i * lanes, gA[m][i]);
+    }
 }
 
 // ---- what both passes do around them -------------------------------------------------------------
@@ -311,29 +344,21 @@ struct Channels {
   }
 };
 
-// The share of block j of a group of W channels, in fetching a group of up to four tensors
-// (b, l, width) that begins at token t and channel d0.
-template <class T>
-Ahead ahead(const Row<T>& row, const Rows (&tensors)[4], int64_t t, int64_t d0, int64_t j, int64_t W,
-            const void* nothing) {
-  Ahead out(nothing);
-  if (t < 0 || t >= row.s.l) return out;
-  out.columns = W / lanes;
-  out.width = lanes * static_cast<int64_t>(sizeof(T));
-  const int64_t done = j / lanes * chunk;
-  out.row = done / out.columns, out.column = done % out.columns;
-  for (int i = 0; i < 4; ++i)
-    if (tensors[i].data) {
-      out.lines[i] = reinterpret_cast<const char*>(row.at(tensors[i], t, d0));
-      out.steps[i] = tensors[i].row * static_cast<int64_t>(sizeof(T));
-    }
-  return out;
-}
-
 // Where the start of a chunk lies in `starts`, (b, chunks, d padded, n) in blocks.
 BM_INLINE int64_t start_offset(const Scan& s, int64_t row, int64_t c, int64_t d0) {
   const int64_t padded = divide_up(s.d, pad) * pad;
   return ((row * divide_up(s.l, chunk) + c) * padded + d0) * s.n;
+}
+
+// Tokens start .. start + tokens - 1 of a group's channels, of each tensor.
+template <class T>
+void wanted(Fetcher& fetcher, const Row<T>& row, std::initializer_list<Rows> tensors, int64_t start,
+            int64_t d0, int64_t width) {
+  if (start < 0 || start >= row.s.l) return;
+  const int64_t tokens = std::min(chunk, row.s.l - start), size = sizeof(T);
+  for (const Rows& rows : tensors)
+    if (rows.data)
+      fetcher.add(row.at(rows, start, d0), rows.row * size, tokens, width * size);
 }
 
 template <class T>
@@ -346,15 +371,13 @@ void forward_task(const Scan& s, const ScanOutputs& out, const Grouping& groups,
   const auto cut = [&](Arena memory) {
     A2 = memory.floats(all.padded * n), state = memory.floats(all.padded * n);
     skip = memory.floats(all.padded), bias = memory.floats(all.padded);
-    delta = memory.floats(chunk * W), drive = memory.floats(chunk * W);
-    sums = memory.floats(chunk * W);
+    delta = memory.floats(block_size), drive = memory.floats(block_size);
+    sums = memory.floats(block_size);
     B = memory.floats(chunk * n), C = memory.floats(chunk * n);
     return memory.used();
   };
   const int64_t needed = cut(Arena(nullptr));
-  float* const memory = scratch<float>(Slot::a, needed);
-  cut(Arena(memory));
-  const Ahead idle(memory);
+  cut(Arena(scratch<float>(Slot::a, needed)));
   const Rows y{out.y, s.l * s.d, s.d};
   all.to_blocks(s.A, A2, log2_e);
   all.to_blocks(s.initial_state ? s.initial_state + row.row * s.d * n : nullptr, state, 1.0f);
@@ -372,42 +395,34 @@ void forward_task(const Scan& s, const ScanOutputs& out, const Grouping& groups,
     const bool fresh = row.new_document(start);
     for (int64_t w = 0; w < all.width; w += W) {
       const Channels group(s, all.d0 + w, W);
-      for (int64_t t = 0; t < tokens; ++t) {
-        const T *x = row.at(s.x, start + t, group.d0), *dt = row.at(s.dt, start + t, group.d0);
-        for (int64_t j = 0; j < group.padded; j += lanes) {
-          const int m = group.count(j);
-          vec rate = load_some(dt + j, m) + load(bias + w + j);
-          if (s.softplus) rate = softplus_rate<false>(rate).delta;
-          store(delta + t * W + j, rate);
-          store(drive + t * W + j, rate * load_some(x + j, m));
-        }
-      }
       const bool last = w + W >= all.width;  // of the chunk
-      const int64_t next_start = last ? start + chunk : start, next_d0 = all.d0 + (last ? 0 : w + W);
+      Fetcher fetcher;
+      wanted<T>(fetcher, row, {s.x, s.dt, s.z, y}, last ? start + chunk : start,
+                all.d0 + (last ? 0 : w + W), group.padded);
       for (int64_t j = 0; j < group.padded; j += lanes) {
-        const Ahead next =
-            ahead<T>(row, {s.x, s.dt, s.z, y}, next_start, next_d0, j, group.padded, memory);
+        const int m = group.count(j);
+        const int64_t d0 = group.d0 + j;
+        const vec shift = load(bias + w + j), D = load(skip + w + j);
+        for (int64_t t = 0; t < tokens; ++t) {
+          vec rate = load_some(row.at(s.dt, start + t, d0), m) + shift;
+          if (s.softplus) rate = softplus_rate<false>(rate).delta;
+          store(delta + t * lanes, rate);
+          store(drive + t * lanes, rate * load_some(row.at(s.x, start + t, d0), m));
+        }
         over_states<most_states>(n, [&](auto count, int64_t k) {
           const int64_t at = (w + j) * n + k * lanes;
-          const Block block{n,     W,     delta + j, drive + j,
-                            B + k, C + k, A2 + at,   sums + j, k == 0 ? next : idle};
+          const Block block{n, delta, drive, B + k, C + k, A2 + at, sums, &fetcher};
           for (int i = 0; i < documents; ++i)
             advance<count.value>(block, state + at, begins[i], begins[i + 1], i > 0 || fresh, k > 0);
         });
-      }
-      for (int64_t t = 0; t < tokens; ++t) {
-        const T* const x = row.at(s.x, start + t, group.d0);
-        const T* const z = s.z.data ? row.at(s.z, start + t, group.d0) : nullptr;
-        T* const to = static_cast<T*>(out.y) + (row.row * s.l + start + t) * s.d + group.d0;
-        for (int64_t j = 0; j < group.padded; j += lanes) {
-          const int m = group.count(j);
-          vec y = load(sums + t * W + j);
-          if (s.D) y += load(skip + w + j) * load_some(x + j, m);
-          if (z) {
-            const vec v = load_some(z + j, m);
-            y *= v * gate_of(v);
+        for (int64_t t = 0; t < tokens; ++t) {
+          vec sum = load(sums + t * lanes);
+          if (s.D) sum += D * load_some(row.at(s.x, start + t, d0), m);
+          if (s.z.data) {
+            const vec v = load_some(row.at(s.z, start + t, d0), m);
+            sum *= v * gate_of(v);
           }
-          store_some(to + j, y, m);
+          store_some(static_cast<T*>(out.y) + (row.row * s.l + start + t) * s.d + d0, sum, m);
         }
       }
     }
@@ -440,6 +455,7 @@ void backward_task(const Scan& s, const float* starts, const Rows& grad_y, const
   const Channels all(s, task % groups.tasks * groups.per_task * groups.width,
                      groups.per_task * groups.width);
   const int64_t W = groups.width, n = s.n;
+  const int64_t runs = n / most_adjoints + 2;  // of states, at most
   float *A2, *carry, *skip, *bias, *delta, *drive, *slope, *grad, *gate, *sums, *to_drive, *to_rate;
   float *B, *C, *decays, *befores, *sums_B, *sums_C;
   const auto cut = [&](Arena memory) {
@@ -450,16 +466,14 @@ void backward_task(const Scan& s, const float* starts, const Rows& grad_y, const
     gate = memory.floats(chunk * W), sums = memory.floats(chunk * W);
     to_drive = memory.floats(chunk * W), to_rate = memory.floats(chunk * W);
     B = memory.floats(chunk * n), C = memory.floats(chunk * n);
-    decays = memory.floats(chunk * most_adjoints * lanes);
-    befores = memory.floats(chunk * most_adjoints * lanes);
-    sums_B = memory.floats((chunk * n + lanes) * lanes);
-    sums_C = memory.floats((chunk * n + lanes) * lanes);
+    decays = memory.floats(block_size * most_adjoints * most_blocks);
+    befores = memory.floats(block_size * most_adjoints * most_blocks);
+    sums_B = memory.floats(runs * block_size);
+    sums_C = memory.floats(runs * block_size);
     return memory.used();
   };
   const int64_t needed = cut(Arena(nullptr));
-  float* const memory = scratch<float>(Slot::a, needed);
-  cut(Arena(memory));
-  const Ahead idle(memory);
+  cut(Arena(scratch<float>(Slot::a, needed)));
   const int64_t size = s.l * s.d;
   const Rows grad_x{out.x, size, s.d}, grad_dt{out.dt, size, s.d}, grad_z{out.z, size, s.d};
   all.to_blocks(s.A, A2, log2_e);
@@ -482,96 +496,102 @@ void backward_task(const Scan& s, const float* starts, const Rows& grad_y, const
     const bool fresh = row.new_document(start);
     for (int64_t w = 0; w < all.width; w += W) {
       const Channels group(s, all.d0 + w, W);
-      for (int64_t t = 0; t < tokens; ++t) {
-        const T *x = row.at(s.x, start + t, group.d0), *dt = row.at(s.dt, start + t, group.d0);
-        const T* const gy = row.at(grad_y, start + t, group.d0);
-        const T* const z = s.z.data ? row.at(s.z, start + t, group.d0) : nullptr;
-        for (int64_t j = 0; j < group.padded; j += lanes) {
-          const int64_t i = t * W + j;
-          const int m = group.count(j);
-          vec rate = load_some(dt + j, m) + load(bias + w + j);
+      for (int64_t j = 0; j < group.padded; j += lanes) {
+        const int m = group.count(j);
+        const int64_t d0 = group.d0 + j;
+        const vec shift = load(bias + w + j);
+        for (int64_t t = 0; t < tokens; ++t) {
+          const int64_t i = j * chunk + t * lanes;
+          vec rate = load_some(row.at(s.dt, start + t, d0), m) + shift;
           if (s.softplus) {
             const Rate both = softplus_rate<true>(rate);
             rate = both.delta;
             store(slope + i, both.slope);
           }
           store(delta + i, rate);
-          store(drive + i, rate * load_some(x + j, m));
-          vec g = load_some(gy + j, m);
-          if (z) {
-            const vec v = load_some(z + j, m), open = gate_of(v);
+          store(drive + i, rate * load_some(row.at(s.x, start + t, d0), m));
+          vec g = load_some(row.at(grad_y, start + t, d0), m);
+          if (s.z.data) {
+            const vec v = load_some(row.at(s.z, start + t, d0), m), open = gate_of(v);
             store(gate + i, g * (open * (1.0f + v * (1.0f - open))));
             g *= v * open;
           }
           store(grad + i, g);
         }
       }
-      std::memset(sums_B, 0, tokens * n * lanes * 4);
-      std::memset(sums_C, 0, tokens * n * lanes * 4);
 
       const bool last = w + W >= all.width;  // of the chunk
       const int64_t next_start = last ? start - chunk : start, next_d0 = all.d0 + (last ? 0 : w + W);
-      for (int64_t j = 0; j < group.padded; j += lanes) {
-        Ahead next =
-            ahead<T>(row, {s.x, s.dt, s.z, grad_y}, next_start, next_d0, j, group.padded, memory);
-        Ahead here = ahead<T>(row, {grad_x, grad_dt, grad_z, {}}, start, group.d0, j, group.padded,
-                              memory);
-        if (next_start >= 0) {  // and the states that the next group starts from
-          const int64_t offset = start_offset(s, row.row, next_start / chunk, next_d0);
-          here.lines[3] = reinterpret_cast<const char*>(starts + offset);
-          here.steps[3] = here.columns * here.width;
-        }
-        const float* const before = starts + start_offset(s, row.row, c, group.d0 + j);
-        const int64_t states = (w + j) * n;
-        const bool several = n > most_adjoints;
-        const Ahead next_2 = several ? next.split(memory) : idle;
-        const Ahead here_2 = several ? here.split(memory) : idle;
-        const auto block = [&](int64_t k, const Ahead& lines) {
-          return Block{n,     W,     delta + j,               drive + j,
-                       B + k, C + k, A2 + states + k * lanes, sums + j, lines};
-        };
-        const auto adjoint = [&](int64_t k) {
-          const int64_t at = k * lanes;
-          return Adjoint{grad + j,    decays,       befores,    sums_B + at,
-                         sums_C + at, to_drive + j, to_rate + j};
-        };
+      Fetcher fetcher;
+      wanted<T>(fetcher, row, {grad_x, grad_dt, grad_z}, start, group.d0, group.padded);
+      wanted<T>(fetcher, row, {s.x, s.dt, s.z, grad_y}, next_start, next_d0, group.padded);
+      if (next_start >= 0)  // and the states that the next group starts from
+        fetcher.add(starts + start_offset(s, row.row, next_start / chunk, next_d0), 0, 1,
+                    group.padded * n * 4);
+      const auto back_and_forth = [&](auto blocks, int64_t j) {
+        constexpr int M = blocks.value;
+        int64_t run = 0;  // of states
         over_states<most_adjoints>(n, [&](auto count, int64_t k) {
-          const int64_t at = states + k * lanes;
+          constexpr int N = count.value;
+          const int64_t at = (w + j) * n + k * lanes, stream = j * chunk;
+          const Block block{n,     delta + stream, drive + stream, B + k,
+                            C + k, A2 + at,        sums + stream,  &fetcher};
+          const Adjoint adjoint{grad + stream,
+                                decays,
+                                befores,
+                                sums_B + run * block_size,
+                                sums_C + run * block_size,
+                                to_drive + stream,
+                                to_rate + stream};
+          const float* const before = starts + start_offset(s, row.row, c, group.d0 + j) + k * lanes;
           for (int i = 0; i < documents; ++i)
-            recompute<count.value>(block(k, k == 0 ? next : k == most_adjoints ? next_2 : idle), adjoint(k), before + k * lanes, begins[i],
-                                   begins[i + 1], i > 0 || fresh, k > 0);
+            recompute<N, M>(block, adjoint, before, begins[i], begins[i + 1], i > 0 || fresh, k > 0,
+                            j > 0);
           for (int i = documents - 1; i >= 0; --i) {
-            retreat<count.value>(block(k, k == 0 ? here : k == most_adjoints ? here_2 : idle), adjoint(k), carry + at, grad_A + at, begins[i],
-                                 begins[i + 1], k > 0);
-            // nothing goes back into the document before
-            if (i > 0 || fresh) std::memset(carry + at, 0, count.value * lanes * 4);
+            retreat<N, M>(block, adjoint, carry + at, grad_A + at, begins[i], begins[i + 1], k > 0,
+                          j > 0);
+            if (i > 0 || fresh)  // nothing goes back into the document before
+              for (int m = 0; m < M; ++m) std::memset(carry + at + m * n * lanes, 0, N * lanes * 4);
           }
+          ++run;
         });
-      }
+      };
+      int64_t j = 0;
+      if constexpr (most_blocks == 2)
+        for (; j + lanes < group.padded; j += 2 * lanes) back_and_forth(Count<2>{}, j);
+      for (; j < group.padded; j += lanes) back_and_forth(Count<1>{}, j);
 
-      for (int64_t t = 0; t < tokens; ++t) {
-        const T* const x = row.at(s.x, start + t, group.d0);
-        const int64_t offset = (row.row * s.l + start + t) * s.d + group.d0;
-        T *const gx = static_cast<T*>(out.x) + offset, *const gdt = static_cast<T*>(out.dt) + offset;
-        T* const gz = out.z ? static_cast<T*>(out.z) + offset : nullptr;
-        for (int64_t j = 0; j < group.padded; j += lanes) {
-          const int64_t i = t * W + j;
-          const int m = group.count(j);
-          const vec v = load_some(x + j, m), g = load(grad + i), D = load(skip + w + j);
-          if (gz) store_some(gz + j, load(gate + i) * (load(sums + i) + D * v), m);
-          store_some(gx + j, load(to_drive + i) * load(delta + i) + g * D, m);
+      const int64_t to = ((group.d0 / W * s.b + row.row) * s.l + start) * n;
+      int64_t run = 0;
+      over_states<most_adjoints>(n, [&](auto count, int64_t k) {
+        float both[2][4];
+        for (int64_t t = 0; t < tokens; ++t) {
+          unfold(load(sums_B + (run * chunk + t) * lanes), both[0]);
+          unfold(load(sums_C + (run * chunk + t) * lanes), both[1]);
+          std::memcpy(partials.B + to + t * n + k, both[0], count.value * 4);
+          std::memcpy(partials.C + to + t * n + k, both[1], count.value * 4);
+        }
+        ++run;
+      });
+
+      for (int64_t j = 0; j < group.padded; j += lanes) {
+        const int m = group.count(j);
+        const vec D = load(skip + w + j);
+        vec sum_bias = load(grad_bias + w + j), sum_D = load(grad_D + w + j);
+        for (int64_t t = 0; t < tokens; ++t) {
+          const int64_t i = j * chunk + t * lanes;
+          const int64_t offset = (row.row * s.l + start + t) * s.d + group.d0 + j;
+          const vec v = load_some(row.at(s.x, start + t, group.d0 + j), m), g = load(grad + i);
+          if (out.z)
+            store_some(static_cast<T*>(out.z) + offset, load(gate + i) * (load(sums + i) + D * v), m);
+          store_some(static_cast<T*>(out.x) + offset, load(to_drive + i) * load(delta + i) + g * D, m);
           vec rate = load(to_rate + i) * ln_2 + load(to_drive + i) * v;
           if (s.softplus) rate *= load(slope + i);
-          store_some(gdt + j, rate, m);
-          store(grad_bias + w + j, load(grad_bias + w + j) + rate);
-          store(grad_D + w + j, load(grad_D + w + j) + g * v);
+          store_some(static_cast<T*>(out.dt) + offset, rate, m);
+          sum_bias += rate, sum_D += g * v;
         }
-      }
-      const int64_t to = ((group.d0 / W * s.b + row.row) * s.l + start) * n;
-      for (int64_t i = 0; i < tokens * n; i += lanes) {
-        const int left = static_cast<int>(std::min<int64_t>(lanes, tokens * n - i));
-        store_some(partials.B + to + i, row_sums(sums_B + i * lanes), left);
-        store_some(partials.C + to + i, row_sums(sums_C + i * lanes), left);
+        store(grad_bias + w + j, sum_bias);
+        store(grad_D + w + j, sum_D);
       }
     }
   }

@@ -52,9 +52,9 @@ struct SelectiveScan {
                    const float* grad_final_state, const ScanGradients& out);
 };
 
-// Tokens whose states are in the cache at once: 16 of them with 8 states a channel fill half of a
-// first-level cache of 48 KB. The forward pass keeps the state before each such chunk, as many
-// numbers as x has at n = 16, and the backward pass computes the others again.
+// Tokens whose states are in the cache at once: 16 of them with 4 states of each of 32 channels fill
+// half of a first-level cache of 32 KB. The forward pass keeps the state before each such chunk, as
+// many numbers as x has at n = 16, and the backward pass computes the others again.
 constexpr std::int64_t scan_chunk = 16;
 
 BM_DECLARE(SelectiveScan, selective_scan);

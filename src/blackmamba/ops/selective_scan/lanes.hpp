@@ -6,14 +6,6 @@
 namespace bm {
 namespace {
 
-BM_INLINE vec larger(float low, vec x) {  // NaN wins
-#if defined(__AVX512F__)
-  return (vec)_mm512_max_ps((__m512)splat(low), (__m512)x);
-#else
-  return at_least(x, low);
-#endif
-}
-
 #if defined(__AVX512F__)
 constexpr float sixteenths = 786432.0f;  // 1.5 * 2^19: the low bits of x + this count in 1/16
 
@@ -33,25 +25,56 @@ BM_INLINE vec exp2_of_parts(vec shifted, vec f) {
 }
 #endif
 
-// 2^x for any x: relative error at most 2e-7 from -126 to 128; 2^-126 below, infinity above. 2^0 is
-// exactly 1 and NaN gives NaN.
-BM_INLINE vec decay2(vec x) {
 #if defined(__AVX512F__)
-  // no state sees 2^-126, and numbers below it are slow on some processors
-  const vec bounded = larger(-126.0f, x);
-  const vec shifted = bounded + sixteenths;
-  return exp2_of_parts(shifted, bounded - (shifted - sixteenths));
+// 2^(j / 32)
+alignas(64) constexpr float powers[32] = {
+    1.0f, 1.02189715f, 1.04427378f, 1.0671404f, 1.09050773f, 1.11438674f,
+    1.13878863f, 1.16372486f, 1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f,
+    1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f, 1.41421356f, 1.44518081f,
+    1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f, 1.61049033f, 1.64575548f,
+    1.68179283f, 1.7186193f, 1.75625216f, 1.79470908f, 1.83400809f, 1.87416763f,
+    1.91520656f, 1.95714412f};
+#endif
+
+// 2^x in the place of each x, step by step side by side, as each step waits for the one before.
+// Relative error at most 2e-7 from -126 to 128, next to nothing below. 2^0 is exactly 1; NaN gives NaN.
+//
+// x = r + f with r a multiple of 1/32 and |f| <= 1/64: 2^r is one of 32 numbers in two registers
+// and an exponent, 2^f three terms of a polynomial.
+template <int K>
+BM_INLINE void to_decays(vec (&x)[K]) {
+#if defined(__AVX512F__)
+  constexpr float parts = 393216.0f;  // 1.5 * 2^18: the low bits of x + this count in 1/32
+  const __m512 low = (__m512)load(powers), high = (__m512)load(powers + 16);
+  vec r[K], f[K], power[K];
+#pragma GCC unroll 16
+  for (int i = 0; i < K; ++i) r[i] = x[i] + parts;
+#pragma GCC unroll 16
+  for (int i = 0; i < K; ++i)
+    power[i] = (vec)_mm512_permutex2var_ps(low, (__m512i)r[i], high);
+#pragma GCC unroll 16
+  for (int i = 0; i < K; ++i) r[i] = r[i] - parts;
+#pragma GCC unroll 16
+  for (int i = 0; i < K; ++i) f[i] = x[i] - r[i];
+#pragma GCC unroll 16
+  for (int i = 0; i < K; ++i) x[i] = 2.40226507e-1f * f[i] + 6.93157343e-1f;
+#pragma GCC unroll 16
+  for (int i = 0; i < K; ++i)  // times 2^floor(r)
+    x[i] = (vec)_mm512_scalef_ps((__m512)(x[i] * (f[i] * power[i]) + power[i]), (__m512)r[i]);
 #else
-  const vec bounded = at_most(at_least(x, -126.0f), 128.0f);
-  const vec shifted = bounded + 12582912.0f;
-  const vec f = bounded - (shifted - 12582912.0f);
-  vec p = splat(1.3264724e-3f);
-  p = p * f + 9.6715132e-3f;
-  p = p * f + 5.5507338e-2f;
-  p = p * f + 2.4022242e-1f;
-  p = p * f + 6.9314698e-1f;
-  p = p * f + 1.0f;
-  return as_float(as_int(p) + (as_int(shifted) << 23));
+  // no state sees 2^-126, and numbers below it are slow on some processors
+  for (int i = 0; i < K; ++i) {
+    const vec bounded = at_most(at_least(x[i], -126.0f), 128.0f);
+    const vec shifted = bounded + 12582912.0f;
+    const vec f = bounded - (shifted - 12582912.0f);
+    vec p = splat(1.3264724e-3f);
+    p = p * f + 9.6715132e-3f;
+    p = p * f + 5.5507338e-2f;
+    p = p * f + 2.4022242e-1f;
+    p = p * f + 6.9314698e-1f;
+    p = p * f + 1.0f;
+    x[i] = as_float(as_int(p) + (as_int(shifted) << 23));
+  }
 #endif
 }
 
@@ -152,6 +175,41 @@ BM_INLINE vec row_sums(const float* rows) {
   vec out;
   for (int i = 0; i < lanes; ++i) out[i] = sum(load(rows + i * lanes));
   return out;
+#endif
+}
+
+// Four rows of partial sums in one: each lane belongs to one of them.
+BM_INLINE vec fold(const vec (&rows)[4]) {
+#if defined(__AVX512F__)
+  // halves, then halves of quarters: [r0 r0 r1 r1] twice, [r2 r2 r3 r3] twice
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+  };
+  const __m512 even = halves((__m512)rows[0], (__m512)rows[2]);
+  const __m512 odd = halves((__m512)rows[1], (__m512)rows[3]);
+  return (vec)_mm512_add_ps(_mm512_mask_blend_ps(0xcccc, even, odd), _mm512_shuffle_ps(even, odd, 0x4e));
+#elif defined(__AVX2__)
+  // [r0 r1 r2 r3] twice
+  return (vec)_mm256_hadd_ps(_mm256_hadd_ps((__m256)rows[0], (__m256)rows[1]),
+                             _mm256_hadd_ps((__m256)rows[2], (__m256)rows[3]));
+#else
+  return vec{sum(rows[0]), sum(rows[1]), sum(rows[2]), sum(rows[3])};
+#endif
+}
+
+// The four sums.
+BM_INLINE void unfold(vec v, float* sums) {
+#if defined(__AVX512F__)
+  const __m512 w = (__m512)v;
+  const __m512 pairs = _mm512_add_ps(_mm512_shuffle_ps(w, w, 0x88), _mm512_shuffle_ps(w, w, 0xdd));
+  const __m128 low = _mm_add_ps(_mm512_extractf32x4_ps(pairs, 0), _mm512_extractf32x4_ps(pairs, 1));
+  const __m128 high = _mm_add_ps(_mm512_extractf32x4_ps(pairs, 2), _mm512_extractf32x4_ps(pairs, 3));
+  _mm_storeu_ps(sums, _mm_movelh_ps(low, high));
+#else
+  for (int i = 0; i < 4; ++i) {
+    sums[i] = v[i];
+    for (int j = i + 4; j < lanes; j += 4) sums[i] += v[j];
+  }
 #endif
 }
 

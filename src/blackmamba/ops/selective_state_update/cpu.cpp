@@ -35,8 +35,9 @@ void update_channels(const StateUpdateRow& k, const float* state, int64_t d0, in
       vec total{};
       for (int64_t i = 0; i < k.n; i += lanes) {
         const int w = whole ? lanes : static_cast<int>(std::min<int64_t>(lanes, k.n - i));
-        const vec h = decay2(rate * load_some(A + i, w)) * load_some(from + i, w) +
-                      drive * load_some(k.B + i, w);
+        vec decay[1] = {rate * load_some(A + i, w)};
+        to_decays(decay);
+        const vec h = decay[0] * load_some(from + i, w) + drive * load_some(k.B + i, w);
         store_some(to + i, h, w);
         total += h * load_some(k.C + i, w);
       }
