@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,15 +20,22 @@ before = faults()
 for _ in range(5):
     torch.ones(1 << 24)  # 64 MiB, 16,384 pages
 print(faults() - before)
+maps = open("/proc/self/smaps").read().split("VmFlags:")
+print(any("[heap]" in m and " hg" in n.splitlines()[0] for m, n in zip(maps, maps[1:])))
 """
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_the_same_memory_is_used_again():
-    def faults(how: str) -> int:
+    def run(how: str) -> tuple[int, bool]:
         done = subprocess.run(
             [sys.executable, "-c", CODE, how], capture_output=True, text=True, check=True
         )
-        return int(done.stdout)
+        faults, huge = done.stdout.split()
+        return int(faults), huge == "True"
 
-    assert faults("keep") < 20_000 < faults("leave")
+    kept, left = run("keep"), run("leave")
+    assert kept[0] < 20_000 < left[0]
+    assert kept[1] == THP.exists()  # where the kernel knows huge pages, the heap asks for them
+    assert not left[1]
