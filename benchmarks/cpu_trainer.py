@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from blackmamba.train import load_recipe, run
+from blackmamba.train import RunConfig, load_recipe, run
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.step import GradientsOfBatch
 from measure import arguments, print_header, print_json, print_row
@@ -44,7 +44,6 @@ def main(repeats: int = 60, tiny: bool = False, only: Sequence[str] = PARTS) -> 
 
 def measure(part: str, repeats: int, tiny: bool) -> tuple[list[float], list[float]]:
     """Seconds of each step itself, and of all else up to the next."""
-    config = load_recipe("tiny" if tiny else "demo")
     options: dict[str, Any] = {
         "steps": _WARM + repeats, "warmup_steps": 0, "evaluate_every": 0, "checkpoint_every": 0,
         "log_every": 10, "loggers": (),
@@ -54,7 +53,6 @@ def measure(part: str, repeats: int, tiny: bool) -> tuple[list[float], list[floa
             "ema_decay": 0.999, "spikes": "skip", "spike_window": 2, "spike_threshold": 1e6,
             "loggers": ("tensorboard",),
         }  # fmt: skip
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
     spent: list[float] = []
     originals = GradientsOfBatch.__call__, torch.optim.AdamW.step
     clip = torch.nn.utils.clip_grads_with_norm_
@@ -74,6 +72,8 @@ def measure(part: str, repeats: int, tiny: bool) -> tuple[list[float], list[floa
     torch.nn.utils.clip_grads_with_norm_ = timed(clip, False)
     try:
         with tempfile.TemporaryDirectory() as folder:
+            config = recipe(Path(folder), tiny)
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
             run(config, Path(folder) / "run")
             rows = read_metrics(Path(folder) / "run" / "metrics.jsonl")
     finally:
@@ -83,6 +83,17 @@ def measure(part: str, repeats: int, tiny: bool) -> tuple[list[float], list[floa
     whole = [n_tokens / row["tokens_per_s"] for row in rows]
     rest = [w - s for w, s in zip(whole, spent, strict=True)]
     return spent[_WARM:], rest[_WARM:]
+
+
+def recipe(folder: Path, tiny: bool) -> RunConfig:
+    """The demo's, or a toy one with this script for text."""
+    if not tiny:
+        return load_recipe("demo")
+    (folder / "text").mkdir()
+    for number in range(20):
+        text = f"{number}\n" + Path(__file__).read_text(encoding="utf-8")
+        (folder / "text" / f"{number}.txt").write_text(text, encoding="utf-8")
+    return load_recipe("tiny", [f"data.text=[{folder / 'text'}]", "data.vocab_size=300"])
 
 
 if __name__ == "__main__":
