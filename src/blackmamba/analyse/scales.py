@@ -60,6 +60,13 @@ SCALES: dict[str, Scale] = {
         contexts=(128, 1024, 8192, 32_768), batch_sizes=(1, 8),
         sinkhorn_tokens=(256, 2048, 16_384), sinkhorn_experts=(8, 64), probes=8,
     ),
+    "gpu-minutes": Scale(
+        ladder=((256, 6),), seeds=2, vocab_size=4096,
+        settings=_settings(400, 64, 512, 3e-3, "auto"),
+        ablation_seeds=1, experts=(1, 4, 16, 32), latency=(640, 16),
+        contexts=(128, 1024, 8192, 32_768, 65_536), batch_sizes=(1,),
+        sinkhorn_tokens=(2048, 16_384, 65_536), sinkhorn_experts=(8, 64), probes=4,
+    ),
     "gpu": Scale(
         ladder=((256, 6), (384, 10), (640, 16)), seeds=3, vocab_size=16_384,
         settings=_settings(3000, 64, 1024, 2e-3, "auto"),

@@ -17,7 +17,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "the paper that can be made at the scale. What is in OUT already is not trained again.",
     )
     parser.add_argument(
-        "--scale", choices=("ci", "laptop", "gpu", "toy"), default="ci",
+        "--scale", choices=("ci", "laptop", "gpu-minutes", "gpu", "toy"), default="ci",
         help="ci: minutes on two cores (default); laptop, gpu: hours there; toy: to try it",
     )  # fmt: skip
     parser.add_argument(
