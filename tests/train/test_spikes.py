@@ -12,6 +12,7 @@ import torch
 from blackmamba.data import WindowSampler
 from blackmamba.errors import TrainingError
 from blackmamba.model import BlackMamba
+from blackmamba.model.balance import Losses
 from blackmamba.train import Progress, RunConfig, run, train_step
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.optimizer import build_optimizer
@@ -81,17 +82,20 @@ def test_an_outlier_changes_nothing(weights: str, small: Small):
 def bad_batches(monkeypatch: pytest.MonkeyPatch) -> tuple[set[int], list[int]]:
     """Numbers of batches whose loss shall be a spike, and those that were read."""
     bad, read = set[int](), list[int]()
-    batch, loss = WindowSampler.batch, BlackMamba.loss
+    batch, losses = WindowSampler.batch, BlackMamba.losses
 
     def reads(self: WindowSampler, step: int, *args: Any) -> Any:
         read.append(step)
         return batch(self, step, *args)
 
-    def spikes(self: BlackMamba, *args: Any, **options: Any) -> torch.Tensor:
-        return loss(self, *args, **options) * (30 if read[-1] in bad else 1)
+    def spikes(self: BlackMamba, *args: Any, **options: Any) -> Losses:
+        found, factor = losses(self, *args, **options), 30 if read[-1] in bad else 1
+        return found._replace(
+            total=found.total * factor, cross_entropy=found.cross_entropy * factor
+        )
 
     monkeypatch.setattr(WindowSampler, "batch", reads)
-    monkeypatch.setattr(BlackMamba, "loss", spikes)
+    monkeypatch.setattr(BlackMamba, "losses", spikes)
     return bad, read
 
 
