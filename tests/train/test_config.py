@@ -159,9 +159,9 @@ def test_optimizer_memory_of_another_model_is_refused(narrower: ModelConfig):
 # ---- recipes -------------------------------------------------------------------------------
 
 
-def test_shipped_recipes_are_valid():
-    assert recipe_names() == ["demo", "tiny"]
-    for name in recipe_names():
+def test_shipped_recipes_that_train_a_tokenizer_have_its_vocabulary():
+    assert {"demo", "tiny"} <= set(recipe_names())
+    for name in ("demo", "tiny"):
         config = load_recipe(name)
         assert config.model.vocab_size == config.data.vocab_size
 
