@@ -33,7 +33,7 @@ from blackmamba.checkpoint import load, save, save_adapter
 from blackmamba.checkpoint.adapter import fill_adapters
 from blackmamba.config import from_mapping, to_mapping
 from blackmamba.data import Tokenizer
-from blackmamba.errors import CheckpointError, ConfigError
+from blackmamba.errors import CheckpointError, ConfigError, PeerError
 from blackmamba.files import atomic_folder, digest, settle, sync
 from blackmamba.model import BlackMamba
 from blackmamba.model.lora import adaptation
@@ -142,6 +142,8 @@ def save_checkpoint(
                 settle(temporary / _OPTIMIZER)
                 _finish(temporary, text, {})
     except (OSError, SafetensorError, CheckpointError) as error:
+        if spread is not None and not spread.ranks.is_first:  # which says why
+            raise PeerError(f"{folder}: the checkpoint cannot be written") from None
         raise CheckpointError(
             f"{folder}: the checkpoint cannot be written ({error}); older ones are as they were"
         ) from None

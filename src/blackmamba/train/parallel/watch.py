@@ -5,6 +5,7 @@ is. A rank that gets no further for too long, or loses contact, compares what al
 """
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -24,7 +25,7 @@ class Watch:
     Args:
         store: a connection that nothing else uses, as a wait on it holds it.
         rank, size: of this process.
-        timeout_s: so long may a rank be at one place.
+        timeout_s: so long may a rank be at one place, from the first that it says.
         end: called, if that is over, with what is wrong; the process ends with it.
     """
 
@@ -38,7 +39,7 @@ class Watch:
     ):
         self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
         self._end = end or _leave
-        self._place, self._moves, self._since = "begins", 0, time.monotonic()
+        self._place, self._moves, self._since = "begins", 0, math.inf  # preparing data may last
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._tell(0)
