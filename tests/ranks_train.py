@@ -8,7 +8,7 @@ from typing import Any
 
 from blackmamba.data import WindowSampler
 from blackmamba.errors import BlackMambaError
-from blackmamba.train import RunConfig, run
+from blackmamba.train import RunConfig, run, trainer
 
 Incident = tuple[str, int, int]
 """What happens, to which rank, when it reads the batch of which step (from 1)."""
@@ -16,11 +16,13 @@ Incident = tuple[str, int, int]
 
 def train_all(runs: list[tuple[RunConfig, Path, bool]]) -> list[Any]:
     """The result of each run: (configuration, folder, resume)."""
+    _draw_nothing()
     return [run(config, out, resume=resume) for config, out, resume in runs]
 
 
 def train_badly(runs: list[tuple[RunConfig, Path, bool, Incident | None]]) -> list[tuple[str, str]]:
     """How each run ended: the name of the error, or "", and what it says."""
+    _draw_nothing()
     return [_train(config, out, resume, incident) for config, out, resume, incident in runs]
 
 
@@ -47,3 +49,9 @@ def _train(
         WindowSampler.batch = read
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "", ""
+
+
+def _draw_nothing() -> None:
+    """Pictures would take as long as the runs. In this process alone, which is a rank."""
+    for name in ("draw_loss", "draw_experts"):
+        setattr(trainer, name, lambda *_: None)
