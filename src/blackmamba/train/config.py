@@ -263,6 +263,8 @@ def check_ranks(config: RunConfig, ranks: Ranks) -> None:
         )
     if parallel.cpu_offload and not ranks.is_group:
         raise ConfigError("parallel.cpu_offload=true: start the run with torchrun")
+    if parallel.cpu_offload and ranks.device.type == "cpu":
+        raise ConfigError("parallel.cpu_offload=true: train.device is the CPU; set it to false")
     if config.lora.rank and ranks.is_group:
         raise ConfigError(
             f"lora.rank={config.lora.rank}: adapters are trained by one process, without torchrun"

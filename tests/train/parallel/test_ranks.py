@@ -226,11 +226,15 @@ def test_whatever_goes_wrong_is_said_once_and_loses_nothing(config: RunConfig, t
         runs.append((often, out, True, None))
     uneven = dataclasses.replace(sharded, train=dataclasses.replace(sharded.train, batch_size=6))
     too_many = dataclasses.replace(sharded, parallel=ParallelConfig(expert=3))
+    offloaded = dataclasses.replace(
+        sharded, parallel=ParallelConfig(shard="full", cpu_offload=True)
+    )
     runs += [
         (uneven, tmp_path / "uneven", False, None),
         (too_many, tmp_path / "too-many", False, None),
         (often, damaged, True, ("full disk", 1, 11)),
         (often, damaged, True, None),
+        (offloaded, tmp_path / "offloaded", False, None),
     ]
     first, second = on_ranks(2, train_badly, runs)
     for number, kind in enumerate(kinds):
@@ -248,5 +252,6 @@ def test_whatever_goes_wrong_is_said_once_and_loses_nothing(config: RunConfig, t
     assert [end[0] for end in (first[5], second[5])] == ["CheckpointError", "PeerError"]
     assert "older ones are as they were" in first[5][1]
     assert (first[6], second[6]) == (("", ""), ("", ""))
+    assert first[7][1].startswith("parallel.cpu_offload=true: train.device is the CPU")
     run(config, tmp_path / "alone")
     assert_same_run(damaged, tmp_path / "alone")
