@@ -161,7 +161,7 @@ def test_adapters_are_wide_in_a_narrow_model(adapted: Callable[..., BlackMamba])
         (["A_log", "conv_weight"], {f"layers.{i}.mixer.{n}" for i in (0, 4)
          for n in ("A_log", "conv_weight")}),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)),
 )  # fmt: skip
 def test_targets(targets: list[str], expected: set[str], adapted: Callable[..., BlackMamba]):
     model = adapted(targets=tuple(targets))
