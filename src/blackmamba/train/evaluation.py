@@ -86,7 +86,7 @@ def validate(
     ranks = ranks or Ranks()
     streams = ValidationStreams(data.validation.tokens, batch_size, seq_len, data.tokenizer.eot_id)
     device = model.embedding.weight.device
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    nats = torch.zeros((), dtype=torch.float64)
     state = None
     was_training = model.training
     model.eval()
@@ -94,10 +94,10 @@ def validate(
         for every_id, every_label in streams:
             input_ids, labels = _own_streams(every_id, every_label, ranks)
             logits, state = model.prefill(input_ids.to(device), state)
-            losses = F.cross_entropy(
-                logits.float().flatten(0, 1), labels.to(device).flatten(), reduction="none"
+            losses = F.cross_entropy(  # where the logits are: not with weights that were offloaded
+                logits.float().flatten(0, 1), labels.to(logits.device).flatten(), reduction="none"
             )
-            nats += losses.double().sum()
+            nats = nats.to(losses.device) + losses.double().sum()
     finally:
         model.train(was_training)
         if hasattr(model, "reshard"):  # FSDP keeps the embedding, which may change next
@@ -122,7 +122,7 @@ def _validate_answers(
 ) -> Validation:
     """Over the answers' words and ends; bits are those of their text. Every rank reads all."""
     device = model.embedding.weight.device
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    nats = torch.zeros((), dtype=torch.float64)
     n_tokens, was_training = 0, model.training
     model.eval()
     try:
@@ -132,11 +132,11 @@ def _validate_answers(
                 piece = slice(start, start + seq_len)
                 left = (lengths - start).clamp(0, input_ids[:, piece].shape[1]).to(device)
                 logits, state = model.prefill(input_ids[:, piece].to(device), state, lengths=left)
-                wanted = labels[:, piece].flatten().to(device)
+                wanted = labels[:, piece].flatten().to(logits.device)
                 losses = F.cross_entropy(
                     logits.float().flatten(0, 1), wanted, ignore_index=IGNORED, reduction="none"
                 )
-                nats += losses.double().sum()
+                nats = nats.to(losses.device) + losses.double().sum()
             n_tokens += int((labels != IGNORED).sum())
     finally:
         model.train(was_training)
