@@ -16,9 +16,13 @@ from blackmamba.analyse.architectures import NAMES, four_architectures
 from blackmamba.analyse.intervals import mean
 from blackmamba.analyse.latency import latencies
 from blackmamba.analyse.report import Section, write_report
-from blackmamba.analyse.reproduce import PARTS, SCALES, reproduce
+from blackmamba.analyse.reproduce import PARTS, reproduce
+from blackmamba.analyse.runs import windowed_loss
+from blackmamba.analyse.scales import SCALES
+from blackmamba.checkpoint import load
 from blackmamba.cli import reproduce as command
 from blackmamba.cli.main import main
+from blackmamba.data import PreparedData
 from blackmamba.errors import ConfigError
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import parameters, training_flops_per_token
@@ -67,6 +71,22 @@ def test_nothing_is_trained_twice(report: Path, text: Path):
     assert not [line for line in lines if line.startswith("training")]
     assert again.read_bytes() != before  # only one part is in it now
     reproduce(report.parent, "toy", text=[str(text)], command="blackmamba reproduce --scale toy")
+
+
+def test_validation_reads_windows_from_an_empty_memory(report: Path):
+    run = report.parent / "runs" / "transformer-32x1-seed0"
+    model, data = load(run / "model"), PreparedData.open(run / "data")
+    ids = torch.from_numpy(data.validation.tokens[:].astype("int64"))
+    losses = []
+    with torch.inference_mode():
+        for start in range(0, len(ids) - 32, 32):
+            window = ids[start : start + 33]
+            losses.append(float(model.loss(window[None, :-1], window[None, 1:])))
+    nats, bits = windowed_loss(run, 32)
+    assert nats == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert bits == pytest.approx(
+        nats / math.log(2) * data.validation.n_tokens / data.validation.n_bytes
+    )
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser is installed here")

@@ -176,7 +176,8 @@ class _Lab:
             finding=f"BlackMamba has the lowest mean validation loss on {wins} of {len(best)} rungs"
             + ("." if wins == len(best) else f"; the lowest were {', '.join(best)}.")
             + f" {scale.seeds} seeds; ± is the 95 % interval of so few. Same text, order, tokens "
-            "and optimizer for all; none was tuned on its own.",
+            "and optimizer for all; none was tuned on its own. Validation is in windows as long as "
+            "in training.",
             tables=(Table("ladder", head, tuple(rows)),),
             pictures=(("Training loss, one line a run", picture),),
         )
@@ -213,7 +214,8 @@ class _Lab:
         return _section(
             "latency",
             finding=f"A token after {scale.contexts[-1]:,} tokens of context against one after "
-            f"{scale.contexts[0]:,}: {words}.",
+            f"{scale.contexts[0]:,}: {words}. Each network by the fastest way that this program "
+            "has for it; attention has no native or recorded steps, so compare the slopes.",
             tables=tuple(tables),
             pictures=tuple(pictures),
         )
