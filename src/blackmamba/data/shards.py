@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from blackmamba.config import from_mapping, to_mapping
+from blackmamba.config import to_mapping
 from blackmamba.data.packing import Sliceable
 from blackmamba.data.tokenizer import Tokenizer
-from blackmamba.data.tokens import Counts, Dtype
-from blackmamba.errors import ConfigError, DataError
+from blackmamba.data.tokens import Counts, Dtype, read_index
+from blackmamba.errors import DataError
 from blackmamba.files import settle, sync, write_text
 
 SHARD_FORMAT = 2
@@ -79,15 +79,7 @@ class ShardIndex:
         Raises:
             DataError: it is missing, damaged, or of another format.
         """
-        try:
-            mapping: Any = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(mapping, dict) and mapping.get("format") != SHARD_FORMAT:
-                raise DataError(f"{path}: format {mapping.get('format')!r}, not {SHARD_FORMAT}")
-            return from_mapping(cls, mapping)
-        except OSError as error:
-            raise DataError(f"{path}: no readable index ({error.strerror})") from None
-        except (ConfigError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path}: damaged index ({error})") from None
+        return read_index(cls, path, SHARD_FORMAT)
 
     def write(self, path: Path) -> None:
         """Write it as index.json, whole or not at all."""

@@ -10,13 +10,15 @@ import dataclasses
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from blackmamba.config import from_mapping, to_mapping
 from blackmamba.data.tokenizer import Tokenizer
 from blackmamba.errors import ConfigError, DataError
+
+T = TypeVar("T")
 
 FORMAT = 1
 """Changes with anything that makes an older folder unreadable or differently made."""
@@ -60,19 +62,28 @@ class Index:
         Raises:
             DataError: it is missing, damaged, or of another format.
         """
-        try:
-            mapping: Any = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(mapping, dict) and mapping.get("format") != FORMAT:
-                raise DataError(f"{path}: format {mapping.get('format')!r}, not {FORMAT}")
-            return from_mapping(cls, mapping)
-        except OSError as error:
-            raise DataError(f"{path}: no readable index ({error.strerror})") from None
-        except (ConfigError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path}: damaged index ({error})") from None
+        return read_index(cls, path, FORMAT)
 
     def write(self, path: Path) -> None:
         """Write it as index.json."""
         path.write_text(json.dumps(to_mapping(self), indent=2) + "\n", encoding="utf-8")
+
+
+def read_index(cls: type[T], path: Path, form: int) -> T:
+    """An index.json as a dataclass that has a `format`, which must be `form`.
+
+    Raises:
+        DataError: it is missing, damaged, or of another format.
+    """
+    try:
+        mapping: Any = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(mapping, dict) and mapping.get("format") != form:
+            raise DataError(f"{path}: format {mapping.get('format')!r}, not {form}")
+        return from_mapping(cls, mapping)
+    except OSError as error:
+        raise DataError(f"{path}: no readable index ({error.strerror})") from None
+    except (ConfigError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: damaged index ({error})") from None
 
 
 def dtype_for(vocab_size: int) -> Dtype:
