@@ -147,7 +147,7 @@ def measure(
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    seconds = _steps(step, repeats)
+    seconds = seconds_apart(step, repeats)
     found: dict[str, Any] = {
         "ms": 1e3 * seconds,
         "tokens_s": rows * length / seconds,
@@ -159,7 +159,7 @@ def measure(
     return found
 
 
-def _steps(step: Any, repeats: int) -> float:
+def seconds_apart(step: Any, repeats: int) -> float:
     """Median seconds from one end of a step to the next; the host waits for none of them."""
     if DEVICE.type != "cuda":
         start = time.perf_counter()

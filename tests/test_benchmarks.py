@@ -35,6 +35,7 @@ def script(request, monkeypatch):
         ("cpu_generation", {}),
         ("cpu_trainer", {}),
         ("gpu_training", {}),
+        ("gpu_ranks", {}),
         ("evaluation", {}),
         pytest.param(
             "gpu_losses",

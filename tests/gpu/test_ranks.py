@@ -1,6 +1,7 @@
-"""NCCL with the one rank that a machine with one GPU has: the run of a process without torchrun."""
+"""NCCL with one rank, and with two where there are so many GPUs: the run of one process."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 STEPS = 12
+_logger = logging.getLogger(__name__)
 
 
 @pytest.fixture
@@ -64,3 +66,43 @@ def test_one_rank_is_one_process(
     on_ranks(1, train_all, [(ranked, tmp_path / "ranked", False)], timeout_s=300)
     assert len(losses(tmp_path / "ranked")) == STEPS
     assert losses(tmp_path / "ranked") == pytest.approx(losses(tmp_path / "alone"), abs=tolerance)
+
+
+TWO: dict[str, tuple[str, str, dict[str, object], float]] = {
+    "replicated": ("float32", "float32", {}, 1e-4),
+    "full": ("float32", "float32", {"shard": "full"}, 1e-4),
+    "hybrid": ("float32", "float32", {"shard": "hybrid", "shard_degree": 1}, 1e-4),
+    "experts": ("float32", "float32", {"expert": 2}, 1e-4),
+    "full-experts": ("float32", "float32", {"shard": "full", "expert": 2}, 1e-4),
+    "pieces": ("float32", "float32", {"sequence": 2}, 1e-4),
+    "bfloat16-full": ("bfloat16", "float32", {"shard": "full"}, 2e-2),
+    "bfloat16-experts": ("bfloat16", "master", {"expert": 2}, 2e-2),
+}
+"""Dtype, weights, layout, tolerance."""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_are_one_process(config: RunConfig, tmp_path: Path):
+    # A router without a balance: that of a piece of a row would be of other tokens.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, router="softmax"))
+    alone = {
+        (dtype, weights): dataclasses.replace(
+            config, train=dataclasses.replace(config.train, dtype=dtype, weights=weights)
+        )
+        for dtype, weights, _, _ in TWO.values()
+    }
+    for (dtype, weights), one in alone.items():
+        run(one, tmp_path / f"{dtype}-{weights}")
+    runs: list[tuple[RunConfig, Path, bool]] = []
+    for name, (dtype, weights, parallel, _) in TWO.items():
+        one = alone[dtype, weights]
+        train = dataclasses.replace(one.train, accumulate=2 if "sequence" in parallel else 1)
+        spread = dataclasses.replace(one, train=train, parallel=ParallelConfig(**parallel))
+        runs.append((spread, tmp_path / name, False))
+    on_ranks(2, train_all, runs, timeout_s=300)
+    apart: dict[str, float] = {}
+    for name, (dtype, weights, _, tolerance) in TWO.items():
+        pairs = zip(losses(tmp_path / name), losses(tmp_path / f"{dtype}-{weights}"), strict=True)
+        apart[name] = max(abs(a - b) for a, b in pairs) / tolerance
+    _logger.info("of the allowed difference: %s", apart)
+    assert max(apart.values()) <= 1, apart

@@ -123,7 +123,10 @@ def _run(config: RunConfig, out: Path, resume: bool, progress: Progress, ranks: 
     masters = narrow_weights(model, DTYPES[settings.dtype]) if settings.weights != "float32" else {}
     model.to(device).recompute = settings.recompute
     spread = _spread(model, config, ranks)
-    holder = model if spread is None else spread.shards
+    holder = model
+    if spread is not None:
+        holder = spread.shards
+        masters = {name: holder.piece(name, whole) for name, whole in masters.items()}
     optimizer = build_optimizer(holder, settings, masters)
     if spread is not None and isinstance(optimizer, Muon):
         optimizer.shards = spread.shards

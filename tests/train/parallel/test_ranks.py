@@ -122,9 +122,19 @@ def test_two_ranks_are_one_process(config: RunConfig, tmp_path: Path):
             out = tmp_path / f"{router}.{kind}"
             shutil.copytree(tmp_path / router / "data", out / "data")
             runs.append((spread, out, False))
-    on_ranks(2, train_all, runs)
+    masters = with_model(config, 4, router="softmax")
+    narrow = {"steps": 5, "dtype": "bfloat16", "weights": "master", "checkpoint_every": 3}
+    masters = dataclasses.replace(masters, train=dataclasses.replace(masters.train, **narrow))
+    run(masters, tmp_path / "masters")
+    shutil.copytree(tmp_path / "masters/data", tmp_path / "spread-masters/data")
+    out = tmp_path / "spread-masters"
+    on_ranks(2, train_all, [*runs, (on(masters, 2, **TWO["experts"]), out, False)])
     for _, out, _ in runs:
         assert_same_run(out, tmp_path / out.name.split(".")[0])
+    # bfloat16: measured 1.5e-4 apart
+    assert losses(tmp_path / "spread-masters") == pytest.approx(
+        losses(tmp_path / "masters"), abs=2e-3
+    )
 
 
 def test_four_ranks_are_one_process(config: RunConfig, tmp_path: Path):

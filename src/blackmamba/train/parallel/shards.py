@@ -131,7 +131,11 @@ class Shards(nn.Module):
 
     def cut(self, twin: nn.Parameter, whole: Tensor) -> Tensor:
         """This rank's piece of something of the whole parameter's shape."""
-        layout = self.layouts.get(self._names[twin])
+        return self.piece(self._names[twin], whole)
+
+    def piece(self, name: str, whole: Tensor) -> Tensor:
+        """As `cut`, by the parameter's name."""
+        layout = self.layouts.get(name)
         return whole if layout is None else layout.piece(whole)
 
 
