@@ -6,12 +6,14 @@ folder they are.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from blackmamba.config import from_mapping, to_mapping
 from blackmamba.data.chat import CHAT_FILE, ChatTemplate
@@ -45,9 +47,24 @@ def save_adapter(
         CheckpointError: it cannot be written.
         ConfigError: the model has no adapters.
     """
-    adapted, folder = adaptation(model), Path(folder)
+    adapted = adaptation(model)
     if adapted is None:
         raise ConfigError("this model has no adapters to save")
+    write_adapter(adapted, adapter_tensors(model), folder, tokenizer)
+
+
+def write_adapter(
+    adapted: Adaptation,
+    tensors: Mapping[str, Tensor],
+    folder: str | Path,
+    tokenizer: "Tokenizer | None" = None,
+) -> None:
+    """`save_adapter` of these `adapter_tensors`.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    folder = Path(folder)
     plain = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -55,12 +72,12 @@ def save_adapter(
         "base_fingerprint": adapted.fingerprint,
         "lora": to_mapping(adapted.config),
     }
-    tensors = {name: t.contiguous() for name, t in adapter_tensors(model).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CONFIG).unlink(missing_ok=True)  # never one of these with the other's weights
         temporary = folder / f".{_WEIGHTS}.tmp"
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, metadata={"format": "pt"})
         settle(temporary)
         temporary.replace(folder / _WEIGHTS)
         if tokenizer is not None and tokenizer.chat is not None:

@@ -16,11 +16,13 @@ The folder appears under its name when it is whole and on disk. Which windows co
 the step alone, and nothing draws random numbers once the weights are there.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Generator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +31,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blackmamba.checkpoint import load, save, save_adapter
-from blackmamba.checkpoint.adapter import fill_adapters
+from blackmamba.checkpoint import load, save
+from blackmamba.checkpoint.adapter import fill_adapters, write_adapter
 from blackmamba.config import from_mapping, to_mapping
 from blackmamba.data import Tokenizer
 from blackmamba.errors import CheckpointError, ConfigError, PeerError
 from blackmamba.files import atomic_folder, digest, settle, sync
 from blackmamba.model import BlackMamba
-from blackmamba.model.lora import adaptation
+from blackmamba.model.lora import adaptation, adapter_tensors
 from blackmamba.train.average import WeightAverage
 from blackmamba.train.config import RunConfig
 from blackmamba.train.optimizer import optimizer_tensors, quantities, restore_optimizer
@@ -97,7 +99,7 @@ class Checkpoint:
     has_checksums: bool = True
 
 
-def save_checkpoint(
+def staged(
     root: Path,
     model: BlackMamba,
     tokenizer: Tokenizer,
@@ -110,13 +112,19 @@ def save_checkpoint(
     keep_also: Collection[int] = (),
     average: WeightAverage | None = None,
     spread: "Spread | None" = None,
-) -> Path:
-    """Write the checkpoint of this step; remove all but the last `keep` and those of `keep_also`.
+    copied: bool = False,
+) -> Callable[[], Path]:
+    """What writes the checkpoint of this step, and removes all but the last `keep` and those of
+    `keep_also`; it gives the checkpoint's folder.
 
-    With the model `spread` over ranks, all of them write together.
+    With the model `spread` over ranks, all of them call this together, and what it gives.
 
+    Args:
+        copied: it can be called from another thread while the training goes on: what it writes is
+            copied into the host's memory.
     Raises:
         CheckpointError: it cannot be written (a full disk); the older ones are whole.
+        PeerError: the same, on ranks but the first.
     """
     folder = root / f"step-{counters.step:08d}"
     trainer = {
@@ -129,50 +137,92 @@ def save_checkpoint(
         "config": to_mapping(config),
     }
     text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
-    try:
-        if spread is not None:
-            _write_pieces(folder, spread, optimizer, average, text)
+    if spread is not None:
+        with _told(folder, spread):
+            spread.ranks.first(partial(_begin, _temporary(folder)))
+        pieces = _pieces(spread, optimizer, average, copied)
+        write = partial(_write_pieces, folder, spread, pieces, text)
+    else:
+        remembered = optimizer_tensors(model, optimizer, average)
+        adapted = adaptation(model)
+        if copied:
+            remembered = {key: _copy(value) for key, value in remembered.items()}
+        if adapted is not None:
+            tensors = adapter_tensors(model)
+            if copied:
+                tensors = {name: _copy(value) for name, value in tensors.items()}
+            save_weights = partial(write_adapter, adapted, tensors, tokenizer=tokenizer)
         else:
-            with atomic_folder(folder) as temporary:
-                if adaptation(model) is None:
-                    save(model, temporary, tokenizer=tokenizer)
-                else:
-                    save_adapter(model, temporary, tokenizer)
-                save_file(optimizer_tensors(model, optimizer, average), temporary / _OPTIMIZER)
-                settle(temporary / _OPTIMIZER)
-                _finish(temporary, text, {})
+            save_weights = partial(save, _twin(model) if copied else model, tokenizer=tokenizer)
+        write = partial(_write_whole, folder, save_weights, remembered, text)
+
+    def write_and_tidy() -> Path:
+        with _told(folder, spread):
+            write()
+        if spread is None or spread.ranks.is_first:
+            for old in _folders(root)[:-keep]:
+                if _step_of(old) not in keep_also:
+                    _remove(old)
+        return folder
+
+    return write_and_tidy
+
+
+@contextlib.contextmanager
+def _told(folder: Path, spread: "Spread | None") -> Generator[None]:
+    """One rank says why a checkpoint cannot be written."""
+    try:
+        yield
     except (OSError, SafetensorError, CheckpointError) as error:
         if spread is not None and not spread.ranks.is_first:  # which says why
             raise PeerError(f"{folder}: the checkpoint cannot be written") from None
         raise CheckpointError(
             f"{folder}: the checkpoint cannot be written ({error}); older ones are as they were"
         ) from None
-    if spread is None or spread.ranks.is_first:
-        for old in _folders(root)[:-keep]:
-            if _step_of(old) not in keep_also:
-                _remove(old)
-    return folder
 
 
-def _write_pieces(
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _twin(model: BlackMamba) -> BlackMamba:
+    """A copy of a model, in the host's memory."""
+    made = BlackMamba(model.config, device="meta", compute_dtype=model.compute_dtype)
+    made.load_state_dict({n: _copy(t) for n, t in model.state_dict().items()}, assign=True)
+    return made
+
+
+def _write_whole(
     folder: Path,
-    spread: "Spread",
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
+    save_weights: Callable[[Path], None],
+    remembered: dict[str, Tensor],
     trainer: str,
 ) -> None:
+    """Write what one process holds."""
+    with atomic_folder(folder) as temporary:
+        save_weights(temporary)
+        save_file(remembered, temporary / _OPTIMIZER)
+        settle(temporary / _OPTIMIZER)
+        _finish(temporary, trainer, {})
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def _begin(temporary: Path) -> None:
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{temporary}: {error.strerror or error}") from None
+
+
+def _write_pieces(folder: Path, spread: "Spread", pieces: dict[str, Tensor], trainer: str) -> None:
     """Write what every rank holds; when all is there, the first gives the folder its name."""
     from blackmamba.train.parallel.checkpoint import taken_sums, write_together
 
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    ranks = spread.ranks
-
-    def begin() -> None:
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(f"{temporary}: {error.strerror or error}") from None
+    temporary = _temporary(folder)
 
     def finish() -> None:
         _finish(temporary, trainer, taken_sums(temporary))
@@ -180,25 +230,30 @@ def _write_pieces(
         os.replace(temporary, folder)
         sync(folder.parent)
 
-    ranks.first(begin)
     try:
-        pieces = _pieces(spread, optimizer, average)
         write_together(pieces, temporary, spread.group, finish)
     finally:
-        if ranks.is_first:
+        if spread.ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _pieces(
-    spread: "Spread", optimizer: torch.optim.Optimizer, average: WeightAverage | None
+    spread: "Spread",
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    copied: bool,
 ) -> dict[str, Tensor]:
     """All that this rank holds, in the host's memory, under the names of whole files."""
     shards = spread.shards
-    held = {n: shards.spread(n, p.detach().cpu()) for n, p in shards.named_parameters()}
-    held |= {n: b.cpu() for n, b in _saved_buffers(spread.model).items()}
+
+    def taken(tensor: Tensor) -> Tensor:
+        return _copy(tensor) if copied else tensor.detach().cpu()
+
+    held = {n: shards.spread(n, taken(p)) for n, p in shards.named_parameters()}
+    held |= {n: taken(b) for n, b in _saved_buffers(spread.model).items()}
     for key, value in optimizer_tensors(shards, optimizer, average).items():
         name, quantity = key.split("/")
-        held[key] = value.cpu() if quantity == "step" else shards.spread(name, value.cpu())
+        held[key] = taken(value) if quantity == "step" else shards.spread(name, taken(value))
     return held
 
 

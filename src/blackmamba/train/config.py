@@ -24,7 +24,7 @@ _AT_LEAST = {
 _FREE_ON_RESUME = frozenset((
     "steps", "device", "evaluate_every", "evaluate_batch_size", "evaluate_seq_len",
     "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "loggers",
-    "recompute", "capture", "keep_best", "max_rollbacks",
+    "recompute", "capture", "keep_best", "max_rollbacks", "checkpoint_async",
 ))  # fmt: skip
 
 
@@ -86,6 +86,9 @@ class TrainConfig:
     checkpoint_every: int = 0
     """Steps from one checkpoint to the next; there is always one at the end. 0: only that."""
     keep_checkpoints: int = 2
+    checkpoint_async: bool = False
+    """Write checkpoints beside the training, from a copy in the host's memory of all that a rank
+    holds: a step waits for the copy alone, and for a checkpoint before that is not there yet."""
     log_every: int = 10
     """Steps from one record of what takes more looking to the next: the experts' load, the
     gradient's norm by part, utilisation and memory."""

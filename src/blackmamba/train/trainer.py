@@ -38,7 +38,7 @@ from blackmamba.model import BlackMamba, Trace
 from blackmamba.model.lora import draw_dropout
 from blackmamba.model.size import training_flops_per_token
 from blackmamba.train.average import WeightAverage
-from blackmamba.train.checkpoints import Counters, newest_checkpoint, restore, save_checkpoint
+from blackmamba.train.checkpoints import Counters, newest_checkpoint, restore, staged
 from blackmamba.train.config import RunConfig, check_ranks
 from blackmamba.train.evaluation import Validation, Validations, validate
 from blackmamba.train.folder import (
@@ -64,6 +64,7 @@ from blackmamba.train.pictures import draw_experts, draw_loss
 from blackmamba.train.progress import Progress
 from blackmamba.train.recipe import write_recipe
 from blackmamba.train.report import RunResult, write_summary, xz_bits_per_byte
+from blackmamba.train.saver import Saver
 from blackmamba.train.schedule import learning_rate
 from blackmamba.train.speed import peak_memory, product_rate
 from blackmamba.train.spikes import SpikeGuard
@@ -233,6 +234,7 @@ class Trainer:
         else:
             self._gradients = spread.gradients()
             self._parts = parameters_by_part(model, spread.shards.named_parameters())
+        self._saver = Saver(self.progress.on_checkpoint, is_async=settings.checkpoint_async)
         self._guard = self._new_guard()
         self._unlogged = [0.0, 0]  # seconds and tokens of the steps since the last log
         self._rolled_back: dict[str, int] | None = None  # to be written down with the next step
@@ -246,13 +248,19 @@ class Trainer:
         waiting: _Step | None = None  # on a GPU: runs, while the host prepares the next
         self._began, self._since = time.monotonic() - counters.seconds, time.monotonic()
         self.progress.on_start(counters.step, settings.steps)
-        with self._metrics() as metrics, StopRequest() as stop, self._token_log() as log:
+        with (
+            self._metrics() as metrics,
+            StopRequest() as stop,
+            self._token_log() as log,
+            self._saver as saver,
+        ):
             while counters.step < settings.steps:
                 number = counters.step + counters.skipped_batches
                 self._ranks.at(f"reads the batch of step {counters.step + 1}")
                 batch = self._own(number, log)
                 self._ranks.at(f"in step {counters.step + 1}")
-                self._gradients.wants_stop = stop.requested
+                saver.look()
+                self._gradients.wants_stop = stop.requested or saver.has_failed
                 step = self._begin_step(number, batch)
                 is_last = counters.step == settings.steps
                 is_validated = is_last or _is_due(counters.step, settings.evaluate_every)
@@ -274,10 +282,10 @@ class Trainer:
                     waiting = None
                 is_stopping = waiting is None and self._stops(stop)
                 if is_saved or is_stopping:
-                    self._ranks.at(f"saves the checkpoint of step {counters.step}")
                     metrics.sync()
                     self._save()
                 if is_stopping and not is_last:
+                    self._saved()
                     raise KeyboardInterrupt(
                         f"saved and stopped after step {counters.step} of {settings.steps}; "
                         "--resume goes on from there"
@@ -300,7 +308,8 @@ class Trainer:
 
     def _stops(self, stop: StopRequest) -> bool:
         """Whether to stop, of which all ranks think alike: in every step they tell each other."""
-        return stop.requested if self._spread is None else self._is_stopped
+        own = stop.requested or self._saver.has_failed
+        return own if self._spread is None else self._is_stopped
 
     def _token_log(self) -> contextlib.AbstractContextManager[TokenLog | None]:
         if not self.config.data.token_log:
@@ -419,6 +428,7 @@ class Trainer:
         step.seconds, self._since = now - self._since, now
         if settings.spikes != "rollback" or not is_spike:
             return True
+        self._saved()
         checkpoint = newest_checkpoint(self.out / CHECKPOINTS, settings.checkpoint_every)
         if checkpoint is None:
             return True  # there is nothing to go back to: the step was skipped
@@ -487,26 +497,39 @@ class Trainer:
 
     def _save(self) -> None:
         settings, counters = self.config.train, self.counters
+        self._saved()
+        self._ranks.at(f"saves the checkpoint of step {counters.step}")
         if self._guard is not None:
             counters.recent_losses, counters.recent_norms = self._guard.remembered()
         keep_also = {counters.best_step} if settings.keep_best else set[int]()
         if settings.spikes == "rollback":  # a signal's own checkpoint must not push it out
             keep_also.add(counters.step - counters.step % settings.checkpoint_every)
-        folder = save_checkpoint(
-            self.out / CHECKPOINTS,
-            self.model,
-            self.data.tokenizer,
-            self.optimizer,
-            counters=counters,
-            config=self.config,
-            data=self.data.fingerprint,
-            keep=settings.keep_checkpoints,
-            keep_also=keep_also,
-            average=self.average,
-            spread=self._spread,
+        self._saver.save(
+            staged(
+                self.out / CHECKPOINTS,
+                self.model,
+                self.data.tokenizer,
+                self.optimizer,
+                counters=counters,
+                config=self.config,
+                data=self.data.fingerprint,
+                keep=settings.keep_checkpoints,
+                keep_also=keep_also,
+                average=self.average,
+                spread=self._spread,
+                copied=self._saver.is_async,
+            )
         )
-        self.progress.on_checkpoint(folder)
         self._since = time.monotonic()
+
+    def _saved(self) -> None:
+        """Wait until the checkpoint before is there; all ranks do.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._ranks.at(f"waits for the checkpoint before, in step {self.counters.step}")
+        self._saver.wait()
 
     def _begin_loggers(self, step: int) -> list[Logger]:
         return open_loggers(self.config.train.loggers, self.out, step=step, config=self.config)

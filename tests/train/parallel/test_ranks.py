@@ -187,7 +187,8 @@ def without_the_end(out: Path, copy: Path) -> Path:
 
 def test_two_ranks_are_resumed_by_one_and_by_four(config: RunConfig, tmp_path: Path):
     two = tmp_path / "two"
-    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=0.9))
+    train = dataclasses.replace(config.train, ema_decay=0.9, checkpoint_async=True)
+    alone = dataclasses.replace(config, train=train)
     run(alone, tmp_path / "alone")
     shutil.copytree(tmp_path / "alone/data", two / "data")
     # Two ranks go on with what one process has begun, too.
@@ -217,6 +218,11 @@ def test_whatever_goes_wrong_is_said_once_and_loses_nothing(config: RunConfig, t
     assert sorted(p.name for p in (damaged / "checkpoints").iterdir()) == [
         "step-00000008", "step-00000010",
     ]  # fmt: skip
+    # Written beside the training, the same disk is as full.
+    beside = dataclasses.replace(
+        often, train=dataclasses.replace(often.train, checkpoint_async=True)
+    )
+    shutil.copytree(damaged, tmp_path / "beside")
     kinds = {"flipped": 1, "missing": 2, "truncated": 3}
     runs: list[tuple[RunConfig, Path, bool, Any]] = []
     for kind, place in kinds.items():
@@ -245,6 +251,8 @@ def test_whatever_goes_wrong_is_said_once_and_loses_nothing(config: RunConfig, t
         (often, damaged, True, ("full disk", 1, 11)),
         (often, damaged, True, None),
         (offloaded, tmp_path / "offloaded", False, None),
+        (beside, tmp_path / "beside", True, ("full disk", 1, 11)),
+        (beside, tmp_path / "beside", True, None),
     ]
     first, second = on_ranks(2, train_badly, runs)
     for number, kind in enumerate(kinds):
@@ -263,5 +271,9 @@ def test_whatever_goes_wrong_is_said_once_and_loses_nothing(config: RunConfig, t
     assert "older ones are as they were" in first[5][1]
     assert (first[6], second[6]) == (("", ""), ("", ""))
     assert first[7][1].startswith("parallel.cpu_offload=true: train.device is the CPU")
+    assert [end[0] for end in (first[8], second[8])] == ["CheckpointError", "PeerError"]
+    assert "step-00000012: the checkpoint cannot be written (rank 1: " in first[8][1]
+    assert (first[9], second[9]) == (("", ""), ("", ""))
     run(config, tmp_path / "alone")
     assert_same_run(damaged, tmp_path / "alone")
+    assert_same_run(tmp_path / "beside", tmp_path / "alone")
