@@ -25,6 +25,39 @@ def script(request, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.parametrize("script", ["gather_text"], indirect=True)
+def test_gathers_each_different_document_once(script, tmp_path):
+    root, text = tmp_path / "root", "It was a dark night. " * 40
+    files = {
+        "anarchism/faq.txt": text,
+        "manual/copy.txt": text,
+        "manual/a.html": f"<head>no</head><p>{'Press &amp; hold. ' * 40}</p>",
+        "manual/de-DE/a.html": "<p>" + "Nicht. " * 100,
+        "manual/tool.py": "x = 1\n" * 100,
+        "manual/data.bin": "y" * 500,
+        "wordnet/data.noun": "00001740 03 n 01 entity 0 003 ~ 0000 | that is there  \n" * 30,
+        "manual/long.txt": "word " * 50_000,
+    }
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    counts = script.gather([root], tmp_path / "out", 1e9)
+    found = {}
+    for kind in script.SHARES:
+        rows = (tmp_path / "out" / f"{kind}.jsonl").read_text().splitlines()
+        found[kind] = sorted(json.loads(row)["text"] for row in rows)
+        assert counts[kind] == sum(map(len, found[kind]))
+    assert found["source"] == [files["manual/tool.py"]]
+    assert text in found["prose"]
+    assert "\n".join(["entity: that is there"] * 30) in found["prose"]
+    manual = "".join(found["documentation"])
+    assert "Press & hold." in manual
+    assert manual.count("word") == 50_000
+    assert "Nicht" not in manual
+    assert "no" not in manual
+    assert max(map(len, found["documentation"])) <= 100_000
+
+
 @quiet
 @pytest.mark.parametrize(
     ("script", "options"),
