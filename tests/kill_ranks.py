@@ -53,7 +53,6 @@ RECIPE = {
     "train": {
         "batch_size": 4, "accumulate": 1, "seq_len": 16, "lr": 0.01, "warmup_steps": 3,
         "log_every": 4, "evaluate_seq_len": 64, "device": "cpu", "checkpoint_every": 5,
-        "checkpoint_async": True,
     },
     "parallel": {"shard": "full", "expert": 2, "timeout_s": 120},
 }  # fmt: skip

@@ -1,6 +1,8 @@
 """`blackmamba reproduce` at toy scale, its report in a browser, and the parts it is made of."""
 
 import csv
+import dataclasses
+import json
 import math
 import re
 import shutil
@@ -13,6 +15,7 @@ import torch
 from blackmamba.analyse import ablations
 from blackmamba.analyse.architectures import NAMES, four_architectures
 from blackmamba.analyse.intervals import mean
+from blackmamba.analyse.lab import Lab
 from blackmamba.analyse.latency import latencies
 from blackmamba.analyse.report import Section, write_report
 from blackmamba.analyse.reproduce import PARTS, reproduce
@@ -21,11 +24,18 @@ from blackmamba.analyse.scales import SCALES
 from blackmamba.checkpoint import load
 from blackmamba.cli import reproduce as command
 from blackmamba.cli.main import build_parser, main
-from blackmamba.data import PreparedData
+from blackmamba.data import (
+    DataConfig,
+    PreparedData,
+    ShardConfig,
+    SourceConfig,
+    prepare_shards,
+)
 from blackmamba.errors import ConfigError
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import parameters, training_flops_per_token
 from blackmamba.presets import presets
+from blackmamba.train import load_recipe
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -59,20 +69,79 @@ def test_every_part_has_its_section_tables_and_pictures(report: Path):
         assert len({len(row) for row in rows}) == 1
 
 
+def test_each_network_has_the_best_of_its_own_learning_rates(report: Path):
+    folder, rates = report.parent, SCALES["toy"].lrs
+    rows = list(csv.DictReader((folder / "ladder.csv").read_text().splitlines()))
+    trials = csv.DictReader((folder / "rates-blackmamba.csv").read_text().splitlines())
+    taken = {row["network"]: row["taken"] for row in trials}
+    assert tuple(taken) == NAMES
+    for name, row in zip(NAMES, rows, strict=True):
+        ends = {
+            lr: json.loads((folder / "runs" / f"rate-{name}-{lr:g}-seed0/final.json").read_text())
+            for lr in rates
+        }
+        best = min(rates, key=lambda lr: ends[lr]["nats"])
+        run = load_recipe(folder / "runs" / f"{name}-32x1-seed0" / "recipe.yaml")
+        assert f"{run.train.lr:g}" == f"{best:g}" == taken[name] == row["learning rate"]
+
+
+def test_wider_rungs_take_smaller_steps(tmp_path: Path):
+    scale = dataclasses.replace(
+        SCALES["toy"], ladder=((32, 1), (64, 1)), seeds=(1, 1), lrs=(4e-3,), muon_lrs=(2e-2,)
+    )
+    lab = Lab(tmp_path, scale, DataConfig(text=("corpus:bible",)), 1, lambda _: None)
+    assert lab.trials([*NAMES, ablations.BETTER]) == []
+    assert lab.plan("mamba", (32, 1), 0).settings.lr == 4e-3
+    assert lab.plan("mamba", (64, 1), 0).settings.lr == 2e-3
+    muon = lab.plan(ablations.BETTER, (64, 1), 0, share=0.5).settings
+    assert (muon.optimizer, muon.lr, muon.steps) == ("muon", 1e-2, 3)
+
+
+def test_a_run_on_prepared_text_is_the_same_in_a_process_of_its_own(text: Path, tmp_path: Path):
+    pieces, words = tmp_path / "pieces", text.read_text().split()
+    pieces.mkdir()
+    for i in range(20):
+        (pieces / f"{i}.txt").write_text(" ".join(words[i * 200 : i * 200 + 200]))
+    prepared = tmp_path / "prepared"
+    prepare_shards(
+        ShardConfig(text=(str(pieces),), vocab_size=300, validation_fraction=0.3), prepared
+    )
+    data = DataConfig(sources=(SourceConfig(name="text", path=str(prepared), weight=1.0),))
+    ends: list[float] = []
+    for jobs in (1, 2):
+        lab = Lab(tmp_path / f"{jobs}", SCALES["toy"], data, jobs, lambda _: None)
+        curve = lab.bench.curve(lab.plan(ablations.BETTER, (32, 1), 0))
+        assert not (curve.folder / "checkpoints").exists()
+        ends.append(curve.final_nats)
+    assert ends[0] == ends[1]
+
+
+def test_prepared_text_brings_its_vocabulary(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    size = dataclasses.replace(SCALES["toy"], vocab_size=999)
+    monkeypatch.setitem(SCALES, "toy", size)
+    prepared = report.parent / "runs" / "data"  # 300 tokens
+    reproduce(tmp_path / "out", "toy", prepared=str(prepared), only=["sizes"])
+    rows = list(csv.DictReader((tmp_path / "out" / "sizes.csv").read_text().splitlines()))
+    config = four_architectures(32, 1, 300)["transformer"]
+    assert rows[0]["parameters"] == f"{parameters(config).total:,}"
+
+
 def test_closed_forms_are_said_to_agree(report: Path):
     assert "agree exactly with torch" in report.read_text()
 
 
-def test_nothing_is_trained_twice(report: Path, text: Path):
+def test_nothing_is_trained_twice(report: Path, text: Path, tmp_path: Path):
     lines: list[str] = []
-    before = report.read_bytes()
-    again = reproduce(report.parent, "toy", text=[str(text)], only=["ladder"], tell=lines.append)
+    shutil.copytree(report.parent, tmp_path / "copy")
+    copy = tmp_path / "copy"
+    again = reproduce(copy, "toy", text=[str(text)], only=["ladder"], tell=lines.append)
     assert not [line for line in lines if line.startswith("training")]
-    assert again.read_bytes() != before  # only one part is in it now
-    reproduce(report.parent, "toy", text=[str(text)], command="blackmamba reproduce --scale toy")
+    assert again.read_bytes() != report.read_bytes()  # only one part is in it now
 
 
-def test_validation_reads_windows_from_an_empty_memory(report: Path):
+def test_validation_reads_windows_from_an_empty_memory(report: Path, text: Path):
     run = report.parent / "runs" / "transformer-32x1-seed0"
     model, data = load(run / "model"), PreparedData.open(run / "data")
     ids = torch.from_numpy(data.validation.tokens[:].astype("int64"))
@@ -81,7 +150,7 @@ def test_validation_reads_windows_from_an_empty_memory(report: Path):
         for start in range(0, len(ids) - 32, 32):
             window = ids[start : start + 33]
             losses.append(float(model.loss(window[None, :-1], window[None, 1:])))
-    nats, bits = windowed_loss(run, 32)
+    nats, bits = windowed_loss(run, DataConfig(text=(str(text),)), 32)
     assert nats == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert bits == pytest.approx(
         nats / math.log(2) * data.validation.n_tokens / data.validation.n_bytes
@@ -143,6 +212,7 @@ def test_variants_change_one_thing_and_are_built():
         assert 0.9 < active < 1.1, variant.name
     better = ablations.better(base)
     assert 0.95 < training_flops_per_token(better, 64) / training_flops_per_token(base, 64) < 1.1
+    assert parameters(better).active / parameters(base).active == pytest.approx(1, abs=0.05)
     fewer = ablations.with_fewer_steps(SCALES["ci"].settings, 0.5, lr=1e-3)
     assert fewer.steps == SCALES["ci"].settings.steps // 2
     assert fewer.lr == 1e-3
@@ -150,6 +220,7 @@ def test_variants_change_one_thing_and_are_built():
 
 def test_intervals():
     assert str(mean([2.0])) == "2.0000"
+    assert f"{mean([2.0]):+}" == "+2.0000"
     pair = mean([1.0, 3.0])
     assert (pair.value, pair.n) == (2, 2)
     assert pair.half_width == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2), rel=1e-3)
@@ -179,6 +250,8 @@ def test_text_in_a_report_is_escaped(tmp_path: Path):
 def test_wrong_arguments(tmp_path: Path):
     with pytest.raises(ConfigError, match="scale='cl': valid are: toy, ci"):
         reproduce(tmp_path, "cl")
+    with pytest.raises(ConfigError, match="jobs=0: must be at least 1"):
+        reproduce(tmp_path, "toy", jobs=0)
     with pytest.raises(ConfigError, match="part 'laddr': did you mean 'ladder'"):
         reproduce(tmp_path, "toy", only=["laddr"])
 

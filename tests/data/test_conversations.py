@@ -3,7 +3,6 @@
 import json
 import logging
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -199,14 +198,3 @@ def test_a_given_template_stays(data: ChatData, tmp_path: Path):
     given.with_name("chat.json").write_text('{"usr": ""}')
     with pytest.raises(DataError, match=r"damaged chat template .*usr"):
         Tokenizer.load(given)
-
-
-@pytest.mark.parametrize("name", ["train.ids.npy", "validation.answers.npy", "validation.txt"])
-def test_a_flipped_byte_is_found(data: ChatData, tmp_path: Path, name: str):
-    folder = tmp_path / "copy"
-    shutil.copytree(data.folder, folder)
-    content = bytearray((folder / name).read_bytes())
-    content[-4] ^= 1
-    (folder / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name}: damaged: its checksum"):
-        ChatData.open(folder)

@@ -66,8 +66,7 @@ def test_every_document_is_in_one_split_in_order(text: Path, tmp_path: Path):
 def test_index_counts_what_is_there(text: Path, tmp_path: Path):
     data = prepare(config(text), tmp_path / "data")
     assert sorted(os.listdir(tmp_path / "data")) == [
-        "checksums.json", "index.json", "tokenizer.json", "train.bin", "validation.bin",
-        "validation.txt",
+        "index.json", "tokenizer.json", "train.bin", "validation.bin", "validation.txt",
     ]  # fmt: skip
     index = json.loads((tmp_path / "data" / "index.json").read_text())
     assert index == to_mapping(data.index)
@@ -273,12 +272,6 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def edit_index(folder: Path, **changes: object) -> None:
     path = folder / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -307,14 +300,7 @@ DAMAGE = {
         ),
         "ids up to 300, but its tokenizer has 300 tokens",
     ),
-    "a byte of the tokens": (lambda f: flip(f / "train.bin"), "train.bin: damaged: its checksum"),
-    "a byte of what is held out": (
-        lambda f: flip(f / "validation.bin"), "validation.bin: damaged: its checksum"
-    ),
-    "a byte of the text": (lambda f: flip(f / "validation.txt"), "validation.txt: damaged"),
-    "text missing": (lambda f: (f / "validation.txt").unlink(), "validation.txt: not readable"),
-    "checksums cut off": (lambda f: truncate(f / "checksums.json"), "checksums.json: damaged"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -333,12 +319,6 @@ def test_damage_is_named_on_opening_and_repaired_by_preparing(
     prepare(config(text), folder)
     assert contents(folder) == before
     assert "preparing the text again" in caplog.text
-
-
-def test_a_folder_from_before_there_were_checksums_opens(text: Path, tmp_path: Path):
-    prepare(config(text), tmp_path / "data")
-    (tmp_path / "data/checksums.json").unlink()
-    assert PreparedData.open(tmp_path / "data").train.n_tokens > 0
 
 
 def test_opening_needs_no_text(text: Path, tmp_path: Path):

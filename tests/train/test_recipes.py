@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blackmamba.errors import ConfigError
 from blackmamba.model.size import parameters
 from blackmamba.train import load_recipe, recipe_names, run
 
@@ -32,7 +31,7 @@ def test_a_shrunk_twin_trains(name: str, tmp_path: Path):
     text.mkdir()
     for i in range(12):
         (text / f"{i}.txt").write_text(f"In the beginning was text number {i}. " * 12)
-    config = load_recipe(name, reads_data=False)
+    config = load_recipe(name)
     assert parameters(config.model).total > 100_000
     accumulate = 2 if config.train.accumulate > 1 else 1
     changes = (*SMALL, f"data.text=[{text}]", f"train.accumulate={accumulate}")
@@ -40,19 +39,6 @@ def test_a_shrunk_twin_trains(name: str, tmp_path: Path):
     assert result.steps == 2
     assert result.bad_steps == 0
     assert math.isfinite(result.nats_per_token)
-
-
-@pytest.mark.parametrize("name", [name for name in OURS if name.startswith("paper")])
-def test_the_paper_recipes_say_which_weights_are_yours_to_give(name: str):
-    with pytest.raises(ConfigError, match=r"without a weight: pile, slimpajama, .*sources.pile"):
-        load_recipe(name)
-    names = ("pile", "slimpajama", "starcoder", "pes2o", "proofpile")
-    given = [f"data.sources.{source}.weight=0.2" for source in names]
-    config = load_recipe(name, given)
-    assert [source.path for source in config.data.sources] == [f"prepared/{n}" for n in names]
-    for settings in (config.model, config.train, config.parallel):
-        same = getattr(load_recipe(name, reads_data=False), type(settings).__name__[:-6].lower())
-        assert same == settings
 
 
 @pytest.mark.parametrize("name", OURS)

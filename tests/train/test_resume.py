@@ -239,18 +239,8 @@ def test_the_text_may_be_gone_but_not_another(text: Path, small: Small, tmp_path
         run(config, out, progress=At(8, stop))
     shutil.copytree(out, tmp_path / "other")
 
-    for copy in ("damaged", "repaired"):
-        shutil.copytree(out, tmp_path / copy)
-        tokens = tmp_path / copy / "data/train.bin"
-        content = tokens.read_bytes()
-        tokens.write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
-    run(config, tmp_path / "repaired", resume=True)  # out of the text
     shutil.rmtree(tmp_path / "text")
     run(config, out, resume=True)
-    assert_same_run(out, tmp_path / "repaired", 12)
-    with pytest.raises(DataError, match=r"data/train.bin: damaged.* cannot be made again: ") as one:
-        run(config, tmp_path / "damaged", resume=True)
-    assert "\n" not in str(one.value)
     assert [row["step"] for row in rows(out)] == list(range(1, 13))
 
     (tmp_path / "text").mkdir()

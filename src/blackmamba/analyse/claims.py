@@ -44,9 +44,10 @@ CLAIMS = {
     ),
     "better": Claim(
         "A better recipe",
-        "Not the paper's: sigmoid router balanced by a bias in place of Sinkhorn, four times as "
-        "many experts, norms on dt, B and C, and Muon, at the same active parameters "
-        "(docs/paper.md cites the evidence).",
+        "Not the paper's: half of each expert shared by all tokens and the other half one of four "
+        "times as many, a softmax router with a balance loss in place of Sinkhorn, Muon, and a "
+        "learning rate that falls to 0, at the same active parameters (docs/paper.md cites the "
+        "evidence).",
     ),
     "not-here": Claim(
         "What cannot be made here",

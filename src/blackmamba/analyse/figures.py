@@ -44,8 +44,14 @@ def colour(name: str, index: int = 0) -> str:
     return COLOURS.get(name, _OTHERS[index % len(_OTHERS)])
 
 
-def draw_ladder(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
-    """Smoothed training loss against FLOPs and against time; a line a run, a colour a network."""
+def draw_ladder(path: Path, curves: Mapping[str, Sequence[Curve]], jobs: int = 1) -> None:
+    """Smoothed training loss against FLOPs and against time; a line a run, a colour a network.
+
+    Args:
+        path: of the PNG file.
+        curves: by network, or network/rung.
+        jobs: runs that shared the machine, which stretches the time.
+    """
     with figure(path, columns=2) as axes:
         for i, (name, runs) in enumerate(curves.items()):
             network = name.split("/")[0]
@@ -57,22 +63,32 @@ def draw_ladder(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
                 axes[0, 0].plot(run.flops[skip:], smooth[skip:], label=label, **style)
                 axes[0, 1].plot(run.seconds[skip:], smooth[skip:], **style)
         axes[0, 0].set(xlabel="training FLOPs", ylabel="loss (nats per token)", xscale="log")
-        axes[0, 1].set(xlabel="seconds on this machine", ylabel="loss (nats per token)")
+        axes[0, 0].minorticks_off()  # their labels would lie on each other
+        low, high = axes[0, 0].get_xlim()
+        ticks = [m * 10.0**e for e in range(-1, 30) for m in (1, 2, 5) if low < m * 10.0**e < high]
+        axes[0, 0].set_xticks(ticks, [f"{tick:.0e}".replace("+", "") for tick in ticks])
+        among = f", {jobs} runs at once" if jobs > 1 else ""
+        axes[0, 1].set(xlabel=f"seconds on this machine{among}", ylabel="loss (nats per token)")
         axes[0, 0].legend(frameon=False, fontsize=8)
 
 
 def draw_latency(path: Path, rows: Sequence[Latency]) -> None:
-    """Time of a prompt, time of a token after it, and memory, by length of context."""
+    """Time of a prompt, time of a token after it, and memory, by length of context.
+
+    Networks that run by plain PyTorch are dashed: their slope counts, not their height.
+    """
     names = list(dict.fromkeys(row.name for row in rows))
     with figure(path, columns=3) as axes:
         for i, name in enumerate(names):
             own = [row for row in rows if row.name == name]
             x = [row.context for row in own]
+            is_plain = "transformer" in name  # attention has no native or recorded steps
             style: dict[str, Any] = {
                 "color": colour(name, i),
                 "marker": "o",
                 "ms": 3,
-                "label": name,
+                "ls": "--" if is_plain else "-",
+                "label": f"{name} (plain PyTorch)" if is_plain else name,
             }
             axes[0, 0].plot(x, [row.prompt_s for row in own], **style)
             axes[0, 1].plot(x, [row.token_ms for row in own], **style)

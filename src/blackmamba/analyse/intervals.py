@@ -19,9 +19,12 @@ class Mean:
     n: int
 
     def __str__(self) -> str:
-        if math.isnan(self.half_width):
-            return f"{self.value:.4f}"
-        return f"{self.value:.4f} ± {self.half_width:.4f}"
+        return format(self, "")
+
+    def __format__(self, sign: str) -> str:
+        """With "+", the value has its sign in any case."""
+        value = f"{self.value:{sign}.4f}"
+        return value if math.isnan(self.half_width) else f"{value} ± {self.half_width:.4f}"
 
 
 def mean(values: Sequence[float]) -> Mean:

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +14,15 @@ import torch
 
 from blackmamba.checkpoint import load
 from blackmamba.config import ModelConfig
-from blackmamba.data import DataConfig, PreparedData, prepare
+from blackmamba.data import DataConfig, MixtureData, PreparedData, prepare
 from blackmamba.files import write_text
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import training_flops_per_token
 from blackmamba.train import RunConfig, TrainConfig, run
 from blackmamba.train.metrics import METRICS_FILE, read_metrics
 
-_DATA, _FINAL = "data", "final.json"
-_ROWS = 16  # windows that are read together
+_DATA, _FINAL, _CHECKPOINTS = "data", "final.json", "checkpoints"
+_ROWS = 64  # windows that are read together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,68 +53,129 @@ class Curve:
         return tuple(float(each * n) for n in self.tokens)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run to be made."""
+
+    name: str
+    """Of its folder and in figures."""
+    config: ModelConfig
+    seed: int
+    """Of weights and order of the text."""
+    settings: TrainConfig
+    """Its seed is not looked at."""
+
+
 class Bench:
     """Trains networks on one prepared text, under one folder.
 
     Args:
         folder: of all its runs; what is finished in it is read and not trained again.
-        data: the text.
-        settings: of every run; its seed is set for each.
-        tell: is given a line when a run begins.
+        data: the text; one that is prepared is a source of a mixture.
+        jobs: so many runs at once, each a process; 1: in this one, one after the other.
+        tell: is given a line when a run begins or, of several at once, ends.
     """
 
     def __init__(
         self,
         folder: Path,
         data: DataConfig,
-        settings: TrainConfig,
+        jobs: int = 1,
         tell: Callable[[str], None] = lambda _: None,
     ):
-        self._folder, self._data, self._settings, self._tell = folder, data, settings, tell
+        self._folder, self._data, self._jobs, self._tell = folder, data, jobs, tell
 
-    def curves(self, networks: Mapping[str, ModelConfig], seeds: int) -> dict[str, list[Curve]]:
-        """Train every network with every seed from 0."""
-        return {
-            name: [self.curve(name, config, seed) for seed in range(seeds)]
-            for name, config in networks.items()
-        }
+    def train(self, plans: Iterable[Plan]) -> None:
+        """Make the runs that are not finished yet, those with the most work first."""
+        missing = {(p.name, p.seed): p for p in plans if not self._is_done(p)}
+        waiting = sorted(missing.values(), key=_work, reverse=True)
+        if waiting and not self._data.sources:
+            prepare(self._data, self._folder / _DATA)
+        orders = [(self._run_config(p), self._of(p), self._folder / _DATA) for p in waiting]
+        if self._jobs == 1 or not waiting:
+            for plan, order in zip(waiting, orders, strict=True):
+                self._tell(f"training {_words(plan)}")
+                _train(*order)
+            return
+        self._tell(f"training {len(waiting)} runs, {self._jobs} at once")
+        threads = max(1, torch.get_num_threads() // self._jobs)
+        others = active_children()
+        with ProcessPoolExecutor(
+            min(self._jobs, len(waiting)), get_context("spawn"), torch.set_num_threads, (threads,)
+        ) as pool:
+            running = {
+                pool.submit(_train, *order): plan
+                for plan, order in zip(waiting, orders, strict=True)
+            }
+            try:
+                for done in as_completed(running):
+                    self._tell(f"{_words(running[done])}: {done.result():.4f} nats a token")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in active_children():
+                    if child not in others:
+                        child.terminate()  # training stops after its step
+                raise
 
-    def curve(
-        self,
-        name: str,
-        config: ModelConfig,
-        seed: int,
-        settings: TrainConfig | None = None,
-    ) -> Curve:
-        """Train one network, or read what it did.
-
-        Args:
-            name: of its folder and in figures.
-            config: of the network.
-            seed: of weights and order of the text.
-            settings: other ones than the bench's.
-        """
-        train = dataclasses.replace(settings or self._settings, seed=seed)
-        whole = RunConfig(model=config, data=self._data, train=train)
-        folder = self._folder / f"{name}-seed{seed}"
-        if not (folder / _FINAL).exists():
-            self._tell(f"training {name}, seed {seed}: {train.steps} steps")
-            shutil.rmtree(folder, ignore_errors=True)
-            self._share_data(folder)
-            run(whole, folder)
-            nats, bits = windowed_loss(folder, train.seq_len)
-            write_text(folder / _FINAL, json.dumps({"nats": nats, "bits": bits}) + "\n")
-        return _read(name, seed, folder, config, train.seq_len)
+    def curve(self, plan: Plan) -> Curve:
+        """Of a run, which is made if it is not finished."""
+        self.train([plan])
+        seq_len = plan.settings.seq_len
+        return _read(plan.name, plan.seed, self._of(plan), plan.config, seq_len)
 
     def checkpoints(self, curve: Curve) -> dict[int, BlackMamba]:
         """The models that a run saved on its way, in evaluation mode, by step."""
-        folders = sorted((curve.folder / "checkpoints").glob("step-*"))
+        folders = sorted((curve.folder / _CHECKPOINTS).glob("step-*"))
         return {int(folder.name.removeprefix("step-")): load(folder) for folder in folders}
 
-    def _share_data(self, folder: Path) -> None:
-        """Tokens that were made once are copied: each run has its own folder of them."""
-        prepare(self._data, self._folder / _DATA)
-        shutil.copytree(self._folder / _DATA, folder / _DATA)
+    def opened(self, curve: Curve) -> PreparedData | MixtureData:
+        """What a run read."""
+        return _opened(self._data, curve.folder)
+
+    def _of(self, plan: Plan) -> Path:
+        return self._folder / f"{plan.name}-seed{plan.seed}"
+
+    def _is_done(self, plan: Plan) -> bool:
+        return (self._of(plan) / _FINAL).exists()
+
+    def _run_config(self, plan: Plan) -> RunConfig:
+        train = dataclasses.replace(plan.settings, seed=plan.seed)
+        return RunConfig(model=plan.config, data=self._data, train=train)
+
+
+def _words(plan: Plan) -> str:
+    return f"{plan.name}, seed {plan.seed}: {plan.settings.steps} steps"
+
+
+def _work(plan: Plan) -> int:
+    settings = plan.settings
+    tokens = settings.steps * settings.batch_size * settings.seq_len
+    return tokens * training_flops_per_token(plan.config, settings.seq_len)
+
+
+def _train(config: RunConfig, folder: Path, prepared: Path) -> float:
+    """Make one run anew; its validation loss.
+
+    Text that was prepared once is copied: each run has its own folder of it. Checkpoints that
+    nobody asked for are removed at the end: there are as many as runs, and nobody resumes one.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    if not config.data.sources:
+        shutil.copytree(prepared, folder / _DATA)
+    run(config, folder)
+    if not config.train.checkpoint_every:
+        shutil.rmtree(folder / _CHECKPOINTS)
+    nats, bits = windowed_loss(folder, config.data, config.train.seq_len)
+    write_text(folder / _FINAL, json.dumps({"nats": nats, "bits": bits}) + "\n")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the next run of this process may be of another size
+    return nats
+
+
+def _opened(data: DataConfig, folder: Path) -> PreparedData | MixtureData:
+    if data.sources:
+        return MixtureData(data, folder / _DATA)
+    return PreparedData.open(folder / _DATA)
 
 
 def _read(name: str, seed: int, folder: Path, config: ModelConfig, seq_len: int) -> Curve:
@@ -133,19 +196,20 @@ def _read(name: str, seed: int, folder: Path, config: ModelConfig, seq_len: int)
 
 
 @torch.inference_mode()
-def windowed_loss(folder: Path, seq_len: int) -> tuple[float, float]:
+def windowed_loss(folder: Path, data: DataConfig, seq_len: int) -> tuple[float, float]:
     """Of a run's model on its held-out text, in windows read from an empty memory.
 
     Args:
         folder: of a finished run.
+        data: what it was told to read.
         seq_len: tokens of a window; what is left over at the end is not read.
     Returns:
         Nats per token by the inference rule of routing, and bits per byte.
     """
-    data = PreparedData.open(folder / _DATA)
+    validation = _opened(data, folder).validation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(folder / "model", device=device)
-    ids = torch.from_numpy(data.validation.tokens[:].astype(np.int64)).to(device)
+    ids = torch.from_numpy(validation.tokens[:].astype(np.int64)).to(device)
     seq_len = min(seq_len, len(ids) - 1)
     windows = (len(ids) - 1) // seq_len
     inputs, labels = (
@@ -156,5 +220,5 @@ def windowed_loss(folder: Path, seq_len: int) -> tuple[float, float]:
         for i, l in zip(inputs.split(_ROWS), labels.split(_ROWS), strict=True)
     )
     nats = total / labels.numel()
-    tokens_per_byte = data.validation.n_tokens / data.validation.n_bytes
+    tokens_per_byte = validation.n_tokens / validation.n_bytes
     return nats, nats * tokens_per_byte / math.log(2)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     nodes = -(-args.gpus // machine.node_gpus) if args.nodes is None else args.nodes
     if nodes < 1 or args.gpus % nodes:
         raise ConfigError(f"--nodes {nodes}: must be at least 1 and divide --gpus {args.gpus}")
-    config = load_recipe(args.recipe, args.set, reads_data=False)
+    config = load_recipe(args.recipe, args.set)
     grid = Grid.of(config, args.gpus, args.gpus // nodes)
     found = plan(config.model, config.train, grid, machine)
     best, worst = found.step_s

@@ -18,7 +18,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--scale", choices=("ci", "laptop", "gpu-minutes", "gpu", "toy"), default="ci",
-        help="ci: minutes on two cores (default); laptop, gpu: hours there; toy: to try it",
+        help="ci: minutes on two cores (default); gpu-minutes: on a GPU; laptop, gpu: hours there; "
+        "toy: to try it",
     )  # fmt: skip
     parser.add_argument(
         "--out", required=True, type=Path, metavar="OUT", help="folder of everything"
@@ -26,9 +27,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts of the report"
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--text", action="append", default=[], metavar="PATH", help="train on this; repeatable"
     )
+    source.add_argument(
+        "--prepared", default="", metavar="FOLDER",
+        help="train on what `blackmamba data prepare` made",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="training runs at once: for a GPU that one small run does not fill (default 1)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -40,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         args.scale,
         text=args.text or ("corpus:bible",),
+        prepared=args.prepared,
         only=args.only,
+        jobs=args.jobs,
         command=shlex.join(["blackmamba", *sys.argv[1:]]),
         tell=lambda line: print(line, flush=True),
     )

@@ -28,7 +28,6 @@ from blackmamba.data.chat import (
     conversation_files,
     read_conversations,
 )
-from blackmamba.data.checksums import check_checksums, write_checksums
 from blackmamba.data.holdout import document_hash
 from blackmamba.data.packing import IGNORED, Batch, rows_of_rank
 from blackmamba.data.prepare import DataConfig
@@ -103,7 +102,6 @@ class ChatData:
             sizes = {len(split.ids), len(split.answers), int(split.starts[-1])}
             if len(sizes) > 1 or int(split.ids.max()) >= tokenizer.n_tokens:
                 raise DataError(f"{folder}: its files do not belong together; they are damaged")
-        check_checksums(folder)
         return cls(folder, tokenizer, train, validation, index)
 
     @property
@@ -213,7 +211,6 @@ def prepare_conversations(config: DataConfig, folder: str | Path) -> ChatData:
             )
             text = json.dumps(to_mapping(index), indent=2) + "\n"
             (temporary / "index.json").write_text(text, encoding="utf-8")
-            write_checksums(temporary)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from None
     return ChatData.open(folder)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blackmamba.config import to_mapping
-from blackmamba.data.checksums import CHECKSUMS, check_checksums, write_checksums
 from blackmamba.data.config import DataConfig
 from blackmamba.data.holdout import document_hash
 from blackmamba.data.packing import Packing, PackingKind
@@ -30,7 +29,7 @@ from blackmamba.files import atomic_folder
 SECTION_CHARACTERS = 8192
 _TOKENIZER, _INDEX = "tokenizer.json", "index.json"
 _TRAIN, _VALIDATION, _VALIDATION_TEXT = "train.bin", "validation.bin", "validation.txt"
-_FILES = {_TOKENIZER, _INDEX, _TRAIN, _VALIDATION, _VALIDATION_TEXT, CHECKSUMS}
+_FILES = {_TOKENIZER, _INDEX, _TRAIN, _VALIDATION, _VALIDATION_TEXT}
 
 _logger = logging.getLogger(__name__)
 
@@ -59,7 +58,6 @@ class PreparedData:
             raise DataError(f"{folder / _TOKENIZER}: not the tokenizer that the tokens are of")
         train = TokenFile(folder / _TRAIN, index, "train")
         validation = TokenFile(folder / _VALIDATION, index, "validation")
-        check_checksums(folder)
         return cls(folder, tokenizer, train, validation, index)
 
     @property
@@ -240,4 +238,3 @@ def _write(folder: Path, split: _Split, tokenizer: Tokenizer, fingerprint: str) 
             validation=validation.finish(),
         )
     index.write(folder / _INDEX)
-    write_checksums(folder)

@@ -3,7 +3,7 @@
 Each document is the end-of-text id and then its own ids; documents follow each other without gaps.
 A prepared folder has two of them and an index that says what they should be:
 
-    tokenizer.json   index.json   train.bin   validation.bin   validation.txt   checksums.json
+    tokenizer.json   index.json   train.bin   validation.bin   validation.txt
 """
 
 import dataclasses

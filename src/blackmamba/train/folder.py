@@ -93,11 +93,8 @@ def open_data(
         try:
             # the text itself may be gone by now
             data = (ChatData if config.train.chat else PreparedData).open(folder)
-        except DataError as damage:
-            try:
-                data = make(config.data, folder)
-            except DataError as error:
-                raise DataError(f"{damage}; and it cannot be made again: {error}") from None
+        except DataError:
+            data = make(config.data, folder)
     if checkpoint is not None and data.fingerprint != checkpoint.data:
         raise DataError(f"{folder}: not the text that this run began with; begin a new run")
     return data

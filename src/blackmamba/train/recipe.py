@@ -33,11 +33,7 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(
-    name_or_path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    begun: Path | None = None,
-    reads_data: bool = True,
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, begun: Path | None = None
 ) -> RunConfig:
     """The run that a recipe describes.
 
@@ -46,7 +42,6 @@ def load_recipe(
         overrides: "train.lr=3e-4": a key's path and a value as YAML reads it.
         begun: folder of a run to go on with; where it began from the model that train.init names,
             what is needed of that one is read from its recipe.
-        reads_data: False: sources of a mixture need no weights.
     Raises:
         ConfigError: no such recipe, no valid YAML, or a wrong key or value (naming the nearest).
     """
@@ -61,10 +56,6 @@ def load_recipe(
     for override in overrides:
         _override(recipe, override)
         recipe = _with_mixture(recipe)
-        if override.partition("=")[0].strip() == "data.text":  # in place of the recipe's mixture
-            recipe["data"].pop("sources", None)
-    if not reads_data:
-        recipe = _with_weights(recipe)
     recipe = _with_preset(recipe)
     train = recipe.get("train")
     source = cast("dict[str, Any]", train).get("init", "") if isinstance(train, dict) else ""
@@ -166,16 +157,6 @@ def _with_mixture(recipe: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{name}: must be a mapping with the key sources alone")
     own = {key: value for key, value in data.items() if key not in ("mixture", "sources")}
     return {**recipe, "data": {**mixture, **own}}
-
-
-def _with_weights(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with equal weights for sources that have none."""
-    data = recipe.get("data")
-    sources = cast("dict[str, Any]", data).get("sources") if isinstance(data, dict) else None
-    weighed = [{"weight": 1.0} | source for source in _by_name(sources).values()]
-    if not weighed or not isinstance(data, dict):
-        return recipe
-    return {**recipe, "data": {**cast("dict[str, Any]", data), "sources": weighed}}
 
 
 def _with_preset(recipe: Mapping[str, Any]) -> dict[str, Any]:
