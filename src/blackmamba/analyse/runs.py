@@ -100,22 +100,23 @@ class Bench:
         self._tell(f"training {len(waiting)} runs, {self._jobs} at once")
         threads = max(1, torch.get_num_threads() // self._jobs)
         others = active_children()
-        with ProcessPoolExecutor(
+        pool = ProcessPoolExecutor(
             min(self._jobs, len(waiting)), get_context("spawn"), torch.set_num_threads, (threads,)
-        ) as pool:
+        )
+        try:
             running = {
                 pool.submit(_train, *order): plan
                 for plan, order in zip(waiting, orders, strict=True)
             }
-            try:
-                for done in as_completed(running):
-                    self._tell(f"{_words(running[done])}: {done.result():.4f} nats a token")
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in active_children():
-                    if child not in others:
-                        child.terminate()  # training stops after its step
-                raise
+            for done in as_completed(running):
+                self._tell(f"{_words(running[done])}: {done.result():.4f} nats a token")
+        except BaseException:
+            for child in active_children():
+                if child not in others:
+                    child.kill()  # what it had begun is made anew the next time
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def curve(self, plan: Plan) -> Curve:
         """Of a run, which is made if it is not finished."""
