@@ -21,8 +21,8 @@ _SPAN = 16
 class _Rows(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_uint64),
-        ("row", ctypes.c_int64),
-        ("token", ctypes.c_int64),
+        ("row", ctypes.c_int64),  # stride, in numbers
+        ("token", ctypes.c_int32),  # stride, in bytes
     )
 
 
@@ -58,7 +58,7 @@ def fits(n_padded: int, rows: list[Tensor | None], wide: list[Tensor | None]) ->
         aligned = tensor.data_ptr() % (4 * tensor.element_size()) == 0
         if tensor.dtype != first.dtype or not aligned or tensor.stride(2) != 1:
             return False
-        if tensor.stride(0) % 4 or tensor.stride(1) % 4:
+        if tensor.stride(0) % 4 or tensor.stride(1) % 4 or tensor.stride(1) >= 1 << 28:
             return False
     return all(t is None or (t.dtype == torch.float32 and t.data_ptr() % 16 == 0) for t in wide)
 
@@ -78,7 +78,8 @@ def launch(
         if tensor is None:
             continue
         if isinstance(getattr(arguments, key), _Rows):
-            value = _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+            of_token = tensor.stride(1) * tensor.element_size()
+            value = _Rows(tensor.data_ptr(), tensor.stride(0), of_token)
         else:
             value = tensor.data_ptr()
         setattr(arguments, key, value)
@@ -92,11 +93,10 @@ def launch(
 
 def _shared_bytes(name: str, warps: int, flags: dict[str, int]) -> int:
     """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
-    floats = {"scan_forward": 3, "scan_backward_local": 2, "scan_backward": 6}[name] * _SPAN * 8
+    floats = {"scan_forward": 16 + 40, "scan_backward_local": 16, "scan_backward": 48}[name] * _SPAN
     if name == "scan_backward":
-        floats += _SPAN // 4 * 32 * 4 + 2 * 2 * 4 * 40
-    numbers_of_BC = 2 * _SPAN * 32 * flags["COPIES"]
-    return 4 * warps * floats + numbers_of_BC * (2 if flags["NARROW_BC"] else 4)
+        floats += _SPAN // 4 * 32 * 4 + 2 * 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
+    return 4 * warps * floats + 2 * _SPAN * 32 * (2 if flags["NARROW_BC"] else 4)
 
 
 _DEFAULTS = {
@@ -109,5 +109,4 @@ _DEFAULTS = {
     "KEEP": 0,
     "LOCAL": 0,
     "NARROW_BC": 0,
-    "COPIES": 1,
 }

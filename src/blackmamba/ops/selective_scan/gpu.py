@@ -75,6 +75,9 @@ class Tuning:
 FORWARD = Tuning(block=16, numbers=4, resident=32, extra=0.65)
 BACKWARD = Tuning(block=16, numbers=4, resident=16, extra=0.22, registers=128)
 TILES = 1
+NARROW = (False, False)
+"""Whether scan.cu reads B and C as bfloat16, forward and backward: half the bytes of shared memory,
+and more instructions, of which there are too many."""
 CUDA_FORWARD = (
     Tuning(block=64, numbers=4, resident=24, extra=0.6, slower=1.07),
     Tuning(block=48, numbers=4, resident=18, extra=0.6),
@@ -175,22 +178,19 @@ class _Call:
         }
         self._B, self._C, self._seq_idx = B, C, seq_idx
 
-    def pack(self, by_cuda: bool, in_orders: bool = False) -> None:
-        """Put B and C side by side; in float32, but that scan.cu takes bfloat16 as it comes: once,
-        or in four orders of states."""
+    def pack(self, narrow: bool = False) -> None:
+        """Put B and C side by side; in float32, or in bfloat16 if they are and scan.cu shall widen
+        them."""
         x, B, C, seq_idx = self.x, self._B, self._C, self._seq_idx
-        narrow = by_cuda and {t.dtype for t in (x, B, C)} == {torch.bfloat16}
-        self.copies = 4 if narrow and in_orders else 1
-        self.packed = x.new_empty(
-            self.b, self.l_padded, 2, self.copies, self.n_padded,
-            dtype=torch.bfloat16 if narrow else torch.float32,
-        )  # fmt: skip
+        narrow &= {t.dtype for t in (x, B, C)} == {torch.bfloat16}
+        kind = torch.bfloat16 if narrow else torch.float32
+        self.packed = x.new_empty(self.b, self.l_padded, 2, self.n_padded, dtype=kind)
         self.resets = (
             self.packed
             if seq_idx is None
             else x.new_empty(self.b, self.l_padded, dtype=torch.float32)
         )
-        tokens = max(1, 512 // (self.n_padded * self.copies))
+        tokens = max(1, 512 // self.n_padded)
         _kernels().pack_kernel[(math.ceil(self.l_padded / tokens), self.b)](
             B,
             C,
@@ -205,7 +205,6 @@ class _Call:
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             N=self.n_padded,
             T=tokens,
-            COPIES=self.copies,
             HAS_SEQ=seq_idx is not None,
         )
 
@@ -267,7 +266,7 @@ class _Call:
         n_blocks = math.ceil(self.d / plan.block)
         narrow = self.packed.dtype == torch.bfloat16
         flags |= {"HAS_D": int(self.D is not None), "NARROW_BC": int(narrow)}
-        flags |= {"COPIES": self.copies, "MIN_BLOCKS": plan.resident // plan.warps, **defines}
+        flags |= {"MIN_BLOCKS": plan.resident // plan.warps, **defines}
         tensors = {**shared, **tensors}
         cuda.launch(name, self.grid(plan)[0], plan.warps, (*sizes, n_blocks), tensors, flags)
 
@@ -312,7 +311,7 @@ def _forward(
         return y, final_state.copy_(initial_state), starts
     call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
     by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias])
-    call.pack(by_cuda)
+    call.pack(by_cuda and NARROW[0])
     cut = call.plan(*(CUDA_FORWARD if by_cuda else (FORWARD,)))
     flags = call.flags | {
         "BD": cut.block,
@@ -445,7 +444,7 @@ def backward_into(
         [call.x, call.dt, call.z, grad_y, *written.values()],
         [call.D, call.dt_bias],
     )
-    call.pack(by_cuda, in_orders=True)
+    call.pack(by_cuda and NARROW[1])
     cut = call.plan(*(CUDA_BACKWARD if by_cuda else (BACKWARD,)))
     z_ = call.x if call.z is None else call.z
     shared = call.flags | {"BD": cut.block, "EVEN": call.even(cut), "num_warps": cut.warps}
@@ -538,6 +537,7 @@ def backward_into(
         *_strides(grad_C),
         N=call.n_padded,
         ROWS=16,
+        OF_UNITS=by_cuda,
         num_warps=4,
     )
     _sum_into(grad_A, sum_A[..., : call.n])

@@ -77,24 +77,23 @@ def _rounded(h, kind: tl.constexpr):
 @triton.jit
 def pack_kernel(
     B, C, seq, packed, resets, l, l_padded, n, B_b, B_l, B_n, C_b, C_l, C_n, s_b, s_l,
-    N: tl.constexpr, T: tl.constexpr, COPIES: tl.constexpr, HAS_SEQ: tl.constexpr,
+    N: tl.constexpr, T: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
     """B and C side by side, zeros where there is no state or no token; and where documents begin.
-    The c-th of COPIES has state k ^ c in place k.
 
     Owns T tokens of one row. Keeps nothing. Moves 2 n numbers a token in, 2 N out. Bound by bytes.
     """
     row = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * T + tl.arange(0, T)
-    place = tl.arange(0, 2 * COPIES * N)  # of a token's numbers: B's copies, then C's
-    k = (place % N) ^ (place // N % COPIES)
-    of_B = place < COPIES * N
+    place = tl.arange(0, 2 * N)  # of a token's numbers: B's, then C's
+    k = place % N
+    of_B = place < N
     real = (t < l)[:, None] & (k < n)[None, :]
     at_B = B + row * B_b + t[:, None] * B_l + k[None, :] * B_n
     at_C = C + row * C_b + t[:, None] * C_l + k[None, :] * C_n
     b = tl.load(at_B, real & of_B[None, :], other=0.0)
     c = tl.load(at_C, real & ~of_B[None, :], other=0.0)
-    out = packed + (row * l_padded + t[:, None]) * (2 * COPIES * N) + place[None, :]
+    out = packed + (row * l_padded + t[:, None]) * (2 * N) + place[None, :]
     numbers = tl.where(of_B[None, :], b.to(tl.float32), c.to(tl.float32))
     tl.store(out, numbers.to(packed.dtype.element_ty), (t < l_padded)[:, None] & (place >= 0))
     if HAS_SEQ:
@@ -510,9 +509,10 @@ def backward_kernel(
 @triton.jit
 def sum_kernel(
     partial, grad_B, grad_C, l, n, n_tiles, n_blocks, B_b, B_l, C_b, C_l,
-    N: tl.constexpr, ROWS: tl.constexpr,
+    N: tl.constexpr, ROWS: tl.constexpr, OF_UNITS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of B and C: sums over the blocks of channels, always in the same order.
+    """The gradients of B and C: sums over the blocks of channels, always in the same order. OF_UNITS:
+    of 16 states, in the order in which scan.cu's threads have them from the matrix units.
 
     Owns four tokens of one row. Keeps [ROWS, 8 N] sums. Moves n_blocks 8 N numbers in. Bound by
     bytes.
@@ -527,8 +527,14 @@ def sum_kernel(
         at = (first + blocks)[:, None]
         total += tl.load(partial + at * (8 * N) + place[None, :], at < n_blocks, other=0.0)
     total = tl.sum(total, 0)
-    k = (place // 4) % N
-    t = tile * 4 + place % 4
+    if OF_UNITS:
+        k = place // 16 % 4 * 4 + place // 4 % 2 * 2 + place % 2
+        t = tile * 4 + place // 64 * 2 + place // 8 % 2
+        of_B = place // 2 % 2 == 0
+    else:
+        k = (place // 4) % N
+        t = tile * 4 + place % 4
+        of_B = place < 4 * N
     real = (k < n) & (t < l)
-    tl.store(grad_B + row * B_b + t * B_l + k, total, real & (place < 4 * N))
-    tl.store(grad_C + row * C_b + t * C_l + k, total, real & (place >= 4 * N))
+    tl.store(grad_B + row * B_b + t * B_l + k, total, real & of_B)
+    tl.store(grad_C + row * C_b + t * C_l + k, total, real & ~of_B)
