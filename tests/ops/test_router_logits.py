@@ -4,8 +4,8 @@ import pytest
 import torch
 from numerics import largest_difference
 
-from blackmamba.errors import InputError
-from blackmamba.ops import gpu, router_logits
+from blackmamba.errors import BackendError, InputError
+from blackmamba.ops import gpu, router_choice, router_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
@@ -45,11 +45,38 @@ def test_is_as_near_as_its_dtype(
 
 
 @TRITON
+@pytest.mark.parametrize(("t", "m", "e"), [(0, 8, 3), (1, 1, 1), (70, 70, 8), (33, 64, 17)])
+def test_the_choice_is_of_the_largest_logit(t: int, m: int, e: int, nan_filled_memory: None):
+    x, weight, bias = normal(t, m).bfloat16(), normal(e, m, seed=1).float(), normal(e).float()
+    if t > 2:
+        weight[-1], bias[-1] = weight[0], bias[0]  # of equals the first
+        x[1] = torch.nan
+    logits, expert_ids, gate = router_choice(x, weight, bias, backend="triton")
+    assert torch.equal(
+        logits.nan_to_num(), router_logits(x, weight, bias, backend="triton").nan_to_num()
+    )
+    assert expert_ids.dtype == torch.int64
+    assert gate.dtype == torch.float32
+    assert bool(((expert_ids >= 0) & (expert_ids < e)).all())
+    real = ~logits.isnan().any(1)
+    assert torch.equal(expert_ids[real], logits[real].argmax(1))
+    expected = torch.sigmoid(logits[real].amax(1)) if real.any() else gate
+    torch.testing.assert_close(gate[real], expected, rtol=1e-6, atol=0)
+    if t:
+        with pytest.raises(BackendError, match="no gradient"):
+            router_choice(x, weight.requires_grad_(), bias, backend="triton")
+    _, plain_ids, plain_gate = router_choice(x[real], weight.detach(), bias, backend="reference")
+    torch.testing.assert_close((expert_ids[real], gate[real]), (plain_ids, plain_gate))
+
+
+@TRITON
 def test_registration_and_many_experts():
     x, weight, bias = normal(5, 9).bfloat16(), normal(3, 9).float(), normal(3).float()
     for leaf in (x, weight, bias):
         leaf.requires_grad_()
     torch.library.opcheck(torch.ops.blackmamba.router_logits_triton.default, (x, weight, bias))
+    fixed = tuple(leaf.detach() for leaf in (x, weight, bias))
+    torch.library.opcheck(torch.ops.blackmamba.router_choice_triton.default, fixed)
     many = normal(100, 9).float(), normal(100).float()
     expected = router_logits(x, *many, backend="reference")
     assert torch.equal(router_logits(x, *many, backend="triton"), expected)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blackmamba.config import ModelConfig
-from blackmamba.ops import router_logits, sinkhorn_choice
+from blackmamba.ops import router_choice, router_logits, sinkhorn_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +137,12 @@ class Router(nn.Module):
         """
         config, k = self.config, self.config.experts_per_token
         balanced = self.training if balanced is None else balanced
+        by_plan = config.router == "sinkhorn" and balanced
+        if not (by_plan or torch.is_grad_enabled()) and self._is_plain:
+            logits, expert_ids, gate = router_choice(x, self.weight, self.bias)
+            return Routing(expert_ids, gate, logits)
         logits = router_logits(x, self.weight, self.bias)
-        if config.router == "sinkhorn" and balanced:
+        if by_plan:
             expert_ids = self._balanced(logits)
         else:
             expert_ids = largest_scores(self._scores(logits), k)
@@ -150,6 +154,13 @@ class Router(nn.Module):
         if config.normalize_gates:
             gate = gate / gate.sum(1, keepdim=True).clamp(min=torch.finfo(gate.dtype).tiny)
         return Routing(expert_ids, gate.view(expert_ids.shape), logits)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether, without a plan, the largest logit wins and its sigmoid is the gate."""
+        config = self.config
+        others = config.router == "softmax" or config.normalize_gates
+        return config.experts_per_token == 1 and self.selection_bias is None and not others
 
     def _scores(self, logits: Tensor) -> Tensor:
         """What the experts are chosen by: of the order of the logits if there is no bias."""

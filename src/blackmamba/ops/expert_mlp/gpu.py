@@ -84,18 +84,18 @@ def _product() -> Callable[..., Tensor]:
     return getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
-def _gathered(x: Tensor, order: Tensor, k: int = 1) -> Tensor:
-    """x[order // k]."""
+def _gathered(order: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """x[order] of one or two tensors of the same shape and dtype."""
     from blackmamba.ops.expert_mlp import kernels
 
-    x = x if x.stride(1) == 1 else x.contiguous()
-    order = order if k == 1 else order // k
-    out = x.new_empty(len(order), x.shape[1])
+    rows = [x if x.stride(1) == 1 else x.contiguous() for x in tensors]
+    outs = [x.new_empty(len(order), x.shape[1]) for x in rows]
     gpu.launch(
-        kernels.gather_kernel, (-(-len(out) // _ROWS),),
-        x, order, out, *out.shape, x.stride(0), **_row_blocks(x),
+        kernels.gather_kernel, (-(-len(order) // _ROWS), len(rows)),
+        rows[0], order, outs[0], rows[-1], outs[-1], *outs[0].shape,
+        rows[0].stride(0), rows[-1].stride(0), **_row_blocks(rows[0]),
     )  # fmt: skip
-    return out
+    return outs
 
 
 def _scattered(x: Tensor, order: Tensor, scale: Tensor | None) -> Tensor:
@@ -162,7 +162,8 @@ def _forward(
 
     order, ends = sort_by_expert(expert_ids, len(fc1))
     k = choices_per_token(x, expert_ids)
-    h = _product()(_gathered(x, order, k), fc1.transpose(1, 2), offs=ends)
+    rows = _gathered(order if k == 1 else order // k, x)[0]
+    h = _product()(rows, fc1.transpose(1, 2), offs=ends)
     f = fc2.shape[2]
     hidden = x.new_empty(len(order), f)
     blocks = -(-f // 1024)
@@ -191,7 +192,12 @@ def _backward(
     from blackmamba.ops.expert_mlp import kernels
 
     product, f, k = _product(), fc2.shape[2], choices_per_token(x, order)
-    grad_y = _gathered(grad_y, order)
+    needs_x, needs_fc1, needs_fc2, _ = needs
+    if needs_fc1 and k == 1:
+        grad_y, rows = _gathered(order, grad_y, x)
+    else:
+        (grad_y,) = _gathered(order, grad_y)
+        rows = _gathered(order // k, x)[0] if needs_fc1 else grad_y
     grad = product(grad_y, fc2, offs=ends)
     grad_h, hidden = torch.empty_like(h), torch.empty_like(grad)
     grad_gate = x.new_empty(0) if gate is None else gate.new_empty(len(order))
@@ -200,14 +206,13 @@ def _backward(
         grad, h, order, x if gate is None else gate.contiguous(), grad_h, hidden, grad_gate,
         len(order), f, GELU=gelu, HAS_GATE=gate is not None, BLOCK=1024,
     )  # fmt: skip
-    needs_x, needs_fc1, needs_fc2, _ = needs
     none = grad_x = x.new_empty(0)
     if needs_x:
         grad_x = _scattered(product(grad_h, fc1, offs=ends), order, None)
         grad_x = grad_x if k == 1 else summed(grad_x, len(x))
     return [
         grad_x,
-        product(grad_h.t(), _gathered(x, order, k), offs=ends) if needs_fc1 else none,
+        product(grad_h.t(), rows, offs=ends) if needs_fc1 else none,
         product(grad_y.t(), hidden, offs=ends) if needs_fc2 else none,
         grad_gate,
     ]

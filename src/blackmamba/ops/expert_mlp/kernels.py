@@ -57,11 +57,16 @@ def place_kernel(
 
 
 @triton.jit
-def gather_kernel(x, order, out, t, m, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = x[order[i]].
+def gather_kernel(
+    x, order, out, other, other_out, t, m, stride, other_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[i] = x[order[i]], and in a second row of programs the same of another tensor.
 
     Owns ROWS rows of out. Moves them once each way. Bound by bytes.
     """
+    if tl.program_id(1) == 1:
+        x, out, stride = other, other_out, other_stride
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     source = tl.load(order + i, i < t, other=0).to(tl.int64) * stride
     target = i.to(tl.int64) * m

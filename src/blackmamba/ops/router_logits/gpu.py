@@ -5,7 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blackmamba.ops.router_logits.reference import router_logits_reference
+from blackmamba.ops.router_logits.reference import (
+    router_choice_reference,
+    router_logits_reference,
+)
 
 _MOST_EXPERTS = 64  # above, it is a product like any other
 
@@ -21,7 +24,28 @@ def router_logits_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from blackmamba.ops.router_logits import kernels
 
-    return kernels.forward(x.contiguous(), weight.contiguous(), bias.contiguous())
+    return kernels.forward(x.contiguous(), weight.contiguous(), bias.contiguous())[0]
+
+
+def router_choice_triton(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`router_choice`, by the kernel of `router_logits`."""
+    if len(weight) > _MOST_EXPERTS:
+        return router_choice_reference(x, weight, bias)
+    return _choose(x, weight, bias)
+
+
+@torch.library.custom_op("blackmamba::router_choice_triton", mutates_args=())
+def _choose(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from blackmamba.ops.router_logits import kernels
+
+    return kernels.forward(x.contiguous(), weight.contiguous(), bias.contiguous(), choice=True)
+
+
+@_choose.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    t, e = x.shape[0], weight.shape[0]
+    logits = x.new_empty((t, e), dtype=weight.dtype)
+    return logits, x.new_empty(t, dtype=torch.int64), logits.new_empty(t)
 
 
 @torch.library.custom_op("blackmamba::router_logits_triton_backward", mutates_args=())

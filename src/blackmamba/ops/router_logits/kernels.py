@@ -12,7 +12,10 @@ from blackmamba.ops.gpu import interpreted
 from blackmamba.ops.gpu.kernels import column_sums
 
 _ROWS = 64
+_FEW_ROWS = 16  # of a program, where there are not enough of them to keep a GPU busy
+_FEW = 16_384
 _COLUMNS = 128  # of x at a time
+LOG2E = tl.constexpr(1.4426950408889634)
 _BACK_ROWS, _BACK_COLUMNS, _BACK_WARPS = 16, 128, 2
 _PARTS = 256  # into which the backward pass cuts the rows; each leaves a gradient of the weight
 _WARPS = 4
@@ -20,9 +23,9 @@ _WARPS = 4
 
 @triton.jit
 def _router_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, t, m, e,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, ids_ptr, gate_ptr, t, m, e,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, E: tl.constexpr,
-    SPLIT: tl.constexpr, OPERAND: tl.constexpr,
+    SPLIT: tl.constexpr, OPERAND: tl.constexpr, CHOICE: tl.constexpr,
 ):  # fmt: skip
     # Owns ROWS rows and all experts. On chip: their sums. Bytes: x once, the weight once for each
     # program (from the L2 cache), y once. Bound: device memory.
@@ -54,6 +57,12 @@ def _router_forward_kernel(
     at = rows[:, None] * e + experts[None, :]
     mask = (rows[:, None] < t) & (experts[None, :] < e)
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=mask)
+    if CHOICE:
+        total = tl.where((experts < e)[None, :], total, -float("inf"))
+        best, chosen = tl.max(total, 1, return_indices=True, return_indices_tie_break_left=True)
+        chosen = tl.minimum(chosen, e - 1)  # of NaN, too, an expert that there is
+        tl.store(ids_ptr + rows, chosen.to(tl.int64), mask=rows < t)
+        tl.store(gate_ptr + rows, 1 / (1 + tl.exp2(-LOG2E * best)), mask=rows < t)
 
 
 @triton.jit
@@ -89,19 +98,25 @@ def _router_backward_kernel(
     tl.store(partial_ptr + at_partial, total, mask=of_weight)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Contiguous tensors to (t, e) in weight's dtype."""
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, choice: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous tensors to (t, e) in weight's dtype; with `choice` also where each row is largest,
+    (t,) int64, and the sigmoid of that, (t,)."""
     (t, m), e = x.shape, len(weight)
     y = x.new_empty((t, e), dtype=weight.dtype)
+    chosen = t if choice else 0
+    ids, gate = x.new_empty(chosen, dtype=torch.int64), y.new_empty(chosen)
     if y.numel():
-        _router_forward_kernel[(triton.cdiv(t, _ROWS),)](
-            x, weight, bias, y, t, m, e,
-            ROWS=_ROWS, BLOCK=_COLUMNS, BLOCKS=triton.cdiv(m, _COLUMNS), E=_padded(e),
+        rows = _ROWS if t > _FEW else _FEW_ROWS
+        _router_forward_kernel[(triton.cdiv(t, rows),)](
+            x, weight, bias, y, ids, gate, t, m, e,
+            ROWS=rows, BLOCK=_COLUMNS, BLOCKS=triton.cdiv(m, _COLUMNS), E=_padded(e),
             SPLIT=x.dtype == torch.bfloat16 and weight.dtype == torch.float32,
             OPERAND=tl.float32 if interpreted() else tl.bfloat16,  # numpy has no bfloat16
-            num_warps=_WARPS,
+            CHOICE=choice, num_warps=_WARPS,
         )  # fmt: skip
-    return y
+    return y, ids, gate
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

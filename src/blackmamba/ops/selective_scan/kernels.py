@@ -511,8 +511,8 @@ def sum_kernel(
     partial, grad_B, grad_C, l, n, n_tiles, n_blocks, B_b, B_l, C_b, C_l,
     N: tl.constexpr, ROWS: tl.constexpr, OF_UNITS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of B and C: sums over the blocks of channels, always in the same order. OF_UNITS:
-    of 16 states, in the order in which scan.cu's threads have them from the matrix units.
+    """The gradients of B and C: sums over the blocks of channels, always in the same order.
+    OF_UNITS: of 16 states, in the order in which scan.cu's threads have them from matrix units.
 
     Owns four tokens of one row. Keeps [ROWS, 8 N] sums. Moves n_blocks 8 N numbers in. Bound by
     bytes.
