@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blackmamba.config import ModelConfig
 from blackmamba.errors import BackendError, InputError
 from blackmamba.generate.decoder import KNOWN_MODULES, REPLACED_METHODS, beyond_the_paper
 from blackmamba.generate.wide import WideStep, padded
@@ -41,31 +42,81 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 8192  # numbers of a vector that a program holds
 
 
-def cannot_capture(model: BlackMamba, batch_size: int = 1) -> str | None:
-    """Why no `CapturedDecoder` takes this model; None if one does."""
+def cannot_capture_any(config: ModelConfig) -> str | None:
+    """Why no model of this configuration is recorded here; None if one may be."""
     if (forced := forced_backend()) not in ("auto", "triton"):
         return f"{ENVIRONMENT_VARIABLE}={forced} asks for another backend"
     if (reason := gpu.missing()) is not None:
         return reason
-    if batch_size > SIZES[-1]:
-        return f"{batch_size} sequences: it takes at most {SIZES[-1]}"
-    config = model.config
     if max(config.d_inner, config.d_expert, config.d_mlp) > _WIDEST:
         return f"a layer is wider than {_WIDEST}"
     if config.linear_bias or config.head_bias or not config.gated or config.d_conv < 2:
         return "it has biases, experts without gates, or no convolution"
-    if any(not _plain(module) for module in model.modules()):
-        return next(filter(None, map(_oddity, *zip(*model.named_modules(), strict=True))))
-    for parameter in model.parameters():
-        fits = parameter.device.type == "cuda" or gpu.interpreted()
-        if parameter.dtype not in _DTYPES or not fits:
-            name = next(name for name, p in model.named_parameters() if p is parameter)
-            return f"{name} is {parameter.dtype} on {parameter.device}"
     return None
 
 
+def cannot_capture(model: BlackMamba, batch_size: int = 1) -> str | None:
+    """Why no `CapturedDecoder` takes this model; None if one does."""
+    if (reason := cannot_capture_any(model.config)) is not None:
+        return reason
+    if batch_size > SIZES[-1]:
+        return f"{batch_size} sequences: it takes at most {SIZES[-1]}"
+    if _walk(model)[0]:
+        return None
+    odd = next(filter(None, map(_oddity, *zip(*model.named_modules(), strict=True))), None)
+    return odd or next(
+        f"{name} is {parameter.dtype} on {parameter.device}"
+        for name, parameter in model.named_parameters()
+        if not _fits(parameter)
+    )
+
+
+Weights = tuple[tuple[int, int], ...]
+"""Changes when weights, or biases of the choice, move or are written to."""
+
+
+def fingerprint(model: BlackMamba) -> Weights:
+    """Of all its parameters and buffers."""
+    return _walk(model)[1]
+
+
+def plain_weights(model: BlackMamba) -> Weights | None:
+    """`fingerprint`; None if a module or a parameter is one that no recording takes. Asked before
+    every prompt, while the device waits."""
+    is_plain, weights = _walk(model)
+    return weights if is_plain else None
+
+
+def _walk(model: nn.Module) -> tuple[bool, Weights]:
+    """Whether a recording can do what all modules do, and the weights. By hand: there are some 200
+    modules, and torch's generators of them take several times as long."""
+    is_plain = True
+    weights: list[tuple[int, int]] = []
+    pending: list[nn.Module | None] = [model]
+    while pending:
+        module = pending.pop()
+        if module is None:
+            continue
+        is_plain = is_plain and _plain(module)
+        for tensor in module._parameters.values():
+            if tensor is not None:
+                is_plain = is_plain and _fits(tensor)
+                weights.append(_mark(tensor))
+        weights.extend(_mark(tensor) for tensor in module._buffers.values() if tensor is not None)
+        pending.extend(module._modules.values())
+    return is_plain, tuple(weights)
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _fits(parameter: Tensor) -> bool:
+    return parameter.dtype in _DTYPES and (parameter.is_cuda or gpu.interpreted())
+
+
 def _plain(module: nn.Module) -> bool:
-    """Whether a recording can do what the module does; asked of some 200 before every prompt."""
+    """Whether a recording can do what the module does."""
     return (
         type(module) in _PLAIN
         and not module._forward_hooks
@@ -190,12 +241,6 @@ def _taken(model: BlackMamba, batch_size: int, graph: bool) -> "_Recording":
         if recording.size == size and (recording.graph is not None) == graph:
             return free.pop(i)
     return _Recording(model, size, graph, weights)
-
-
-def fingerprint(model: BlackMamba) -> tuple[tuple[int, int], ...]:
-    """Changes when weights, or biases of the choice, move or are written to."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 class _Recording:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blackmamba.generate.captured import SIZES, cannot_capture, fingerprint
+from blackmamba.generate.captured import SIZES, Weights, cannot_capture_any, plain_weights
 from blackmamba.model import BlackMamba, State
 from blackmamba.ops import gpu
 
@@ -45,12 +45,15 @@ def read_piece(
     """
     device = next(model.parameters()).device
     shape = _shape(*input_ids.shape)
-    if device.type == "cuda" and shape is not None and cannot_capture(model, shape[0]) is None:
+    weights = None
+    if device.type == "cuda" and shape is not None and cannot_capture_any(model.config) is None:
+        weights = plain_weights(model)
+    if weights is not None and shape is not None:
         has_pads = input_ids.shape[1] < shape[1] or (
             lengths is not None and bool((lengths < shape[1]).any())
         )
         recording = _KEPT.setdefault(model, _Recordings()).find(
-            model, shape, goes_on=has_pads or state is not None, has_pads=has_pads
+            model, weights, shape, goes_on=has_pads or state is not None, has_pads=has_pads
         )
         if recording is not None:
             return recording.read(input_ids, state, lengths)
@@ -82,12 +85,18 @@ class _Recordings:
         self._pool: Any = None
 
     def find(
-        self, model: BlackMamba, shape: tuple[int, int], *, goes_on: bool, has_pads: bool
+        self,
+        model: BlackMamba,
+        weights: Weights,
+        shape: tuple[int, int],
+        *,
+        goes_on: bool,
+        has_pads: bool,
     ) -> "Recording | None":
         """The recording for this; None the first time."""
         key = (*shape, goes_on, has_pads)
         with self._lock:
-            if self._weights != (weights := fingerprint(model)):
+            if self._weights != weights:
                 self._kept.clear()
                 self._weights, self._pool = weights, torch.cuda.graph_pool_handle()
             if key not in self._kept:
@@ -158,9 +167,12 @@ class Recording:
                 else:
                     self._lengths[:b].copy_(lengths, non_blocking=True)
             if self._first is not None:
+                own = {name: t[:b] for name, t in self._first.to_tensors().items()}
                 given = {} if state is None else state.to_tensors()
-                for name, own in self._first.to_tensors().items():
-                    own[:b].copy_(given[name]) if given else own[:b].zero_()
+                if given:
+                    torch._foreach_copy_(list(own.values()), [given[name] for name in own])
+                elif own:
+                    torch._foreach_zero_(list(own.values()))
             if self._graph is not None:
                 self._graph.replay()
             logits, found = self._found or self._run()
@@ -173,5 +185,8 @@ class Recording:
 
 def _first_rows(state: State, b: int) -> State:
     """A copy of the first b rows."""
-    tensors = {name: tensor[:b].clone() for name, tensor in state.to_tensors().items()}
-    return State.from_tensors(state, tensors)
+    found = {name: tensor[:b] for name, tensor in state.to_tensors().items()}
+    copies = {name: torch.empty_like(tensor) for name, tensor in found.items()}
+    if copies:  # all at once: by one kernel on a GPU
+        torch._foreach_copy_(list(copies.values()), list(found.values()))
+    return State.from_tensors(state, copies)

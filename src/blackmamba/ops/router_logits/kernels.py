@@ -12,8 +12,8 @@ from blackmamba.ops.gpu import interpreted
 from blackmamba.ops.gpu.kernels import column_sums
 
 _ROWS = 64
-_FEW_ROWS = 16  # of a program, where there are not enough of them to keep a GPU busy
-_FEW = 16_384
+_FEW_ROWS = 16  # of a program, where so many rows would not keep a GPU busy
+_FEW = 8_192
 _COLUMNS = 128  # of x at a time
 LOG2E = tl.constexpr(1.4426950408889634)
 _BACK_ROWS, _BACK_COLUMNS, _BACK_WARPS = 16, 128, 2
@@ -108,7 +108,7 @@ def forward(
     chosen = t if choice else 0
     ids, gate = x.new_empty(chosen, dtype=torch.int64), y.new_empty(chosen)
     if y.numel():
-        rows = _ROWS if t > _FEW else _FEW_ROWS
+        rows = _ROWS if t >= _FEW else _FEW_ROWS
         _router_forward_kernel[(triton.cdiv(t, rows),)](
             x, weight, bias, y, ids, gate, t, m, e,
             ROWS=rows, BLOCK=_COLUMNS, BLOCKS=triton.cdiv(m, _COLUMNS), E=_padded(e),

@@ -79,15 +79,15 @@ NARROW = (False, False)
 """Whether scan.cu reads B and C as bfloat16, forward and backward: half the bytes of shared memory,
 and more instructions, of which there are too many."""
 CUDA_FORWARD = (
-    Tuning(block=64, numbers=4, resident=24, extra=0.6, slower=1.07),
-    Tuning(block=48, numbers=4, resident=18, extra=0.6),
-    Tuning(block=32, numbers=4, resident=20, extra=0.6, slower=0.93),
+    Tuning(block=48, numbers=4, resident=24, extra=0.6),
+    Tuning(block=32, numbers=4, resident=24, extra=0.6, slower=0.95),
+    Tuning(block=64, numbers=4, resident=24, extra=0.6, slower=1.02),
 )
 CUDA_BACKWARD = (
-    Tuning(block=64, numbers=4, resident=24, extra=0.22, slower=1.12),
     Tuning(block=48, numbers=4, resident=18, extra=0.22),
+    Tuning(block=32, numbers=4, resident=16, extra=0.22, slower=0.84),
     Tuning(block=64, numbers=4, resident=16, extra=0.22, slower=0.9),
-    Tuning(block=32, numbers=4, resident=20, extra=0.22, slower=0.97),
+    Tuning(block=32, numbers=4, resident=20, extra=0.22),
 )
 """Of scan.cu: sizes of which one or another fills a GPU evenly; the first of equals."""
 

@@ -232,15 +232,16 @@ __device__ __forceinline__ void scaled4(float* out, const float4& v, float by) {
     out[0] = v.x * by, out[1] = v.y * by, out[2] = v.z * by, out[3] = v.w * by;
 }
 
-// Pairs of four channels of one token, 32 bytes a thread. (To take turns for the banks would take longer.)
-__device__ __forceinline__ void store_pairs(float2* to, const float* a, const float* b) {
+// Pairs of four channels of one token, 32 bytes a thread. Channel c of token t is in place c ^ (t & 2), so that threads
+// meet in no bank.
+__device__ __forceinline__ void store_pairs(float2* to, int t, const float* a, const float* b) {
     float4* at = reinterpret_cast<float4*>(to);
-    at[0] = make_float4(a[0], b[0], a[1], b[1]);
-    at[1] = make_float4(a[2], b[2], a[3], b[3]);
+    at[t >> 1 & 1] = make_float4(a[0], b[0], a[1], b[1]);
+    at[~t >> 1 & 1] = make_float4(a[2], b[2], a[3], b[3]);
 }
-__device__ __forceinline__ void first_of_pairs(const float2* from, float* a) {
+__device__ __forceinline__ void first_of_pairs(const float2* from, int t, float* a) {
     const float4* at = reinterpret_cast<const float4*>(from);
-    const float4 v = at[0], w = at[1];
+    const float4 v = at[t >> 1 & 1], w = at[~t >> 1 & 1];
     a[0] = v.x, a[1] = v.z, a[2] = w.x, a[3] = w.z;
 }
 
@@ -286,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     const Place p = place_of(f.s);
     float2(*du)[8] = shared.du[p.warp];
     float* const own_y = &shared.y[p.warp][0][p.lane];
-    const float2* const own_du = &du[0][p.c];
+    const float2* const own_du[2] = {&du[0][p.c], &du[0][p.c ^ 2]};  // of tokens 0, 1 and 2, 3 of each four
     float A2[4], h[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
     const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
@@ -337,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
             float drive[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) drive[i] = delta[i] * xv[i];
-            store_pairs(&du[p.t][(p.lane & 1) * 4], delta, drive);
+            store_pairs(&du[p.t][(p.lane & 1) * 4], p.t, delta, drive);
         }
         __syncwarp();
         t += SPAN;
@@ -353,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         for (int group = 0; group < SPAN; group += 4) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float2 step = own_du[(group + i) * 8];
+                const float2 step = own_du[i >> 1][(group + i) * 8];
                 float b[4];
                 take(b, BC + i * OF_TOKEN);
 #if HAS_SEQ
@@ -479,7 +480,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             if (!inside) raw[i] = 0.f;
             if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
         }
-        store_pairs(&du[p.t][(p.lane & 1) * 4], raw, gy);
+        store_pairs(&du[p.t][(p.lane & 1) * 4], p.t, raw, gy);
         __syncwarp();
         t -= SPAN;
         inside = t >= p.begin;
@@ -491,7 +492,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #endif
 #pragma unroll 4
         for (int i = SPAN - 1; i >= 0; i--) {
-            const float2 step = du[i][p.c];
+            const float2 step = du[i][p.c ^ (i & 2)];
             float c[4];
             take(c, C_at + i * OF_TOKEN);
             total += step.x;
@@ -559,7 +560,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     Shared& shared = shared_as<Shared>();
     const Place p = place_of(f.s);
     OfWarp& own = shared.of[p.warp];
-    const float2* const own_du = &own.du[0][p.c];
+    const float2* const own_du[2] = {&own.du[0][p.c], &own.du[0][p.c ^ 2]};  // of tokens 0, 1 and 2, 3 of each four
     const float* const own_go = &own.go[0][p.c];
     float* const own_sums = &own.sums[0][p.q][p.c];
     float4* const firsts = &own.first[0][p.lane];
@@ -626,7 +627,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 xv[i] *= delta[i];
                 if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
             }
-            store_pairs(&own.du[p.t][four * 4], delta, xv);
+            store_pairs(&own.du[p.t][four * 4], p.t, delta, xv);
             *reinterpret_cast<float4*>(&own.go[p.t][four * 4]) = make_float4(gy[0], gy[1], gy[2], gy[3]);
         }
         staged();
@@ -645,11 +646,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         firsts[0] = first;
 #pragma unroll 1
         for (int group = 1; group < SPAN / 4; group++) {
-            const float2* const du_at = own_du + (group - 1) * 4 * 8;
             const Part* const BC_at = BC + (group - 1) * 4 * OF_TOKEN;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float2 step = du_at[i * 8];
+                const float2 step = own_du[i >> 1][((group - 1) * 4 + i) * 8];
                 float b[4];
                 take(b, BC_at + i * OF_TOKEN);
 #pragma unroll
@@ -666,14 +666,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         }
 #pragma unroll 1
         for (int group = SPAN / 4 - 1; group >= 0; group--) {
-            const float2* const du_at = own_du + group * 4 * 8;
             const float* const go_at = own_go + group * 4 * 8;
             const Part* const BC_at = BC + group * 4 * OF_TOKEN;
             float states[5][4], decays[4][4];
             scaled4(states[0], firsts[group * 32], 1.f);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float2 step = du_at[i * 8];
+                const float2 step = own_du[i >> 1][(group * 4 + i) * 8];
                 float b[4];
                 take(b, BC_at + i * OF_TOKEN);
 #pragma unroll
@@ -690,7 +689,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             Sums of_B, of_C;
 #pragma unroll
             for (int i = 3; i >= 0; i--) {
-                const float2 step = du_at[i * 8];
+                const float2 step = own_du[i >> 1][(group * 4 + i) * 8];
                 const float to_y = go_at[i * 8];
                 float b[4], c[4];
                 take(b, BC_at + i * OF_TOKEN);
@@ -735,7 +734,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             widen(raw_z, zv);
             const int c = four * 4;
             float delta[4], to_y[4], y[4] = {}, drive[4], decay[4];
-            first_of_pairs(&own.du[p.t][c], delta);
+            first_of_pairs(&own.du[p.t][c], p.t, delta);
             scaled4(to_y, *reinterpret_cast<const float4*>(&own.go[p.t][c]), 1.f);
             if (HAS_Z) scaled4(y, *reinterpret_cast<const float4*>(&own.sums[0][p.t][c]), 1.f);
             scaled4(drive, *reinterpret_cast<const float4*>(&own.sums[1][p.t][c]), 1.f);
