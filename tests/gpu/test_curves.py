@@ -1,7 +1,16 @@
-"""What kernels may change: nothing that shows in a loss curve, and nothing between documents."""
+"""What kernels may change: nothing that shows in a loss curve, and nothing between documents.
+
+Which expert a token goes to is decided by comparing. Where two are as good as equal the last bit
+decides, and from there on two runs are two samples of a chaotic process: plain PyTorch's float32
+and float64, on one CPU, differ by up to 0.9 % in single batches of 200 and by 0.3 % in means of
+ten. So curves are compared where both runs take the reference's choices, and there closely; and
+freely, as far as they are the same run.
+"""
 
 import itertools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +20,7 @@ import torch
 from blackmamba.config import ModelConfig
 from blackmamba.data import WindowSampler
 from blackmamba.model import BlackMamba
+from blackmamba.model.router import Router
 from blackmamba.ops.backend import ENVIRONMENT_VARIABLE
 from blackmamba.train import TrainConfig, train_step
 from blackmamba.train.mixed import narrow_weights
@@ -57,47 +67,83 @@ def curve(dtype: torch.dtype, weights: str = "float32", capture: bool = False) -
     return torch.tensor([outcome.loss for outcome in outcomes])
 
 
-@pytest.fixture(scope="module")
-def reference() -> torch.Tensor:
+@contextmanager
+def choices(given: list[torch.Tensor] | None = None) -> Iterator[list[torch.Tensor]]:
+    """The routers' choices in training, in turn; those given are taken in place of their own."""
+    own, made = Router._balanced, []
+    turn = None if given is None else iter(given)
+
+    def choose(router: Router, logits: torch.Tensor) -> torch.Tensor:
+        made.append(own(router, logits))
+        return made[-1] if turn is None else next(turn)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Router, "_balanced", choose)
+        yield made
+
+
+Reference = tuple[torch.Tensor, list[torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    """Losses and choices."""
+    with pytest.MonkeyPatch.context() as patch, choices() as made:
         patch.setenv(ENVIRONMENT_VARIABLE, "reference")
-        return curve(torch.float32)
+        return curve(torch.float32), made
 
 
-def smooth(losses: torch.Tensor, window: int = 10) -> torch.Tensor:
-    return losses.unfold(0, window, 1).mean(1)
+def differences(losses: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relative ones of single batches, and of means of ten."""
+    means, expected_means = (t.unfold(0, 10, 1).mean(1) for t in (losses, expected))
+    return (losses / expected - 1).abs(), (means / expected_means - 1).abs()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_float32_kernels_draw_the_references_curve(reference: torch.Tensor):
-    """The same losses until a near tie in the choice of experts falls the other way: after 55 steps
-    on an H200, where single batches then differed by up to 0.8 %, which is too much."""
-    losses = curve(torch.float32)
+def test_float32_kernels_draw_the_references_curve(reference: Reference):
+    """Measured on an H200, three seeds: 2e-7."""
+    expected, given = reference
+    with choices(given):
+        losses = curve(torch.float32)
     assert losses[-20:].mean() < 0.6 * losses[0]
-    difference = ((losses - reference) / reference).abs()
-    of_means = ((smooth(losses) - smooth(reference)) / smooth(reference)).abs()
-    logger.info("float32: largest difference %.3g, of means %.3g", difference.max(), of_means.max())
-    assert difference[:20].max() < 1e-5
-    assert difference.max() < 0.005
+    single, _ = differences(losses, expected)
+    logger.info("float32, the same choices: %.3g", single.max())
+    assert single.max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_float32_kernels_choose_as_the_reference_until_a_near_tie(reference: Reference):
+    expected, given = reference
+    with choices() as made:
+        losses = curve(torch.float32)
+    per_step = len(made) // STEPS
+    others = torch.stack([(a != b).sum() for a, b in zip(made, given, strict=True)]).cpu()
+    others = others.view(STEPS, per_step).sum(1)
+    apart = others.nonzero()[:, 0].tolist()
+    first = apart[0] if apart else STEPS
+    single, means = differences(losses, expected)
+    logger.info(
+        "float32: apart from step %d on, %.3g, of means %.3g", first, single.max(), means.max()
+    )
+    assert first >= 20
+    assert single[:first].max() < 1e-5
+    assert not apart or others[first] <= 4  # of some 4,000 tokens: near ties are rare
+    assert means.max() < 0.005
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("weights", ["float32", "master"])
-def test_bfloat16_kernels_stay_as_near_as_plain_pytorch(weights: str, reference: torch.Tensor):
-    """Rounding to bfloat16 moves the choice of experts at near ties, and with it the curve."""
-
-    def largest_difference() -> float:
+def test_bfloat16_kernels_draw_the_references_curve(weights: str, reference: Reference):
+    """Measured on an H200, three seeds: 0.03 to 0.16 %; plain PyTorch in bfloat16 0.03 to 0.05."""
+    expected, given = reference
+    with choices(given):
         losses = curve(torch.bfloat16, weights)
-        return ((smooth(losses) - smooth(reference)) / smooth(reference)).abs().max().item()
-
-    found = largest_difference()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENVIRONMENT_VARIABLE, "torch")
-        plain = largest_difference()
-    logger.info("bfloat16, %s: largest difference of means %.3g, %.3g", weights, found, plain)
-    assert found < max(0.005, 1.5 * plain)
+    single, means = differences(losses, expected)
+    logger.info("bfloat16, %s: %.3g, of means %.3g", weights, single.max(), means.max())
+    assert means.max() < 0.005
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from blackmamba.ops.checks import (
     check_integers,
     check_shapes,
 )
+from blackmamba.ops.documents import documents
 
 _IMPLEMENTATIONS = Implementations(
     "causal_conv1d",
@@ -38,6 +39,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     activation: Literal["silu", "none"] = "silu",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -51,6 +53,8 @@ def causal_conv1d(
         lengths: (b,) int64, 0 .. l: rows are right-padded and only so many inputs are real.
         seq_idx: (b, l), any integer dtype, which document each input is of: to an output, inputs of
             another document are zeros. initial_state is of the row's first document.
+        cu_seqlens: the same of a single row, by where documents end: (documents + 1,), any integer
+            dtype, rising from 0 to l.
         activation: "silu" or "none".
         backend: see ops/backend.py.
     Returns:
@@ -68,6 +72,9 @@ def causal_conv1d(
     check_dims(name, "x", x, "bld")
     check_dims(name, "weight", weight, "dk")
     check_floating(name, x=x, weight=weight, bias=bias, initial_state=initial_state)
+    seq_idx = documents(name, x, seq_idx, cu_seqlens)
+    if seq_idx is not None:
+        check_any_integers(name, "seq_idx", seq_idx)
     b, l, d = x.shape
     k = weight.shape[1]
     if k == 0:
@@ -82,8 +89,6 @@ def causal_conv1d(
     )
     if lengths is not None:
         check_integers(name, "lengths", lengths, l)
-    if seq_idx is not None:
-        check_any_integers(name, "seq_idx", seq_idx)
     if activation not in ("silu", "none"):
         raise InputError(f"{name}: activation={activation!r}, must be 'silu' or 'none'")
     before = None if initial_state is None else initial_state.to(x.dtype)

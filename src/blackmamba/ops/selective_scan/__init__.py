@@ -4,6 +4,7 @@ from torch import Tensor
 
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_any_integers, check_dims, check_floating, check_shapes
+from blackmamba.ops.documents import documents
 from blackmamba.ops.selective_scan.gpu import selective_scan_gpu
 from blackmamba.ops.selective_scan.native import selective_scan_native
 from blackmamba.ops.selective_scan.reference import selective_scan_reference
@@ -33,6 +34,7 @@ def selective_scan(
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the SSM: h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t, y_t = C_t h_t + D x_t.
@@ -51,13 +53,15 @@ def selective_scan(
         seq_idx: (b, l), any integer dtype: which document each token belongs to, in rows that hold
             several. Where it differs from the token before, the state starts again from zero;
             `initial_state` is the first document's and `final_state` the last one's.
+        cu_seqlens: the same of a single row, by where documents end: (documents + 1,), any integer
+            dtype, rising from 0 to l.
         backend: see ops/backend.py.
     Returns:
         y: (b, l, d), in x's dtype.
         final_state: (b, d, n), float32 or wider; computed as that throughout.
     Raises:
         InputError: a shape disagrees with x and A, or a dtype is not floating-point (of
-            seq_idx: not an integer one).
+            seq_idx, cu_seqlens: not an integer one); both of these are given.
         BackendError: `backend` cannot run.
     Source:
         Gu and Dao 2023 (arXiv 2312.00752), eq. 2 and algorithm 2; B by Euler, not eq. 4, as their
@@ -68,6 +72,7 @@ def selective_scan(
     check_dims(name, "A", A, "dn")
     check_floating(name, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     check_floating(name, initial_state=initial_state)
+    seq_idx = documents(name, x, seq_idx, cu_seqlens)
     if seq_idx is not None:
         check_any_integers(name, "seq_idx", seq_idx)
     b, l, d = x.shape
