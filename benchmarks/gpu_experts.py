@@ -1,4 +1,6 @@
-"""The routed experts forward and backward on a GPU, beside plain and compiled PyTorch.
+"""The routed experts forward and backward on a GPU, beside plain and compiled PyTorch, and beside
+scattermoe where that is installed (it is on GitHub alone: pip install
+git+https://github.com/shawntan/scattermoe).
 
 Tokens are routed at random, weights are random, everything is bfloat16. The limit is the measured
 rate of a large product; FLOPs are those of the three products each way, 18 t m f.
@@ -7,6 +9,7 @@ rate of a large product; FLOPs are those of the three products each way, 18 t m 
 """
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable, Sequence
 
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from blackmamba.ops import expert_mlp
 from blackmamba.presets import presets
-from gpu_measure import DEVICE, limits, machine, normal, timed
+from gpu_measure import DEVICE, installed, limits, machine, normal, timed
 
 
 def main(
@@ -55,6 +58,14 @@ def main(
         }
         if tiny:
             del contenders["PyTorch, compiled"]
+        if installed("scattermoe"):
+            peer = scattermoe_layer(m, f, e)
+
+            def theirs() -> Tensor:
+                peer.zero_grad()  # noqa: B023
+                return peer(x, gate[:, None].to(x.dtype), ids[:, None])  # noqa: B023
+
+            contenders["scattermoe"] = lambda: step(theirs)
         for which, seconds in timed(contenders, repeats).items():
             flops_s = 18 * tokens * m * f / seconds
             found[f"{name}, {which}"] = seconds * 1e3
@@ -64,6 +75,14 @@ def main(
                 f"{flops_s / rate:>10.1%}"
             )
     print(json.dumps({"benchmark": "gpu_experts", "tokens": tokens, **machine(), **found}))
+
+
+def scattermoe_layer(m: int, f: int, e: int) -> torch.nn.Module:
+    """Its gated experts of these widths, one a token, with random weights."""
+    layer = importlib.import_module("scattermoe.mlp").GLUMLP(
+        input_size=m, hidden_size=f, num_experts=e, top_k=1, activation=torch.nn.SiLU()
+    )
+    return layer.to(DEVICE, torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -64,17 +64,17 @@ def measure(repeats: int) -> None:
             ("conv", conv_calls(*shape), conv_limits(*shape, rates)),
         ):
             times = [median_ms(call, repeats) for call in calls]
-            scale = numbers(shape) / numbers(PEER_SHAPE)
-            passes = zip(("forward", "backward"), times, PEER_MS[name], least_of, strict=True)
+            theirs, which = peer_ms(name, shape, repeats)
+            passes = zip(("forward", "backward"), times, theirs, least_of, strict=True)
             total = [0.0, 0.0, 0.0]
-            for what, ours, published, limit in passes:
+            for what, ours, peer, limit in passes:
                 bound, least = max(limit.items(), key=lambda item: item[1])
-                show(f"{name} {what} {shape}", ours, published * scale, least, bound)
-                total = [
-                    a + b for a, b in zip(total, (ours, published * scale, least), strict=True)
-                ]
-            show(f"{name} both {shape}", *total, "")
-            found[f"{name} {shape}"] = {"ms": times, "limits_ms": least_of}
+                show(f"{name} {what} {shape}", ours, peer, least, bound)
+                total = [a + b for a, b in zip(total, (ours, peer, least), strict=True)]
+            show(f"{name} both {shape}", *total, f"peer: {which}")
+            found[f"{name} {shape}"] = {
+                "ms": times, "limits_ms": least_of, "peer_ms": theirs, "peer": which,
+            }  # fmt: skip
     gpu = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "gpu_scan", **gpu, **origin(), "rates": rates, **found}))
 

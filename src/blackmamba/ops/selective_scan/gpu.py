@@ -79,7 +79,7 @@ NARROW = (False, False)
 """Whether scan.cu reads B and C as bfloat16, forward and backward: half the bytes of shared memory,
 and more instructions, of which there are too many."""
 CUDA_FORWARD = (
-    Tuning(block=48, numbers=4, resident=24, extra=0.6),
+    Tuning(block=48, numbers=4, resident=18, extra=0.6),
     Tuning(block=32, numbers=4, resident=24, extra=0.6, slower=0.95),
     Tuning(block=64, numbers=4, resident=24, extra=0.6, slower=1.02),
 )

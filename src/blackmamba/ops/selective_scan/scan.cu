@@ -128,6 +128,15 @@ __device__ __forceinline__ T* shifted(T* from, int count, int bytes) {
     return to;
 }
 
+// Keeps a value in its register: the compiler would rather compute it again in every turn of a loop.
+__device__ __forceinline__ void pin(int& value) { asm volatile("" : "+r"(value)); }
+template <typename T>
+__device__ __forceinline__ T* pinned(T* address) {
+    asm volatile("" : "+l"(address));
+    __builtin_assume(__isGlobal(address));
+    return address;
+}
+
 struct Rows {  // a tensor (b, l, d), channels contiguous
     Number* data;
     i64 row;    // stride, in numbers
@@ -302,10 +311,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     scaled4(skip, *reinterpret_cast<const float4*>(f.D + p.c4), 1.f);
 #endif
     int t = p.begin + p.t;
-    Number* const x = row_of(f.x, p);
-    Number* const dt = row_of(f.dt, p);
-    Number* const z = row_of(f.z, p);
-    Number* const y = row_of(f.y, p);
+    Number* const x = pinned(row_of(f.x, p));
+    Number* const dt = pinned(row_of(f.dt, p));
+    Number* const z = pinned(row_of(f.z, p));
+    Number* const y = pinned(row_of(f.y, p));
+    int end = p.end;
+    pin(end);
     const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
     const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
     int buffer = 0;
@@ -313,15 +324,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     float total = 0.f, any_reset = 0.f;
 
-    bool inside = t < p.end;
+    bool inside = t < end;
     Four next_dt = load4(at(dt, f.dt, t), inside), next_x = load4(at(x, f.x, t), inside), next_z = {};
     if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), inside);
-    for (int span = p.begin; span < p.end; span += SPAN) {
+    for (int span = p.begin; span < end; span += SPAN) {
         staged();
         const Part* BC = shared.BC[buffer] + p.q * 4;
         buffer ^= 1;
         next_BC += SPAN * OF_TOKEN;
-        if (span + SPAN < p.end) stage(shared.BC[buffer], next_BC);
+        if (span + SPAN < end) stage(shared.BC[buffer], next_BC);
         const bool mine = inside;
         float xv[4], zv[4];
         {
@@ -342,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         }
         __syncwarp();
         t += SPAN;
-        inside = t < p.end;
+        inside = t < end;
         next_dt = load4(at(dt, f.dt, t), inside);
         next_x = load4(at(x, f.x, t), inside);
         if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), inside);
@@ -451,9 +462,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #if HAS_BIAS
     scaled4(bias, *reinterpret_cast<const float4*>(f.bias + p.c4), 1.f);
 #endif
-    Number* const dt = row_of(f.dt, p);
-    Number* const z = row_of(f.z, p);
-    Number* const grad_y = row_of(f.grad_y, p);
+    Number* const dt = pinned(row_of(f.dt, p));
+    Number* const z = pinned(row_of(f.z, p));
+    Number* const grad_y = pinned(row_of(f.grad_y, p));
     float total = 0.f, any_reset = 0.f;
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
     int t = p.begin + (spans - 1) * SPAN + p.t;
