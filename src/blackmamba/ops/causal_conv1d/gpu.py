@@ -25,6 +25,9 @@ class Tuning:
 
 
 FORWARD = Tuning(block=128, warps=1, unrolled=8, chunk=64)
+FORWARD_OF_FEW = Tuning(block=128, warps=1, unrolled=8, chunk=16)
+FEW = 2048
+"""Programs that are too few to hide how long memory takes."""
 BACKWARD = Tuning(block=128, warps=2, unrolled=4, chunk=64)
 
 
@@ -55,8 +58,9 @@ def _forward(
         return y
     kept = _Kept(x, weight, bias, before, seq_idx, silu)
     _, l, d = x.shape
-    _kernels().conv1d_forward_kernel[kept.grid(FORWARD)](
-        *kept.tensors, y, l, d, FORWARD.chunk, *kept.strides, **kept.flags, **_sizes(FORWARD)
+    tuning = FORWARD if math.prod(kept.grid(FORWARD)) >= FEW else FORWARD_OF_FEW
+    _kernels().conv1d_forward_kernel[kept.grid(tuning)](
+        *kept.tensors, y, l, d, tuning.chunk, *kept.strides, **kept.flags, **_sizes(tuning)
     )
     return y
 
