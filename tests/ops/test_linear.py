@@ -93,9 +93,9 @@ NATIVE = pytest.mark.skipif("native" not in BACKENDS, reason="the extension was 
 @NATIVE
 @settings(max_examples=60, deadline=None)
 @given(
-    t=st.integers(0, 40),
-    k=st.integers(0, 500),
-    n=st.integers(1, 150),
+    t=st.integers(0, 70),
+    k=st.integers(0, 1000),
+    n=st.integers(1, 260),
     transposed=st.booleans(),
     choice=st.sampled_from(["plain", "accumulate", "rows", "outer"]),
 )
@@ -130,10 +130,40 @@ def test_multiply_with_all_it_can(t: int, k: int, n: int, transposed: bool, choi
 
 
 @NATIVE
-@pytest.mark.parametrize("shape", [(2, 3000, 49), (700, 9000, 130), (40, 20, 700)], ids=str)
-def test_multiply_in_parts_and_on_threads(shape: tuple[int, int, int]):
+@pytest.mark.parametrize("options", ["bias", "accumulate", "rows"])
+def test_few_rows_of_many_columns(options: str):
+    """They come out across; 301 and 61 are no whole number of blocks."""
+    t, k, n = 61, 900, 301
+    a, b, bias, out = normal(t, k), normal(n, k, seed=1), normal(n, seed=2), normal(t, n, seed=3)
+    rows, order, scale = torch.arange(t).flip(0), torch.randperm(t), normal(t, seed=4)
+    found = out.float()
+    if options == "bias":
+        expected = a @ b.t() + bias
+        native.multiply(a.float(), b.float(), found, bias=bias.float())
+    elif options == "accumulate":
+        expected = out + a @ b.t()
+        native.multiply(a.float(), b.float(), found, accumulate=True)
+    else:
+        expected = torch.empty_like(out)
+        expected[order] = a[rows] @ b.t() * scale[order][:, None]
+        native.multiply(
+            a.float(), b.float(), found, a_rows=rows, out_rows=order, out_scale=scale.float()
+        )
+    assert relative_error(found, expected) < 2e-6
+
+
+@NATIVE
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3000, 49), (700, 9000, 130), (40, 20, 700), (61, 900, 301), (1088, 17, 1024)],
+    ids=str,
+)
+def test_multiply_in_parts_and_on_threads(shape: tuple[int, int, int], transposed: bool):
     t, k, n = shape
     a, b, results = normal(t, k).float(), normal(n, k, seed=1).float(), []
+    if transposed:
+        a, b = a.t().contiguous().t(), b.t().contiguous().t()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         out = torch.full((t, n), torch.nan)

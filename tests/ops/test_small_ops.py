@@ -200,6 +200,30 @@ def test_cross_entropy_beside_a_frozen_input(frozen: int):
 
 
 @pytest.mark.parametrize("backend", available_backends("linear_cross_entropy"))
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_cross_entropy_over_a_divisor(backend: str, upstream: float):
+    labels, divisor = torch.tensor([0, 3, -100, 2]), torch.tensor(3)
+    results = []
+    for dtype, name in ((torch.float64, "reference"), (torch.float32, backend)):
+        leaves = normal(4, 3).to(dtype).requires_grad_(), normal(5, 3, seed=1).to(dtype)
+        leaves[1].requires_grad_()
+        loss = linear_cross_entropy(*leaves, labels, divisor=divisor, backend=name)  # pyright: ignore
+        grads = torch.autograd.grad(upstream * loss, leaves, retain_graph=True)
+        again = torch.autograd.grad(upstream * loss, leaves)
+        assert all(map(torch.equal, grads, again))
+        results.append([loss.detach(), *grads])
+    for exact, actual in zip(*results, strict=True):
+        assert largest_difference(actual, exact) < 1e-6
+    x, weight = leaves
+    none = linear_cross_entropy(
+        x, weight, torch.full((4,), -100), divisor=torch.tensor(0), backend=backend
+    )  # pyright: ignore
+    assert none.isnan()
+    with pytest.raises(InputError, match=r"divisor has shape \(1,\), must be \(\)"):
+        linear_cross_entropy(x, weight, labels, divisor=divisor[None])
+
+
+@pytest.mark.parametrize("backend", available_backends("linear_cross_entropy"))
 def test_cross_entropy_of_nan(backend: str):
     """NaN in a counted token is NaN in the loss; in an ignored one it stays there."""
     x, weight = normal(4, 3).float(), normal(5, 3, seed=1).float()
@@ -277,7 +301,7 @@ def test_native_cross_entropy_bits_extremes_and_registration():
         leaf.requires_grad_()
     torch.library.opcheck(
         op,
-        (*args, None, -100, [True, True, False], True),
+        (*args, None, -100, torch.tensor(90), [True, True, False], True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

@@ -203,18 +203,22 @@ class BlackMamba(nn.Module):
             )
         self._check_range("labels", labels.where(counted, labels.new_zeros(())))
         x, loads = self._features(input_ids, seq_idx, trace, sequence_group)
-        total = linear_cross_entropy(
-            x.flatten(0, 1), self._head_weight(), labels.flatten(), bias=self._head_bias()
+        n_counted = counted.sum()
+        if sequence_group is not None:  # a piece may have none where its row has some
+            n_counted = n_counted.clamp(min=1)
+        cross_entropy = linear_cross_entropy(
+            x.flatten(0, 1),
+            self._head_weight(),
+            labels.flatten(),
+            bias=self._head_bias(),
+            divisor=n_counted,
         )
         routers = [
             layer.feed_forward.router
             for layer in self._stack()
             if isinstance(layer.feed_forward, MoE)
         ]
-        n_counted = counted.sum()
-        if sequence_group is not None:  # a piece may have none where its row has some
-            n_counted = n_counted.clamp(min=1)
-        found = losses(total / n_counted, loads, routers, self.config, self.reduce_load)
+        found = losses(cross_entropy, loads, routers, self.config, self.reduce_load)
         if trace is not None:
             trace.losses = found
         return found
@@ -425,7 +429,7 @@ class BlackMamba(nn.Module):
         weight = self._head()
         if isinstance(weight, QuantizedStorage):
             return weight.whole(self.compute_dtype)
-        return weight.to(self.compute_dtype)
+        return weight
 
     def _head_bias(self) -> Tensor | None:
         return None if self.head_bias is None else self.head_bias.to(self.compute_dtype)

@@ -29,9 +29,10 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
+    divisor: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Sum over t of -log softmax(weight x_t + bias)[labels_t].
+    """Sum over t of -log softmax(weight x_t + bias)[labels_t], over a divisor.
 
     Args:
         x: (t, m), any floating-point dtype; t may be 0.
@@ -39,9 +40,11 @@ def linear_cross_entropy(
         labels: (t,) int64, each within 0 .. v - 1, or ignore_index.
         bias: (v,), as `weight`.
         ignore_index: tokens with this label add nothing and get no gradient.
+        divisor: a scalar without a gradient, of any dtype, such as the number of labels for their
+            mean; None: 1. Of what backward is called on, it costs no pass over the gradients.
         backend: see ops/backend.py.
     Returns:
-        A scalar in nats, float32 or wider: the sum, not the mean.
+        A scalar in nats, float32 or wider: the sum over the divisor; NaN for 0 labels over 0.
     Raises:
         InputError: a shape or dtype is wrong, or a label is out of range (checked on CPU).
         BackendError: `backend` cannot run.
@@ -52,5 +55,6 @@ def linear_cross_entropy(
     check_floating(name, x=x, weight=weight, bias=bias)
     (t, m), v = x.shape, weight.shape[0]
     check_shapes(name, weight=(weight, (v, m)), labels=(labels, (t,)), bias=(bias, (v,)))
+    check_shapes(name, divisor=(divisor, ()))
     check_integers(name, "labels", labels, v - 1, ignored=ignore_index)
-    return _IMPLEMENTATIONS.pick(backend, x)(x, weight, labels, bias, ignore_index)
+    return _IMPLEMENTATIONS.pick(backend, x)(x, weight, labels, bias, ignore_index, divisor)

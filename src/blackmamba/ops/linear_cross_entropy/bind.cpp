@@ -10,10 +10,10 @@ void bind_linear_cross_entropy(nb::module_& m) {
   m.def(
       "softmax_cross_entropy",
       [](Address logits, Address labels, std::int64_t t, std::int64_t v, std::int64_t ignore_index,
-         bool gradient, bool is_bf16, int n_threads, Address losses) {
+         bool gradient, float factor, bool is_bf16, int n_threads, Address losses) {
         BM_PICK(softmax_cross_entropy)
             .run({pointer<void>(logits), pointer<std::int64_t>(labels), t, v, ignore_index, gradient,
-                  is_bf16, n_threads},
+                  factor, is_bf16, n_threads},
                  pointer<float>(losses));
       },
       nb::call_guard<nb::gil_scoped_release>());

@@ -4,13 +4,14 @@ Source: the idea of computing the gradient in the forward pass is that of Hsu et
 arXiv 2410.10989), section 3.2.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blackmamba.ops import native
-from blackmamba.ops.checks import wide_dtype
+from blackmamba.ops.checks import readable, wide_dtype
 from blackmamba.ops.linear import native as linear_native
 from blackmamba.ops.linear import product
 
@@ -20,17 +21,27 @@ _COLUMNS = 2048  # of the vocabulary, whose weights' gradient is added up while 
 
 
 def linear_cross_entropy_chunked(
-    x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    divisor: Tensor | None,
 ) -> Tensor:
     """`linear_cross_entropy` in chunks of tokens; softmax in float32, or float64 for float64."""
-    return _run(x, weight, labels, bias, ignore_index, False)
+    return _run(x, weight, labels, bias, ignore_index, divisor, False)
 
 
 def linear_cross_entropy_native(
-    x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    divisor: Tensor | None,
 ) -> Tensor:
     """The same, with loss and gradient of a chunk's logits in one pass over them."""
-    return _run(x, weight, labels, bias, ignore_index, True)
+    return _run(x, weight, labels, bias, ignore_index, divisor, True)
 
 
 def _run(
@@ -39,11 +50,12 @@ def _run(
     labels: Tensor,
     bias: Tensor | None,
     ignore_index: int,
+    divisor: Tensor | None,
     is_native: bool,
 ) -> Tensor:
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in (x, weight, bias)]
-    return _forward(x, weight, labels, bias, ignore_index, needs, is_native)[0]
+    return _forward(x, weight, labels, bias, ignore_index, divisor, needs, is_native)[0]
 
 
 @torch.library.custom_op("blackmamba::linear_cross_entropy", mutates_args=())
@@ -53,14 +65,17 @@ def _forward(
     labels: Tensor,
     bias: Tensor | None,
     ignore_index: int,
+    divisor: Tensor | None,
     needs: list[bool],
     is_native: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum, and its gradients by x, weight and bias; empty for those that are not needed."""
+    """The sum over the divisor; its gradients by x, weight and bias, empty for those not needed."""
+    factor = 1.0 if divisor is None else 1.0 / divisor.item() if divisor else math.inf
     wide = wide_dtype(x)
     needs_x, needs_weight, needs_bias = needs
     grad_x = x.new_empty(x.shape if needs_x else 0)
-    grad_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=wide)
+    make = weight.new_empty if len(x) else weight.new_zeros
+    grad_weight = make(weight.shape if needs_weight else 0, dtype=wide)
     grad_bias = weight.new_zeros(len(weight) if needs_bias else 0, dtype=wide)
     narrow_weight = weight.to(x.dtype)
     narrow_bias = None if bias is None else bias.to(x.dtype)
@@ -70,20 +85,21 @@ def _forward(
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         logits = product(x[part], narrow_weight, narrow_bias, use_native=is_native)
-        loss, g = softmax(logits, labels[part], ignore_index, any(needs))
+        loss, g = softmax(logits, labels[part], ignore_index, any(needs), factor)
         total += loss
         if needs_x:
             grad_x[part] = product(g, narrow_weight.t(), use_native=is_native)
-        if needs_weight and is_native and linear_native.fits(g.t(), x.t()):
-            linear_native.multiply(g.t(), x[part].t(), grad_weight, accumulate=True)
+        if needs_weight and is_native and linear_native.fits(g.t(), x[part].t()):
+            linear_native.multiply(g.t(), x[part].t(), grad_weight, accumulate=start > 0)
         elif needs_weight:
             for column in range(0, len(weight), _COLUMNS):
                 some = slice(column, column + _COLUMNS)
-                grad_weight[some] += product(g[:, some].t(), x[part].t(), use_native=is_native)
+                found = product(g[:, some].t(), x[part].t(), use_native=is_native)
+                grad_weight[some] = found if start == 0 else grad_weight[some].add_(found)
         if needs_bias:
             grad_bias += g.sum(0, dtype=wide)
     return (
-        total,
+        total if divisor is None else total / divisor,
         grad_x,
         grad_weight.to(weight.dtype),
         grad_bias if bias is None else grad_bias.to(bias.dtype),
@@ -91,9 +107,9 @@ def _forward(
 
 
 def _softmax_torch(
-    logits: Tensor, labels: Tensor, ignore_index: int, gradient: bool
+    logits: Tensor, labels: Tensor, ignore_index: int, gradient: bool, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses, and the logits' gradient in their dtype."""
+    """Sum of the losses, and the logits' gradient times a factor, in their dtype."""
     log_p = logits.to(wide_dtype(logits)).log_softmax(dim=-1)
     counted = labels != ignore_index
     label = labels.where(counted, labels.new_zeros(()))[:, None]
@@ -102,11 +118,13 @@ def _softmax_torch(
         return loss, logits
     g = log_p.exp_()  # softmax - one-hot
     g.scatter_add_(1, label, g.new_full((), -1.0).expand_as(label))
+    if factor != 1.0:
+        g *= factor
     return loss, g.where(counted[:, None], g.new_zeros(())).to(logits.dtype)
 
 
 def _softmax_native(
-    logits: Tensor, labels: Tensor, ignore_index: int, gradient: bool
+    logits: Tensor, labels: Tensor, ignore_index: int, gradient: bool, factor: float
 ) -> tuple[Tensor, Tensor]:
     """The same in one pass; the gradient takes the logits' memory."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
@@ -117,6 +135,7 @@ def _softmax_native(
         *logits.shape,
         ignore_index,
         gradient,
+        factor,
         logits.dtype == torch.bfloat16,
         torch.get_num_threads(),
         losses.data_ptr(),
@@ -131,6 +150,7 @@ def _(
     labels: Tensor,
     bias: Tensor | None,
     ignore_index: int,
+    divisor: Tensor | None,
     needs: list[bool],
     is_native: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -144,17 +164,20 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[5]
+    ctx.needs = inputs[6]
     ctx.set_materialize_grads(False)  # the gradients are outputs too, of which none is asked
     ctx.save_for_backward(*output[1:])
 
 
 def _gradients(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 8
+    is_done = readable(g) and g.item() == 1  # a mean's: nothing is left to multiply
     x, weight, bias = (
-        t * g.to(t.dtype) if needed and g is not None else None
+        (t if is_done else t * g.to(t.dtype)) if needed else None
         for t, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
-    return x, weight, None, bias, None, None, None
+    return x, weight, None, bias, None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -44,7 +44,7 @@ float greatest(const T* x, std::int64_t n) {
 }
 
 template <class T>
-float row(T* x, std::int64_t n, std::int64_t label, bool gradient) {
+float row(T* x, std::int64_t n, std::int64_t label, bool gradient, float factor) {
   constexpr bool keeps = std::is_same_v<T, float>;  // exponentials, in place of their logits
   const float most = greatest(x, n), of_label = to_float(x[label]);
   vec sums[4] = {};
@@ -59,14 +59,14 @@ float row(T* x, std::int64_t n, std::int64_t label, bool gradient) {
   });
   const float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   if (gradient) {
-    const float scale = 1.0f / total;
+    const float scale = factor / total;
     each_vector(n, [&](std::int64_t c, int left, int) {
       const vec v = load_some(x + c, left);
       store_some(x + c, (keeps ? v : exp(v - most)) * scale, left);
     });
     // not softmax - 1 of a rounded softmax
-    const float share = std::exp(of_label - most) * scale;
-    x[label] = from_float<T>(share - 1.0f);
+    const float share = std::exp(of_label - most) / total;
+    x[label] = from_float<T>((share - 1.0f) * factor);
   }
   return std::log(total) + (most - of_label);
 }
@@ -81,7 +81,7 @@ void run(const SoftmaxInputs& in, float* losses) {
       if (in.gradient) std::memset(x, 0, in.v * sizeof(T));
       return;
     }
-    losses[i] = row(x, in.v, in.labels[i], in.gradient);
+    losses[i] = row(x, in.v, in.labels[i], in.gradient, in.factor);
   });
 }
 

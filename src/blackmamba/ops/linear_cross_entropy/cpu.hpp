@@ -11,7 +11,9 @@ struct SoftmaxInputs {
   void* logits;                // (t, v), contiguous; overwritten by their gradient if wanted
   const std::int64_t* labels;  // (t)
   std::int64_t t, v, ignore_index;
-  bool gradient, is_bf16;
+  bool gradient;
+  float factor;                // multiplies the gradient
+  bool is_bf16;
   int n_threads;
 };
 

@@ -14,12 +14,18 @@ _LEAST_CHUNK = 128  # tokens
 
 
 def linear_cross_entropy_triton(
-    x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    divisor: Tensor | None,
 ) -> Tensor:
     """`linear_cross_entropy`; logits in x's dtype, softmax in float32."""
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in (x, weight, bias)]
-    return _forward(x, weight, labels, bias, ignore_index, needs)[0]
+    total = _forward(x, weight, labels, bias, ignore_index, needs)[0]
+    return total if divisor is None else total / divisor
 
 
 @torch.library.custom_op("blackmamba::linear_cross_entropy_triton", mutates_args=())

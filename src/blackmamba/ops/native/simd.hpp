@@ -84,6 +84,23 @@ BM_INLINE void store(bf16* p, vec v) {
   std::memcpy(p, &narrow, sizeof narrow);
 }
 
+// To memory past the caches, as what is larger than they are; p on a multiple of the vector's size.
+// Other threads may read it after `stream_ends`.
+BM_INLINE void stream(float* p, vec v) {
+#if defined(__AVX512F__) && !defined(BM_SANITIZE)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__) && !defined(BM_SANITIZE)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+BM_INLINE void stream_ends() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // the first n numbers, 0 <= n <= lanes; zeros behind them
 template <class T>
 BM_INLINE vec load_some(const T* p, int n) {
