@@ -20,6 +20,14 @@ def train_all(runs: list[tuple[RunConfig, Path, bool]]) -> list[Any]:
     return [run(config, out, resume=resume) for config, out, resume in runs]
 
 
+def train_some(
+    runs: list[tuple[RunConfig, Path, bool]], last: tuple[RunConfig, Path, bool, Incident | None]
+) -> tuple[str, str]:
+    """Several runs, and how one more ended."""
+    train_all(runs)
+    return _train(*last)
+
+
 def train_badly(runs: list[tuple[RunConfig, Path, bool, Incident | None]]) -> list[tuple[str, str]]:
     """How each run ended: the name of the error, or "", and what it says."""
     _draw_nothing()

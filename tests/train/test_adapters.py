@@ -1,5 +1,6 @@
 """Runs that train adapters, and what comes of them."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -9,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from many_ranks import on_ranks
+from ranks_train import train_some
 from safetensors.torch import load_file, save_file
 
 import blackmamba
 from blackmamba.checkpoint.load import fingerprint
 from blackmamba.cli.main import main
 from blackmamba.errors import CheckpointError, ConfigError
-from blackmamba.train import load_recipe, run
+from blackmamba.train import RunConfig, load_recipe, run, trainer
+from blackmamba.train.metrics import read_metrics
+from blackmamba.train.parallel.config import ParallelConfig
 
 Recipe = Callable[..., Path]
 
@@ -101,6 +106,54 @@ def test_resume_without_the_source(tmp_path: Path, recipe: Recipe, trained: Path
 def test_other_adapters_are_another_run(recipe: Recipe, trained: Path):
     with pytest.raises(ConfigError, match=r"lora.alpha \(was 16.0, now 1.0\)"):
         run(load_recipe(recipe(alpha=1.0)), trained, resume=True)
+
+
+def test_many_ranks_are_one_process(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    """Replicated and sharded; and a checkpoint of two ranks is resumed by one, and one's by two."""
+    for name in ("draw_loss", "draw_experts"):
+        monkeypatch.setattr(trainer, name, lambda *_: None)
+    path = recipe()
+    alone = load_recipe(path, ["train.accumulate=2", "train.steps=6", "train.ema_decay=0.9"])
+    run(alone, tmp_path / "alone")
+    one = dataclasses.replace(alone, train=dataclasses.replace(alone.train, accumulate=1))
+    runs: list[tuple[RunConfig, Path, bool]] = []
+    for name in ("none", "full"):
+        ranked = dataclasses.replace(one, parallel=ParallelConfig(shard=name))
+        runs.append((ranked, tmp_path / name, False))
+    shutil.copytree(tmp_path / "alone", tmp_path / "to-two")
+    shutil.rmtree(tmp_path / "to-two/checkpoints/step-00000006")
+    runs.append((runs[-1][0], tmp_path / "to-two", True))
+    spread = dataclasses.replace(one, parallel=ParallelConfig(expert=2))
+    ends = on_ranks(2, train_some, runs, (spread, tmp_path / "experts", False, None))
+    assert {end[0] for end in ends} == {"ConfigError", "PeerError"}
+    assert next(e[1] for e in ends if e[0] == "ConfigError").startswith("parallel.expert=2: adapt")
+
+    shutil.copytree(tmp_path / "full", tmp_path / "to-one")
+    shutil.rmtree(tmp_path / "to-one/checkpoints/step-00000006")
+    held = {p.name for p in (tmp_path / "to-one/checkpoints/step-00000004").iterdir()}
+    assert any(name.startswith("shard-") for name in held)
+    run(alone, tmp_path / "to-one", resume=True)
+
+    expected = load_file(tmp_path / "alone/adapter/adapter.safetensors")
+    for name in ("none", "full", "to-two", "to-one"):
+        out = tmp_path / name
+        assert losses(out) == pytest.approx(losses(tmp_path / "alone"), abs=1e-5), name
+        found = load_file(out / "adapter/adapter.safetensors")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=1e-4)
+        for model in ("model", "model_ema"):
+            torch.testing.assert_close(
+                logits(out / model), logits(tmp_path / "alone" / model), rtol=0, atol=1e-3
+            )
+        names = {n for p in (out / "checkpoints").rglob("*.safetensors") for n in load_file(p)}
+        assert {n.split("/")[0].rpartition(".")[2] for n in names} == {"lora_A", "lora_B"}
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(out / "metrics.jsonl")]
 
 
 def test_convert_merges(tmp_path: Path, trained: Path, source: Path):

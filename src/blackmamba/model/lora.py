@@ -135,6 +135,12 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def adapter_name(parameter: str) -> str:
+    """What `adapter_tensors` calls the A or B that is a parameter of this name."""
+    path, _, which = _plain_name(parameter).rpartition(".0.")
+    return f"{path}.{which}"
+
+
 def draw_dropout(model: nn.Module, seed: int, step: int) -> None:
     """Choose the columns that are left out of a step, as a function of (seed, step) alone."""
     random = torch.Generator().manual_seed(((seed << 32) + step) % 2**63)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from blackmamba.checkpoint import load, save
 from blackmamba.checkpoint.adapter import fill_adapters, write_adapter
@@ -38,7 +38,7 @@ from blackmamba.data import Tokenizer
 from blackmamba.errors import CheckpointError, ConfigError, PeerError
 from blackmamba.files import atomic_folder, digest, settle, sync
 from blackmamba.model import BlackMamba
-from blackmamba.model.lora import adaptation, adapter_tensors
+from blackmamba.model.lora import adaptation, adapter_name, adapter_tensors
 from blackmamba.train.average import WeightAverage
 from blackmamba.train.config import RunConfig
 from blackmamba.train.optimizer import optimizer_tensors, quantities, restore_optimizer
@@ -249,7 +249,9 @@ def _pieces(
     def taken(tensor: Tensor) -> Tensor:
         return _copy(tensor) if copied else tensor.detach().cpu()
 
-    held = {n: shards.spread(n, taken(p)) for n, p in shards.named_parameters()}
+    saved = _saved_parameters(shards, spread.model)
+    own = dict(shards.named_parameters())
+    held = {key: shards.spread(name, taken(own[name])) for name, key in saved.items()}
     held |= {n: taken(b) for n, b in _saved_buffers(spread.model).items()}
     for key, value in optimizer_tensors(shards, optimizer, average).items():
         name, quantity = key.split("/")
@@ -387,7 +389,8 @@ def _read_pieces(
     from blackmamba.train.parallel.checkpoint import names_in, read_together
 
     holder = model if spread is None else spread.shards
-    parameters = dict(holder.named_parameters())
+    saved = _saved_parameters(holder, model)
+    parameters = {n: p for n, p in holder.named_parameters() if n in saved}
     # Where they are in the host's memory, they are filled in place.
     weights = {n: p.detach().cpu() for n, p in parameters.items()}
     buffers = {n: b.cpu() for n, b in _saved_buffers(model).items()}
@@ -409,6 +412,7 @@ def _read_pieces(
                 for key, v in wanted.items()
             }
         group = None if spread is None else spread.group
+        wanted = {saved.get(key, key): value for key, value in wanted.items()}
         read_together(wanted | buffers, checkpoint.folder, group)
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -420,8 +424,18 @@ def _read_pieces(
         raise _damaged(checkpoint.folder, error) from None
 
 
+def _saved_parameters(holder: nn.Module, model: BlackMamba) -> dict[str, str]:
+    """By name in the model, the name in a checkpoint: all of them, or the adapters alone."""
+    named = holder.named_parameters()
+    if adaptation(model) is None:
+        return {name: name for name, _ in named}
+    return {name: adapter_name(name) for name, p in named if p.requires_grad}
+
+
 def _saved_buffers(model: BlackMamba) -> dict[str, Tensor]:
-    """Those that a model folder holds, too."""
+    """Those that a model folder holds, too; an adapter has none."""
+    if adaptation(model) is not None:
+        return {}
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 

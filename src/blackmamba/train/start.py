@@ -22,12 +22,15 @@ from blackmamba.errors import ConfigError
 from blackmamba.model import BlackMamba, select
 from blackmamba.model.lora import Adaptation, add_adapters
 from blackmamba.train.config import RunConfig
+from blackmamba.train.parallel.ranks import Ranks
 
 BASE = "base"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def started(config: RunConfig, tokenizer: Tokenizer, out: Path, *, resumed: bool) -> BlackMamba:
+def started(
+    config: RunConfig, tokenizer: Tokenizer, out: Path, *, resumed: bool, ranks: Ranks | None = None
+) -> BlackMamba:
     """The model of a run before its first step, on the CPU: so it is the same on every device.
 
     Args:
@@ -35,6 +38,7 @@ def started(config: RunConfig, tokenizer: Tokenizer, out: Path, *, resumed: bool
         tokenizer: of its data.
         out: its folder; a run that trains adapters keeps the model that they are of in its base/.
         resumed: a checkpoint's weights come in next, so that the first ones are not needed.
+        ranks: all of them call it, and the first writes base/.
     Raises:
         ConfigError: the tokenizer has more tokens than the model; train.init names another model
             than `config` describes, or a quantised one; see `freeze` and `add_adapters`.
@@ -47,7 +51,7 @@ def started(config: RunConfig, tokenizer: Tokenizer, out: Path, *, resumed: bool
         _check_same(source, config.model, to_mapping(source_config(source)))
     if config.lora.rank:
         if source:
-            convert(source, out / BASE)
+            _keep_base(source, out / BASE, ranks or Ranks())
         source = str(out / BASE)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
@@ -62,6 +66,13 @@ def started(config: RunConfig, tokenizer: Tokenizer, out: Path, *, resumed: bool
         else:
             freeze(model, settings.freeze)
     return model
+
+
+def _keep_base(source: str, base: Path, ranks: Ranks) -> None:
+    def write() -> None:
+        convert(source, base)
+
+    ranks.first(write)
 
 
 def freeze(model: BlackMamba, patterns: tuple[str, ...]) -> None:

@@ -120,7 +120,7 @@ def _run(config: RunConfig, out: Path, resume: bool, progress: Progress, ranks: 
     config = with_dtype(config, checkpoint, device)
     data = ranks.first_then_all(lambda: open_data(out, config, checkpoint))
     settings = config.train
-    model = started(config, data.tokenizer, out, resumed=checkpoint is not None)
+    model = started(config, data.tokenizer, out, resumed=checkpoint is not None, ranks=ranks)
     masters = narrow_weights(model, DTYPES[settings.dtype]) if settings.weights != "float32" else {}
     model.to(device).recompute = settings.recompute
     spread = _spread(model, config, ranks)
@@ -149,7 +149,7 @@ def _run(config: RunConfig, out: Path, resume: bool, progress: Progress, ranks: 
     )
     found = trainer.train()
     _save_model(model, spread, data.tokenizer, out / MODEL)
-    if config.lora.rank:
+    if config.lora.rank and ranks.is_first:
         save_adapter(model, out / ADAPTER, data.tokenizer)
     if average is not None:
         with average.in_place():

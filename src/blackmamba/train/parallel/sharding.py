@@ -1,10 +1,10 @@
 """Spreads a model over ranks: a part of its parameters each (FSDP2), a part of its experts each.
 
 Parameters stay float32 and are gathered, a layer at a time, in the dtype of the products. Those
-that compute in float32 (`keeps_float32`: norms, router, A_log, D, dt_bias) may not be gathered with
-the others, as FSDP has one dtype for a group; and as they are well under a thousandth of a model,
-every rank simply keeps them whole: one small sum of gradients a step in place of a gather in every
-layer.
+that compute in float32 (`keeps_float32`: norms, router, A_log, D, dt_bias, adapters) may not be
+gathered with the others, as FSDP has one dtype for a group; and as they are few (but for adapters
+well under a thousandth of a model), every rank simply keeps them whole: one small sum of gradients
+a step in place of a gather in every layer.
 
 Source: Zhao et al. 2023 (arXiv 2304.11277).
 """

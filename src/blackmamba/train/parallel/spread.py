@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blackmamba.model import BlackMamba
+from blackmamba.model.lora import adaptation, add_adapters
 from blackmamba.model.router import Router
 from blackmamba.train.parallel.config import ParallelConfig
 from blackmamba.train.parallel.gradients import GradientsOfRanks
@@ -54,6 +55,8 @@ class Spread:
             whole = BlackMamba(
                 self.model.config, device="meta", compute_dtype=self.model.compute_dtype
             )
+            if (adapted := adaptation(self.model)) is not None:
+                add_adapters(whole, adapted)  # on the meta device nothing is drawn
             whole.to_empty(device="cpu")
             for name, buffer in self.model.named_buffers():
                 whole.get_buffer(name).copy_(buffer)
