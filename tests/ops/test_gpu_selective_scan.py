@@ -1,18 +1,27 @@
-"""The scan's Triton kernels: interpreted, or on the GPU where there is one."""
+"""The scan's kernels: Triton's interpreted, or on a GPU where there is one; scan.cu on the CPU."""
 
 import dataclasses
+import functools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_cpu import Kernel
 from numerics import assert_within_budget, relative_error
 from torch import Tensor
 
 from blackmamba.errors import BackendError
 from blackmamba.ops import gpu, selective_scan
+from blackmamba.ops.gpu import cuda
 from blackmamba.ops.selective_scan import gpu as scan
 
 pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CXX = shutil.which("c++") or shutil.which("g++")
+CUDA_ON_CPU = pytest.mark.skipif(
+    CXX is None or DEVICE == "cuda", reason="needs a C++ compiler, and no GPU that could run it"
+)
 WIDE = ("A", "D", "dt_bias", "initial_state")
 
 
@@ -222,3 +231,47 @@ def test_the_plan_that_fills_a_gpu():
         for tunings, expected in ((scan.CUDA_FORWARD, forward), (scan.CUDA_BACKWARD, backward)):
             plan = scan.plan(*shape, 16, 132, *tunings)
             assert (plan.block, plan.n_chunks) == expected, shape
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Names of scan.cu's kernels that were made; the CPU runs them now."""
+    names: list[str] = []
+
+    @functools.cache
+    def kernel(source: Path, name: str, defines: tuple[tuple[str, int], ...], _: object) -> Kernel:
+        assert CXX is not None
+        names.append(name)
+        return Kernel(source, name, dict(defines), tmp_path, CXX)
+
+    monkeypatch.setattr(cuda, "kernel", kernel)
+    monkeypatch.setattr(cuda, "runs_on", lambda _: True)
+    return names
+
+
+@CUDA_ON_CPU
+def test_cuda_in_float32_in_chunks_with_documents(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    planned = scan.plan
+
+    def cut(*args: int, **kwargs: int) -> scan.Plan:
+        return dataclasses.replace(planned(*args, **kwargs), chunk=32, n_chunks=2)  # pyright: ignore
+
+    monkeypatch.setattr(scan, "plan", cut)
+    shape, seq_idx = (1, 41, 56, 12), documents(1, 41)
+    exact = with_gradients(make(*shape), "reference", seq_idx)
+    actual = with_gradients(make(*shape, dtype=torch.float32), "triton", seq_idx)
+    assert sorted(launched) == ["scan_backward", "scan_backward_local"] + ["scan_forward"] * 2
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 3e-6, name
+
+
+@CUDA_ON_CPU
+def test_cuda_in_bfloat16_is_as_near_as_plain_pytorch(launched: list[str]):
+    narrow = make(2, 35, 24, 16, dtype=torch.bfloat16)
+    exact = with_gradients({k: v.double() for k, v in narrow.items()}, "reference")
+    eager, actual = (with_gradients(narrow, backend) for backend in ("reference", "triton"))
+    assert launched == ["scan_forward", "scan_backward"]
+    for name in exact:
+        assert_within_budget(name, actual[name], eager[name], exact[name])
