@@ -67,6 +67,7 @@ def test_gathers_each_different_document_once(script, tmp_path):
         ("cpu_training", {"only": ["peer", "alone"]}),  # each part but the first starts a process
         ("cpu_generation", {}),
         ("cpu_trainer", {}),
+        ("cpu_demo", {}),
         ("gpu_training", {}),
         ("gpu_ranks", {}),
         ("evaluation", {}),
