@@ -68,6 +68,13 @@ SCALES: dict[str, Scale] = {
         ablation_seeds=1, experts=(1, 4, 16), latency=(128, 4), contexts=(128, 1024, 4096),
         batch_sizes=(1,), sinkhorn_tokens=(128, 1024, 4096), sinkhorn_experts=(8, 64), probes=4,
     ),
+    "cpu-hour": Scale(
+        ladder=((64, 2),), seeds=(2,), vocab_size=512,
+        settings=_settings(5000, 16, 128, 5e-3, "float32"),
+        lrs=(5e-3,), muon_lrs=(1e-2,), tuning_steps=400,
+        ablation_seeds=1, experts=(1, 4, 16, 32), latency=(128, 4), contexts=(128, 1024, 4096),
+        batch_sizes=(1,), sinkhorn_tokens=(128, 1024, 4096), sinkhorn_experts=(8, 64), probes=8,
+    ),
     "laptop": Scale(
         ladder=((128, 3), (192, 4), (256, 6)), seeds=(3, 3, 3), vocab_size=4096,
         settings=_settings(1500, 8, 256, 5e-3, "auto"),
@@ -93,4 +100,5 @@ SCALES: dict[str, Scale] = {
         sinkhorn_tokens=(2048, 16_384, 65_536), sinkhorn_experts=(8, 64), probes=8,
     ),
 }  # fmt: skip
-"""By name. "toy" is for trying the program; its numbers mean nothing."""
+"""By name. "toy" is for trying the program; its numbers mean nothing. "cpu-hour" has tiny networks
+and many tokens for each of their parameters, where the paper's claims are about such."""

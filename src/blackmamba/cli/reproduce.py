@@ -17,9 +17,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "the paper that can be made at the scale. What is in OUT already is not trained again.",
     )
     parser.add_argument(
-        "--scale", choices=("ci", "laptop", "gpu-minutes", "gpu", "toy"), default="ci",
-        help="ci: minutes on two cores (default); gpu-minutes: on a GPU; laptop, gpu: hours there; "
-        "toy: to try it",
+        "--scale", choices=("ci", "cpu-hour", "laptop", "gpu-minutes", "gpu", "toy"), default="ci",
+        help="ci: minutes on two cores (default); cpu-hour: tiny networks, many tokens; "
+        "gpu-minutes: on a GPU; laptop, gpu: hours there; toy: to try it",
     )  # fmt: skip
     parser.add_argument(
         "--out", required=True, type=Path, metavar="OUT", help="folder of everything"
