@@ -6,7 +6,13 @@ from numerics import relative_error
 from torch import Tensor
 
 from blackmamba.errors import InputError
-from blackmamba.ops import dequantize, expert_mlp, quantize_weight, quantized_expert_mlp
+from blackmamba.ops import (
+    dequantize,
+    expert_mlp,
+    frozen_expert_mlp,
+    quantize_weight,
+    quantized_expert_mlp,
+)
 from blackmamba.ops.backend import available_backends
 
 BACKENDS = available_backends("quantized_expert_mlp")
@@ -95,3 +101,30 @@ def test_bad_input_is_named():
         quantized_expert_mlp(x, ids, fc1, fc2, activation="relu")  # pyright: ignore
     with pytest.raises(InputError, match="for inference only"):
         quantized_expert_mlp(x.requires_grad_(), ids, fc1, fc2)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("gated", [True, False], ids=("gated", "plain"))
+def test_frozen_experts_pass_gradients_on(k: int, gated: bool):
+    """Those of the experts written out; and none of what does not need it."""
+    torch.manual_seed(0)
+    e, f, m, t = 3, 32, 32, 11
+    fc1, fc2 = (
+        quantize_weight(torch.randn(e, o, i), 4, 32)
+        for o, i in ((2 * f if gated else f, m), (m, f))
+    )
+    ids = torch.randint(0, e - 1, (t,) if k == 1 else (t, k))  # the last expert has no token
+    found: list[list[torch.Tensor]] = []
+    start = torch.randn(t, m, dtype=torch.float64), torch.rand(ids.shape, dtype=torch.float64)
+    for run, weights in (
+        (frozen_expert_mlp, (fc1, fc2)),
+        (expert_mlp, tuple(dequantize(w, torch.float64) for w in (fc1, fc2))),
+    ):
+        x, gate = (tensor.clone().requires_grad_() for tensor in start)
+        y = run(x, ids, *weights, gate=gate, gated=gated)  # pyright: ignore
+        y.square().sum().backward()
+        assert x.grad is not None
+        assert gate.grad is not None
+        found.append([y, x.grad, gate.grad])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)

@@ -15,9 +15,10 @@ from ranks_train import train_some
 from safetensors.torch import load_file, save_file
 
 import blackmamba
-from blackmamba.checkpoint.load import fingerprint
+from blackmamba.checkpoint.load import fingerprint, load_tokenizer
 from blackmamba.cli.main import main
 from blackmamba.errors import CheckpointError, ConfigError
+from blackmamba.model.quantized import QuantizedStorage
 from blackmamba.train import RunConfig, load_recipe, run, trainer
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.parallel.config import ParallelConfig
@@ -109,7 +110,7 @@ def test_other_adapters_are_another_run(recipe: Recipe, trained: Path):
 
 
 def test_many_ranks_are_one_process(
-    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recipe: Recipe, source: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Replicated and sharded; and a checkpoint of two ranks is resumed by one, and one's by two."""
     for name in ("draw_loss", "draw_experts"):
@@ -125,10 +126,22 @@ def test_many_ranks_are_one_process(
     shutil.copytree(tmp_path / "alone", tmp_path / "to-two")
     shutil.rmtree(tmp_path / "to-two/checkpoints/step-00000006")
     runs.append((runs[-1][0], tmp_path / "to-two", True))
+    # Also of a model with experts in 4 bits.
+    small = blackmamba.quantize(blackmamba.load(source), 4)
+    blackmamba.save(small, tmp_path / "small", tokenizer=load_tokenizer(source))
+    narrow = load_recipe(recipe(tmp_path / "small"), ["train.accumulate=2"])
+    run(narrow, tmp_path / "narrow")
+    train = dataclasses.replace(narrow.train, accumulate=1)
+    ranked = dataclasses.replace(narrow, train=train, parallel=ParallelConfig(shard="full"))
+    runs.append((ranked, tmp_path / "narrow-two", False))
     spread = dataclasses.replace(one, parallel=ParallelConfig(expert=2))
     ends = on_ranks(2, train_some, runs, (spread, tmp_path / "experts", False, None))
     assert {end[0] for end in ends} == {"ConfigError", "PeerError"}
     assert next(e[1] for e in ends if e[0] == "ConfigError").startswith("parallel.expert=2: adapt")
+
+    two, alone_ = (tmp_path / name for name in ("narrow-two", "narrow"))
+    assert losses(two) == pytest.approx(losses(alone_), abs=1e-5)
+    torch.testing.assert_close(logits(two), logits(alone_), rtol=0, atol=1e-3)
 
     shutil.copytree(tmp_path / "full", tmp_path / "to-one")
     shutil.rmtree(tmp_path / "to-one/checkpoints/step-00000006")
@@ -150,6 +163,40 @@ def test_many_ranks_are_one_process(
             )
         names = {n for p in (out / "checkpoints").rglob("*.safetensors") for n in load_file(p)}
         assert {n.split("/")[0].rpartition(".")[2] for n in names} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_experts_stay_and_pass_gradients_on(
+    tmp_path: Path, recipe: Recipe, source: Path, bits: Any, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("draw_loss", "draw_experts"):
+        monkeypatch.setattr(trainer, name, lambda *_: None)
+    whole = blackmamba.load(source)
+    small = blackmamba.quantize(whole, bits, group_size=32)
+    for folder, model in (("small", small), ("all", blackmamba.quantize(whole, 8, what="all"))):
+        blackmamba.save(model, tmp_path / folder, tokenizer=load_tokenizer(source))
+    with pytest.raises(ConfigError, match="what='all' is quantised, and adapters are of matrices"):
+        load_recipe(recipe(tmp_path / "all"))
+    out = tmp_path / "run"
+    run(load_recipe(recipe(tmp_path / "small")), out)
+    names = load_file(out / "adapter/adapter.safetensors")
+    assert {name.split(".")[2] for name in names} == {"mixer"}
+    tuned = blackmamba.load(out)
+    assert tuned.quantization == small.quantization
+    for name, buffer in small.named_buffers():
+        assert torch.equal(tuned.get_buffer(name), buffer), name
+    assert not torch.equal(logits(out), logits(tmp_path / "small"))
+    merged = logits(tmp_path / "small", adapter=out)
+    torch.testing.assert_close(merged, logits(out), rtol=0, atol=1e-5)
+    # A step of the same run with these experts written out is the same step.
+    written = blackmamba.load(source)
+    for name, module in small.named_modules():
+        if isinstance(module, QuantizedStorage):
+            written.get_parameter(name).data.copy_(module.whole(torch.float32))
+    blackmamba.save(written, tmp_path / "written", tokenizer=load_tokenizer(source))
+    mixers = ["in_proj", "x_proj", "out_proj"]  # experts can be adapted now
+    run(load_recipe(recipe(tmp_path / "written", targets=mixers)), tmp_path / "same")
+    assert losses(out) == pytest.approx(losses(tmp_path / "same"), abs=1e-5)
 
 
 def losses(out: Path) -> list[float]:

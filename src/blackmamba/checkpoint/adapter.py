@@ -135,20 +135,20 @@ def merge_adapter(model: BlackMamba, fingerprint: str, folder: str | Path, name:
     """Add a folder's adapters to the weights of the model that they belong to, in place.
 
     Args:
-        model: not quantised.
+        model: quantised only if the adapters were trained so; what they are of is not.
         fingerprint: of its weights as stored.
         folder: of the adapter.
         name: of the model, for messages.
     Raises:
         CheckpointError: the adapter is damaged, or belongs to another model.
-        ConfigError: the model is quantised.
+        ConfigError: the model is quantised, and was not when they were trained.
     """
-    if model.quantization is not None:
+    adapted = read_adapter(folder)
+    if model.quantization is not None and adapted.fingerprint != fingerprint:
         raise ConfigError(
             f"{name}: quantised, and an adapter is added to whole weights: take the model that it "
             "was made from, `blackmamba convert --adapter` that, then `blackmamba quantize`"
         )
-    adapted = read_adapter(folder)
     if adapted.fingerprint != fingerprint:
         raise CheckpointError(
             f"{folder}: an adapter of {adapted.base} (weights {adapted.fingerprint[:12]}...), not "

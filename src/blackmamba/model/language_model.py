@@ -20,6 +20,7 @@ from blackmamba.errors import ConfigError, InputError
 from blackmamba.model.balance import Losses, Reduce, RouterLoad, losses
 from blackmamba.model.init import initialise
 from blackmamba.model.layer import Layer, Trace
+from blackmamba.model.lora import adaptation
 from blackmamba.model.mamba import Mamba
 from blackmamba.model.moe import MoE
 from blackmamba.model.norm import final_norm
@@ -317,9 +318,9 @@ class BlackMamba(nn.Module):
         """Set training or evaluation mode.
 
         Raises:
-            InputError: training mode of a quantised model.
+            InputError: training mode of a quantised model without adapters.
         """
-        if mode and self.quantization is not None:
+        if mode and self.quantization is not None and adaptation(self) is None:
             raise InputError(
                 f"this model is quantised to {self.quantization.bits} bits and for inference only: "
                 "train the model that it was made from"

@@ -16,7 +16,7 @@ from blackmamba.config import ModelConfig
 from blackmamba.model.mlp import MLP
 from blackmamba.model.quantized import QuantizedStorage
 from blackmamba.model.router import Router, Routing
-from blackmamba.ops import expert_mlp, quantized_expert_mlp
+from blackmamba.ops import expert_mlp, frozen_expert_mlp, quantized_expert_mlp
 
 
 class MoE(nn.Module):
@@ -88,7 +88,9 @@ class MoE(nn.Module):
         }
         fc1, fc2 = self.fc1, self.fc2
         if isinstance(fc1, QuantizedStorage) and isinstance(fc2, QuantizedStorage):
-            return quantized_expert_mlp(x_tm, expert_ids, fc1.stored(), fc2.stored(), **options)
+            is_trained_before = torch.is_grad_enabled() and x_tm.requires_grad
+            run = frozen_expert_mlp if is_trained_before else quantized_expert_mlp
+            return run(x_tm, expert_ids, fc1.stored(), fc2.stored(), **options)
         assert isinstance(fc1, Tensor)
         assert isinstance(fc2, Tensor)
         return self.run_experts(x_tm, expert_ids, fc1, fc2, **options)

@@ -12,6 +12,7 @@ from blackmamba.ops.linear import linear
 from blackmamba.ops.linear_cross_entropy import linear_cross_entropy
 from blackmamba.ops.mamba_mixer import mamba_mixer
 from blackmamba.ops.quantized_expert_mlp import quantized_expert_mlp
+from blackmamba.ops.quantized_expert_mlp.frozen import frozen_expert_mlp
 from blackmamba.ops.quantized_linear import (
     QuantizedWeight,
     dequantize,
@@ -35,6 +36,7 @@ __all__ = [
     "causal_conv1d",
     "dequantize",
     "expert_mlp",
+    "frozen_expert_mlp",
     "global_norm",
     "linear",
     "linear_cross_entropy",

@@ -16,9 +16,9 @@ from blackmamba.checkpoint import (
 )
 from blackmamba.checkpoint.load import find_folder, fingerprint
 from blackmamba.checkpoint.released import TOKENIZER
-from blackmamba.config import ModelConfig, from_mapping, to_mapping
+from blackmamba.config import ModelConfig, QuantizationConfig, from_mapping, to_mapping
 from blackmamba.data import Tokenizer
-from blackmamba.errors import ConfigError
+from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.model import BlackMamba, select
 from blackmamba.model.lora import Adaptation, add_adapters
 from blackmamba.train.config import RunConfig
@@ -48,7 +48,8 @@ def started(
     compute_dtype = DTYPES[settings.dtype]
     source = "" if resumed else settings.init
     if source:
-        _check_same(source, config.model, to_mapping(source_config(source)))
+        plain = source_config(source, for_adapters=config.lora.rank > 0)
+        _check_same(source, config.model, to_mapping(plain))
     if config.lora.rank:
         if source:
             _keep_base(source, out / BASE, ranks or Ranks())
@@ -57,12 +58,16 @@ def started(
         torch.default_generator.manual_seed(settings.seed)
         if source:
             # What only concerns training, such as unused ids, is the run's; the weights are given.
-            model = BlackMamba(shape, device="meta", compute_dtype=compute_dtype)
-            model.load_state_dict(load(source).state_dict(), assign=True)
+            given = load(source)
+            model = BlackMamba(
+                shape, device="meta", compute_dtype=compute_dtype, quantization=given.quantization
+            )
+            model.load_state_dict(given.state_dict(), assign=True)
         else:
             model = BlackMamba(shape, compute_dtype=compute_dtype)
         if config.lora.rank:
             add_adapters(model, Adaptation(config.lora, settings.init, fingerprint(out / BASE)))
+            model.train()  # a quantised one was not
         else:
             freeze(model, settings.freeze)
     return model
@@ -94,12 +99,22 @@ def trained_parameters(config: RunConfig) -> int:
     Raises:
         ConfigError: a pattern of train.freeze or lora.targets matches nothing.
     """
-    model = BlackMamba(config.model, device="meta")
+    model = BlackMamba(config.model, device="meta", quantization=_quantization(config))
     if config.lora.rank:
         add_adapters(model, Adaptation(config.lora, "", ""))
     else:
         freeze(model, config.train.freeze)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _quantization(config: RunConfig) -> QuantizationConfig | None:
+    """Of the model that adapters are of; None where it is gone, and the run goes on without it."""
+    if not config.lora.rank:
+        return None
+    try:
+        return load_quantization(config.train.init)
+    except CheckpointError:
+        return None
 
 
 def fit_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -116,14 +131,23 @@ def fit_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return dataclasses.replace(config, unused_vocab=unused)
 
 
-def source_config(source: str) -> ModelConfig:
+def source_config(source: str, *, for_adapters: bool = False) -> ModelConfig:
     """The configuration of the model that train.init names.
 
+    Args:
+        source: a model folder, run folder or hub name.
+        for_adapters: it stays as it is, so that its experts may be quantised.
     Raises:
         CheckpointError: there is none.
-        ConfigError: it is quantised.
+        ConfigError: it is quantised, and not its experts alone or not for adapters.
     """
-    if (quantization := load_quantization(source)) is not None:
+    quantization = load_quantization(source)
+    if quantization is not None and for_adapters and quantization.what != "experts":
+        raise ConfigError(
+            f"train.init={source}: what={quantization.what!r} is quantised, and adapters are of "
+            "matrices that are not; begin with one of what='experts'"
+        )
+    if quantization is not None and not for_adapters:
         raise ConfigError(
             f"train.init={source}: quantised to {quantization.bits} bits and for inference only; "
             "begin with the model that it was made from"
@@ -148,7 +172,9 @@ def with_source(
     if recorded is not None:
         plain = dict(recorded["model"])
     else:
-        plain = to_mapping(source_config(source))
+        lora = recipe.get("lora")
+        has_adapters = isinstance(lora, dict) and bool(cast("dict[str, Any]", lora).get("rank"))
+        plain = to_mapping(source_config(source, for_adapters=has_adapters))
     given = recipe.get("model", {})
     if given:
         whole = plain | cast("dict[str, Any]", given) if isinstance(given, dict) else given

@@ -53,7 +53,10 @@ class Spread:
         whole: BlackMamba | None = None
         if self.ranks.is_first:
             whole = BlackMamba(
-                self.model.config, device="meta", compute_dtype=self.model.compute_dtype
+                self.model.config,
+                device="meta",
+                compute_dtype=self.model.compute_dtype,
+                quantization=self.model.quantization,
             )
             if (adapted := adaptation(self.model)) is not None:
                 add_adapters(whole, adapted)  # on the meta device nothing is drawn
