@@ -36,6 +36,7 @@ from blackmamba.model import BlackMamba, State
 from blackmamba.model.moe import MoE
 from blackmamba.model.size import parameters
 from blackmamba.ops import native
+from blackmamba.ops.native.pages import want_huge_pages
 from blackmamba.presets import presets
 from measure import (
     PRODUCT,
@@ -272,6 +273,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> BlackMamba:
     kinds = tuple(dict.fromkeys(config.layers))
     drawn = BlackMamba(dataclasses.replace(config, layers=kinds), dtype=dtype).state_dict()
     model = BlackMamba(config, device="meta", dtype=dtype).to_empty(device="cpu").eval()
+    want_huge_pages(model.parameters())  # as `load` does
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         if parts[0] == "layers":

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from blackmamba.ops import native
+from blackmamba.ops.native.pages import want_huge_pages
 from blackmamba.train.origin import origin
 
 Call = Callable[[], object]
@@ -95,7 +96,9 @@ def matrix_rate(dtype: torch.dtype, shape: Shape = PRODUCT, repeats: int = 5) ->
 
 def reading(buffer_bytes: int = READ_BYTES) -> Probe:
     """One sum over a buffer far larger than the caches, on torch's threads."""
-    buffer = torch.ones(buffer_bytes // 4)
+    buffer = torch.empty(buffer_bytes // 4)
+    want_huge_pages([buffer])
+    buffer.fill_(1)
     return Probe(buffer.sum, buffer.nbytes, f"float32 sum over {buffer_bytes / 2**30:.3g} GiB")
 
 

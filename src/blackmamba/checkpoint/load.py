@@ -22,6 +22,7 @@ from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.model import BlackMamba, keeps_float32
 from blackmamba.model.balance import forget_load
+from blackmamba.ops.native.pages import want_huge_pages
 
 if TYPE_CHECKING:
     from blackmamba.data import Tokenizer
@@ -150,6 +151,7 @@ def _filled(
     places = opened.places(model)
     check_fit(opened.file, places)
     model.to_empty(device=device)
+    want_huge_pages((*model.parameters(), *model.buffers()))
     forget_load(model)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     with torch.no_grad():

@@ -19,6 +19,7 @@ from blackmamba.model.mamba import Mamba
 from blackmamba.model.mlp import MLP
 from blackmamba.model.moe import MoE
 from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
+from blackmamba.ops.native.pages import want_huge_pages
 
 if TYPE_CHECKING:
     from blackmamba.model.language_model import BlackMamba
@@ -66,6 +67,7 @@ def quantize(
         quantization=config,
     )
     made.to_empty(device=device)
+    want_huge_pages((*made.parameters(), *made.buffers()))
     source = dict([*model.named_parameters(), *model.named_buffers()])
     for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
         if name in source:

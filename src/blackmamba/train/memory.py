@@ -6,9 +6,9 @@ import sys
 
 import torch
 
+from blackmamba.ops.native.pages import HUGE_PAGE, MADV_HUGEPAGE
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
-_MADV_HUGEPAGE = 14  # sys/mman.h of Linux
-_HUGE_PAGE = 2 << 20
 _done = False
 
 
@@ -51,6 +51,6 @@ def _want_huge_pages(libc: ctypes.CDLL) -> None:
         return
     libc.free(begin)
     end = libc.sbrk(0)
-    first = -(-begin // _HUGE_PAGE) * _HUGE_PAGE
-    if begin < end and end - first > _HUGE_PAGE:
-        libc.madvise(first, end - first, _MADV_HUGEPAGE)  # refused without harm
+    first = -(-begin // HUGE_PAGE) * HUGE_PAGE
+    if begin < end and end - first > HUGE_PAGE:
+        libc.madvise(first, end - first, MADV_HUGEPAGE)  # refused without harm
