@@ -18,6 +18,8 @@
 namespace bm {
 namespace {
 
+constexpr int ahead = 16;  // channels whose memory is asked for before they are needed
+
 // Threads that work through the same list of phases.
 class Crew {
  public:
@@ -99,12 +101,6 @@ struct Buffers {
 };
 
 std::int64_t workspace(const DecodePlan& plan) { return Buffers(plan, nullptr).used; }
-
-template <class F>
-BM_INLINE void over(std::int64_t n, const F& f) {
-  for (std::int64_t i = 0; i < n; i += lanes)
-    f(i, static_cast<int>(n - i < lanes ? n - i : lanes));
-}
 
 void apply_norm(const Norm& norm, const float* x, float* out, std::int64_t m) {
   vec total{};
@@ -201,8 +197,10 @@ class Step {
           product(l.in_proj, first, n, x, p_.batch, at_.xz + first, 2 * d);
           for (int b = 0; b < p_.batch; ++b) {
             float* const row = at_.xz + b * 2 * d;
-            for (std::int64_t c = first; c < first + n; ++c)
-              row[c] = c < d ? convolve(l, b, c, row[c]) : silu_of(row[c]);
+            for (std::int64_t c = first; c < first + n && c < d; ++c) row[c] = convolve(l, b, c, row[c]);
+            over(n, [&](std::int64_t j, int some) {
+              store_some(row + first + j, silu(load_some(row + first + j, some)), some);
+            });
           }
         });
     const Blocks mid(low, l.x_proj.weights.row_bytes(), crew_.size(), p_.batch);
@@ -226,16 +224,18 @@ class Step {
     add_product(l.out_proj, at_.y, d);
   }
 
-  // silu(conv) of one channel; its memory moves on by the new input
+  // conv of one channel; its memory moves on by the new input
   float convolve(const Mamba& l, std::int64_t b, std::int64_t c, float newest) {
     const int k = p_.k;
     const float* const w = l.conv_weight + c * k;
     float* const seen = l.conv_state + (b * p_.d + c) * (k - 1);
+    __builtin_prefetch(w + ahead * k);
+    __builtin_prefetch(seen + ahead * (k - 1), 1);
     float total = l.conv_bias[c] + w[k - 1] * newest;
     for (int j = 0; j < k - 1; ++j) total += w[j] * seen[j];
     for (int j = 0; j + 1 < k - 1; ++j) seen[j] = seen[j + 1];
     if (k > 1) seen[k - 2] = newest;
-    return silu_of(total);
+    return total;
   }
 
   // h' = exp(delta A) h + delta x B, y = (C h' + D x) silu(z), for n channels of one row
@@ -251,6 +251,8 @@ class Step {
     for (std::int64_t c = 0; c < n; ++c) {
       const float* const A2 = l.A2 + (first + c) * p_.n;
       float* const h = l.ssm_state + (b * p_.d + first + c) * p_.n;
+      __builtin_prefetch(A2 + ahead * p_.n);
+      __builtin_prefetch(h + ahead * p_.n, 1);
       const float delta = dt[c], drive = delta * x[c];
       vec total{};
       over(p_.n, [&](std::int64_t j, int some) {
@@ -306,10 +308,12 @@ class Step {
       if (l.gated) product(fc1, f + first, n, own, count, up, n);
       for (int t = 0; t < count; ++t) {
         float* const h = at_.hidden + (start + t) * f + first;
-        for (std::int64_t j = 0; j < n; ++j) {
-          const float g = gate[t * n + j];
-          h[j] = (l.gelu ? gelu_of(g) : silu_of(g)) * (l.gated ? up[t * n + j] : 1.0f);
-        }
+        over(n, [&](std::int64_t j, int some) {
+          const vec g = load_some(gate + t * n + j, some);
+          vec value = l.gelu ? gelu(g) : silu(g);
+          if (l.gated) value *= load_some(up + t * n + j, some);
+          store_some(h + j, value, some);
+        });
       }
     });
 

@@ -50,11 +50,15 @@ void few_tokens(const FewTokens& c) {
     if (c.gated) product_rows(fc1, f + first, size, own, count, up, size);
     for (int t = 0; t < count; ++t) {
       float* const h = hidden + (start + t) * f + first;
-      for (std::int64_t j = 0; j < size; ++j) {
-        const float g = gate[t * size + j] + (bias ? bias[first + j] : 0.0f);
-        h[j] = c.gelu ? gelu_of(g) : silu_of(g);
-        if (c.gated) h[j] *= up[t * size + j] + (bias ? bias[f + first + j] : 0.0f);
-      }
+      const auto with_bias = [&](const float* x, std::int64_t row, int some) {
+        return bias ? load_some(x, some) + load_some(bias + row, some) : load_some(x, some);
+      };
+      over(size, [&](std::int64_t j, int some) {
+        const vec g = with_bias(gate + t * size + j, first + j, some);
+        vec value = c.gelu ? gelu(g) : silu(g);
+        if (c.gated) value *= with_bias(up + t * size + j, f + first + j, some);
+        store_some(h + j, value, some);
+      });
     }
   });
 

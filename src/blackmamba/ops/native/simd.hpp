@@ -131,6 +131,13 @@ BM_INLINE void store_some<float>(float* p, vec v, int n) {
 }
 #endif
 
+// f(i, n) for all i < n_numbers, lanes numbers at a time; n of the last may be fewer
+template <class F>
+BM_INLINE void over(std::int64_t n_numbers, const F& f) {
+  for (std::int64_t i = 0; i < n_numbers; i += lanes)
+    f(i, static_cast<int>(n_numbers - i < lanes ? n_numbers - i : lanes));
+}
+
 // v with zeros from lane n on
 BM_INLINE vec keep(vec v, int n) {
   ivec lane;
@@ -227,9 +234,28 @@ BM_INLINE vec softplus(vec x) {
   return positive + tail;
 }
 
-// one number at a time
-BM_INLINE float silu_of(float x) { return x / (1.0f + std::exp(-x)); }
-BM_INLINE float gelu_of(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
+// P(X < x) for a standard normal X, off by at most 3e-7, and exp(-x^2 / 2)
+struct Normal {
+  vec below, density_times_root;
+};
+BM_INLINE Normal normal(vec x) {
+  // erfc(z) = exp(-z^2) t p(t) with t = 1 / (1 + 0.3 z), z >= 0; p was fitted for the least
+  // relative error, 2.2e-8 up to z = 9, where exp(-z^2) is 0
+  const vec z = as_float(as_int(x) & 0x7fffffff) * 0.70710678f;
+  const vec e = exp(x * x * -0.5f), t = 1.0f / (1.0f + 0.3f * z);
+  vec p = splat(-0.12856003750797523f);
+  p = p * t + 0.48079025558903665f;
+  p = p * t - 0.50214553271376520f;
+  p = p * t + 0.53570112521006930f;
+  p = p * t - 0.08594742607545487f;
+  p = p * t + 0.21098996274187456f;
+  p = p * t + 0.14942400257733880f;
+  p = p * t + 0.17054873574062046f;
+  p = p * t + 0.16919889446214254f;
+  const vec tail = 0.5f * e * t * p;
+  return {x < 0.0f ? tail : 1.0f - tail, e};
+}
+BM_INLINE vec gelu(vec x) { return x * normal(x).below; }
 
 }  // namespace
 }  // namespace bm
