@@ -39,21 +39,16 @@ void prepare(WeightKind kind, const float* x, std::int64_t cols, void* prepared)
   for (; c < cols; ++c) out[c] = x[c];
 }
 
-constexpr int ahead = 4096;  // bytes that are asked for before they are needed (measured)
-
 // 2 lanes numbers of a row
 BM_INLINE void load_pair(const float* w, vec& a, vec& b) {
   a = load(w);
   b = load(w + lanes);
-  __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead);
-  __builtin_prefetch(reinterpret_cast<const char*>(w + lanes) + ahead);
 }
 BM_INLINE void load_pair(const bf16* w, vec& a, vec& b) {
   uvec words;
   std::memcpy(&words, w, sizeof words);
   a = (vec)(words << 16);
   b = (vec)(words & 0xffff0000u);
-  __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead);
 }
 
 // y[b * ldy + i] = row i of w . x[b], for so many rows and prepared vectors
