@@ -88,8 +88,9 @@ class MoE(nn.Module):
         }
         fc1, fc2 = self.fc1, self.fc2
         if isinstance(fc1, QuantizedStorage) and isinstance(fc2, QuantizedStorage):
-            is_trained_before = torch.is_grad_enabled() and x_tm.requires_grad
-            run = frozen_expert_mlp if is_trained_before else quantized_expert_mlp
+            # only adapters allow training mode; without them a gradient is refused
+            passes_gradients = self.training and torch.is_grad_enabled() and x_tm.requires_grad
+            run = frozen_expert_mlp if passes_gradients else quantized_expert_mlp
             return run(x_tm, expert_ids, fc1.stored(), fc2.stored(), **options)
         assert isinstance(fc1, Tensor)
         assert isinstance(fc2, Tensor)
