@@ -4,7 +4,8 @@ Which expert a token goes to is decided by comparing. Where two are as good as e
 decides, and from there on two runs are two samples of a chaotic process: plain PyTorch's float32
 and float64, on one CPU, differ by up to 0.9 % in single batches of 200 and by 0.3 % in means of
 ten; these kernels and the reference by 0.5 % in such means. So curves are compared where both runs
-take the reference's choices, and there closely; and freely, as far as they are the same run.
+take the reference's choices, and there closely. Free runs are held to half a percent all the same,
+which a single near tie can break.
 """
 
 import itertools
