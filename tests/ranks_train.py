@@ -8,7 +8,7 @@ from typing import Any
 
 from blackmamba.data import WindowSampler
 from blackmamba.errors import BlackMambaError
-from blackmamba.train import RunConfig, run, trainer
+from blackmamba.train import RunConfig, run, runner
 
 Incident = tuple[str, int, int]
 """What happens, to which rank, when it reads the batch of which step (from 1)."""
@@ -62,4 +62,4 @@ def _train(
 def _draw_nothing() -> None:
     """Pictures would take as long as the runs. In this process alone, which is a rank."""
     for name in ("draw_loss", "draw_experts"):
-        setattr(trainer, name, lambda *_: None)
+        setattr(runner, name, lambda *_: None)

@@ -19,7 +19,7 @@ from blackmamba.checkpoint.load import fingerprint, load_tokenizer
 from blackmamba.cli.main import main
 from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.model.quantized import QuantizedStorage
-from blackmamba.train import RunConfig, load_recipe, run, trainer
+from blackmamba.train import RunConfig, load_recipe, run, runner
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.parallel.config import ParallelConfig
 
@@ -114,7 +114,7 @@ def test_many_ranks_are_one_process(
 ):
     """Replicated and sharded; and a checkpoint of two ranks is resumed by one, and one's by two."""
     for name in ("draw_loss", "draw_experts"):
-        monkeypatch.setattr(trainer, name, lambda *_: None)
+        monkeypatch.setattr(runner, name, lambda *_: None)
     path = recipe()
     alone = load_recipe(path, ["train.accumulate=2", "train.steps=6", "train.ema_decay=0.9"])
     run(alone, tmp_path / "alone")
@@ -170,7 +170,7 @@ def test_quantised_experts_stay_and_pass_gradients_on(
     tmp_path: Path, recipe: Recipe, source: Path, bits: Any, monkeypatch: pytest.MonkeyPatch
 ):
     for name in ("draw_loss", "draw_experts"):
-        monkeypatch.setattr(trainer, name, lambda *_: None)
+        monkeypatch.setattr(runner, name, lambda *_: None)
     whole = blackmamba.load(source)
     small = blackmamba.quantize(whole, bits, group_size=32)
     for folder, model in (("small", small), ("all", blackmamba.quantize(whole, 8, what="all"))):

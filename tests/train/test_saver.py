@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from blackmamba.errors import CheckpointError
-from blackmamba.train import Progress, RunConfig, checkpoints, run, trainer
+from blackmamba.train import Progress, RunConfig, checkpoints, run, runner
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.parallel.ranks import Ranks
 from blackmamba.train.saver import Saver
@@ -23,7 +23,7 @@ _PATIENCE_S = 60.0  # of a test that fails
 @pytest.fixture(autouse=True)
 def _draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("draw_loss", "draw_experts"):
-        monkeypatch.setattr(trainer, name, lambda *_: None)
+        monkeypatch.setattr(runner, name, lambda *_: None)
 
 
 class Late(Progress):

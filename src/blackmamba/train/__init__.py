@@ -1,4 +1,4 @@
-"""Training: recipes, the loop, exact resume. Start at trainer.py.
+"""Training: recipes, the loop, exact resume. Start at runner.py.
 
 from blackmamba.train import load_recipe, run
 result = run(load_recipe("tiny"), "runs/tiny")
@@ -11,9 +11,9 @@ from blackmamba.train.pictures import draw_comparison
 from blackmamba.train.progress import Progress, RichProgress
 from blackmamba.train.recipe import load_recipe, recipe_names, write_recipe
 from blackmamba.train.report import RunResult
+from blackmamba.train.runner import run
 from blackmamba.train.start import trained_parameters
 from blackmamba.train.step import train_step
-from blackmamba.train.trainer import run
 
 __all__ = [
     "Progress",

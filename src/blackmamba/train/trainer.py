@@ -1,27 +1,14 @@
-"""A training run from beginning to end: start reading at `run`.
-
-RUN/
-    recipe.yaml       the whole configuration, itself a recipe
-    data/             tokenizer and tokens
-    metrics.jsonl     a line a step          tensorboard/   the same, if wanted
-    checkpoints/      step-00000123/, ...    model/         the trained model
-    model_ema/        the average of its weights, if wanted
-    base/             the model that adapters are of, and adapter/, where such are trained
-    loss.png          summary.json           expert-load.png
-"""
+"""The loop over the steps of a run: read, train, look, save."""
 
 import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from blackmamba.checkpoint import save, save_adapter
 from blackmamba.data import (
     Batch,
     ChatData,
@@ -29,173 +16,29 @@ from blackmamba.data import (
     MixtureSampler,
     PreparedData,
     Share,
-    Tokenizer,
     TokenLog,
 )
 from blackmamba.data.conversations import ConversationSampler
-from blackmamba.errors import ConfigError, TrainingError
-from blackmamba.model import BlackMamba, Trace
+from blackmamba.errors import TrainingError
+from blackmamba.model import Trace
 from blackmamba.model.lora import draw_dropout
 from blackmamba.model.size import training_flops_per_token
-from blackmamba.train.average import WeightAverage
-from blackmamba.train.checkpoints import Counters, newest_checkpoint, restore, staged
-from blackmamba.train.config import RunConfig, check_ranks
+from blackmamba.train.checkpoints import Counters, staged
+from blackmamba.train.config import RunConfig
 from blackmamba.train.evaluation import Validation, Validations, validate
-from blackmamba.train.folder import (
-    ADAPTER,
-    CHECKPOINTS,
-    MODEL,
-    RECIPE,
-    enter,
-    open_data,
-    pick_device,
-    with_dtype,
-)
+from blackmamba.train.folder import CHECKPOINTS
 from blackmamba.train.interrupt import StopRequest
-from blackmamba.train.loggers import Logger, check_loggers, open_loggers
-from blackmamba.train.memory import keep_freed_memory
-from blackmamba.train.metrics import ExpertLoad, MetricsLog, NoMetrics, Row, finite
-from blackmamba.train.mixed import narrow_weights
-from blackmamba.train.muon import Muon
-from blackmamba.train.optimizer import build_optimizer
-from blackmamba.train.parallel.ranks import Ranks, join
-from blackmamba.train.parts import parameters_by_part
-from blackmamba.train.pictures import draw_experts, draw_loss
+from blackmamba.train.learner import Learner
+from blackmamba.train.loggers import Logger, open_loggers
+from blackmamba.train.metrics import ExpertLoad, MetricsLog, NoMetrics
+from blackmamba.train.parallel.ranks import Ranks
 from blackmamba.train.progress import Progress
-from blackmamba.train.recipe import write_recipe
-from blackmamba.train.report import RunResult, write_summary, xz_bits_per_byte
+from blackmamba.train.rollback import go_back, new_guard
+from blackmamba.train.rows import Rows, Step
 from blackmamba.train.saver import Saver
 from blackmamba.train.schedule import learning_rate
-from blackmamba.train.speed import peak_memory, product_rate
-from blackmamba.train.spikes import SpikeGuard
-from blackmamba.train.start import DTYPES, started
-from blackmamba.train.step import CapturedGradients, GradientsOfBatch, StepOutcome, train_step
-
-if TYPE_CHECKING:
-    from blackmamba.train.parallel.spread import Spread
-
-AVERAGE = "model_ema"
-
-
-def run(
-    config: RunConfig,
-    out: str | Path,
-    *,
-    resume: bool = False,
-    progress: Progress | None = None,
-) -> RunResult:
-    """Train a model as `config` says, in the folder `out`.
-
-    A run that was stopped, however roughly, and resumed gives on CPU the same losses and weights,
-    bit for bit, as one that was not (with the same torch and number of threads).
-
-    Args:
-        config: usually from `load_recipe`.
-        out: of this run alone; made if it is missing.
-        resume: go on from the newest checkpoint in `out`, or begin where there is none.
-        progress: is told how it goes.
-    Raises:
-        ConfigError: `out` holds a run already and `resume` is False; it was begun with settings
-            that may not change (see `check_resumable`); there is no such device.
-        DataError: the text is missing, too little, or not what the run began with.
-        CheckpointError: a checkpoint is damaged, or a model or checkpoint cannot be written.
-        TrainingError: too many steps in a row were skipped, the run went back too often, or `out`
-            cannot be written to.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, to any rank, after saving a checkpoint.
-        PeerError: another rank failed; that one has raised why.
-    """
-    with join(pick_device(config.train.device), config.parallel.timeout_s) as ranks:
-        return _run(config, Path(out), resume or ranks.is_restart, progress or Progress(), ranks)
-
-
-def _run(config: RunConfig, out: Path, resume: bool, progress: Progress, ranks: Ranks) -> RunResult:
-    """`run`, as one of the ranks."""
-    settings, device = config.train, ranks.device
-    ranks.first(lambda: check_ranks(config, ranks))
-    if settings.capture and device.type != "cuda":
-        raise ConfigError("train.capture=true: there are graphs on a GPU only; set it to false")
-    keep_freed_memory(device)
-    ranks.first(lambda: check_loggers(settings.loggers))
-    checkpoint = ranks.first_then_all(lambda: enter(out, config, resume, ranks))
-    config = with_dtype(config, checkpoint, device)
-    data = ranks.first_then_all(lambda: open_data(out, config, checkpoint))
-    settings = config.train
-    model = started(config, data.tokenizer, out, resumed=checkpoint is not None, ranks=ranks)
-    masters = narrow_weights(model, DTYPES[settings.dtype]) if settings.weights != "float32" else {}
-    model.to(device).recompute = settings.recompute
-    spread = _spread(model, config, ranks)
-    holder = model
-    if spread is not None:
-        holder = spread.shards
-        masters = {name: holder.piece(name, whole) for name, whole in masters.items()}
-    optimizer = build_optimizer(holder, settings, masters)
-    if spread is not None and isinstance(optimizer, Muon):
-        optimizer.shards = spread.shards
-    del masters  # they may be on the device by now
-    average: WeightAverage | None = None
-    if settings.ema_decay:
-        decay, is_spread = settings.ema_decay, spread is not None
-        average = WeightAverage(holder, optimizer, decay, is_spread=is_spread)
-    counters = Counters()
-    if checkpoint is not None:
-        restore(checkpoint, model, optimizer, average, spread)
-        counters = checkpoint.counters
-    if ranks.is_first:
-        with _writing(out):
-            write_recipe(config, out / RECIPE)
-
-    trainer = Trainer(
-        config, out, data, model, optimizer, average, counters, progress, ranks, spread
-    )
-    found = trainer.train()
-    _save_model(model, spread, data.tokenizer, out / MODEL)
-    if config.lora.rank and ranks.is_first:
-        save_adapter(model, out / ADAPTER, data.tokenizer)
-    if average is not None:
-        with average.in_place():
-            _save_model(model, spread, data.tokenizer, out / AVERAGE)
-    result = RunResult(
-        steps=counters.step,
-        bad_steps=counters.bad_steps,
-        spikes=counters.spikes,
-        rollbacks=counters.rollbacks,
-        tokens=counters.tokens,
-        seconds=counters.seconds,
-        nats_per_token=found.weights.nats_per_token,
-        bits_per_byte=found.weights.bits_per_byte,
-        ema_bits_per_byte=None if found.average is None else found.average.bits_per_byte,
-        best_step=counters.best_step,
-        best_nats_per_token=counters.best_nats_per_token,
-        xz_bits_per_byte=xz_bits_per_byte(data.validation_text) if ranks.is_first else None,
-        product_flops_per_s=trainer.rate,
-        sources=trainer.sources(),
-        model=out / MODEL,
-    )
-    if not ranks.is_first:
-        return result
-    with _writing(out):
-        draw_loss(out)
-        draw_experts(out)
-        write_summary(result, out)
-    return result
-
-
-def _spread(model: BlackMamba, config: RunConfig, ranks: Ranks) -> "Spread | None":
-    """The model on its ranks; None where there is one process."""
-    if not ranks.is_group:
-        return None
-    from blackmamba.train.parallel.spread import Spread
-
-    return Spread.over(ranks, model, config.parallel)
-
-
-def _save_model(
-    model: BlackMamba, spread: "Spread | None", tokenizer: Tokenizer, folder: Path
-) -> None:
-    """Write the model folder; of many ranks, all of which call this, the first writes."""
-    whole = model if spread is None else spread.gathered()
-    if whole is not None:
-        save(whole, folder, tokenizer=tokenizer)
+from blackmamba.train.speed import product_rate
+from blackmamba.train.step import train_step
 
 
 class Trainer:
@@ -206,20 +49,16 @@ class Trainer:
         config: RunConfig,
         out: Path,
         data: PreparedData | ChatData | MixtureData,
-        model: BlackMamba,
-        optimizer: torch.optim.Optimizer,
-        average: WeightAverage | None,
+        learner: Learner,
         counters: Counters,
         progress: Progress,
         ranks: Ranks,
-        spread: "Spread | None",
     ):
         self.config, self.out, self.data = config, out, data
-        self.model, self.optimizer, self.average = model, optimizer, average
+        self.learner = learner
         self.counters = counters
         self.progress = progress if ranks.is_first else Progress()
-        self._ranks, self._spread = ranks, spread
-        self._device = ranks.device
+        self._ranks, self._device = ranks, ranks.device
         settings = config.train
         rows = settings.seq_len, settings.batch_size, settings.seed
         if isinstance(data, ChatData):
@@ -228,24 +67,19 @@ class Trainer:
             self.sampler = data.sampler(*rows, config.data.packing)
         self._is_ahead = self._device.type != "cpu"
         self._is_stopped = False
-        if spread is None:
-            kind = CapturedGradients if config.train.capture else GradientsOfBatch
-            self._gradients, self._parts = kind(model), parameters_by_part(model)
-        else:
-            self._gradients = spread.gradients()
-            self._parts = parameters_by_part(model, spread.shards.named_parameters())
+        self._gradients = learner.gradients(capture=settings.capture)
+        self._parts = learner.parts()
         self._saver = Saver(self.progress.on_checkpoint, is_async=settings.checkpoint_async)
-        self._guard = self._new_guard()
-        self._unlogged = [0.0, 0]  # seconds and tokens of the steps since the last log
-        self._rolled_back: dict[str, int] | None = None  # to be written down with the next step
-        self.rate = product_rate(self._device.type, model.compute_dtype) * ranks.size
-        self._flops_per_token = training_flops_per_token(model.config, config.train.seq_len)
+        self._guard = new_guard(settings, counters, self._device)
+        self.rate = product_rate(self._device.type, learner.model.compute_dtype) * ranks.size
+        flops = training_flops_per_token(learner.model.config, settings.seq_len)
+        self._rows = Rows(self.sampler, self.rate, flops, self._device)
 
     def train(self) -> Validations:
         """All steps that are left; returns the validation after the last."""
         settings, counters = self.config.train, self.counters
         found: Validations | None = None
-        waiting: _Step | None = None  # on a GPU: runs, while the host prepares the next
+        waiting: Step | None = None  # on a GPU: runs, while the host prepares the next
         self._began, self._since = time.monotonic() - counters.seconds, time.monotonic()
         self.progress.on_start(counters.step, settings.steps)
         with (
@@ -309,7 +143,7 @@ class Trainer:
     def _stops(self, stop: StopRequest) -> bool:
         """Whether to stop, of which all ranks think alike: in every step they tell each other."""
         own = stop.requested or self._saver.has_failed
-        return own if self._spread is None else self._is_stopped
+        return own if self.learner.spread is None else self._is_stopped
 
     def _token_log(self) -> contextlib.AbstractContextManager[TokenLog | None]:
         if not self.config.data.token_log:
@@ -322,17 +156,17 @@ class Trainer:
             return {}
         return self.sampler.usage(self.counters.step + self.counters.skipped_batches)
 
-    def _begin_step(self, number: int, batch: Batch) -> "_Step":
+    def _begin_step(self, number: int, batch: Batch) -> Step:
         """Start a step; on a GPU it is not done when this returns."""
         settings, counters = self.config.train, self.counters
         lr = learning_rate(settings, counters.step)
         is_logged = _is_due(counters.step + 1, settings.log_every)
         trace = Trace() if is_logged else None
         if self.config.lora.dropout:
-            draw_dropout(self.model, settings.seed, number)
+            draw_dropout(self.learner.model, settings.seed, number)
         outcome = train_step(
-            self.model,
-            self.optimizer,
+            self.learner.model,
+            self.learner.optimizer,
             _sent(batch.input_ids, self._device),
             _sent(batch.labels, self._device),
             lr=lr,
@@ -347,15 +181,15 @@ class Trainer:
         counters.step += 1
         n_tokens = batch.input_ids.numel() * self._ranks.size
         counters.tokens += n_tokens
-        if self.average is not None:
-            self.average.update(counters.step)
+        if self.learner.average is not None:
+            self.learner.average.update(counters.step)
         experts = ExpertLoad(trace.routing) if trace is not None and trace.routing else None
-        return _Step(
+        return Step(
             counters.step, number, counters.tokens, n_tokens, lr, outcome, experts, is_logged
         )
 
     def _end_step(
-        self, step: "_Step", metrics: MetricsLog | NoMetrics, found: Validations | None
+        self, step: Step, metrics: MetricsLog | NoMetrics, found: Validations | None
     ) -> None:
         """Wait for a step's numbers and write them down.
 
@@ -363,31 +197,7 @@ class Trainer:
             TrainingError: too many in a row were skipped.
         """
         settings, counters, outcome = self.config.train, self.counters, step.outcome
-        row: Row = {
-            "step": step.number,
-            "loss": finite(outcome.loss),
-            "lr": step.lr,
-            "grad_norm": finite(outcome.grad_norm),
-            "skipped": not outcome.is_taken,
-            "tokens": step.tokens,
-        }
-        if outcome.is_spike:
-            row["spike"] = True
-        if self._rolled_back is not None:
-            row["rolled_back"], self._rolled_back = self._rolled_back, None
-        row["tokens_per_s"] = round(step.n_tokens / step.seconds, 1)
-        self._unlogged[0] += step.seconds
-        self._unlogged[1] += step.n_tokens
-        if step.experts is not None:
-            row["experts"] = step.experts.by_layer()
-        if step.is_logged:
-            row["grad_norms"] = {k: finite(v) for k, v in outcome.part_norms.items()}
-            row["machine"] = self._machine()
-            if isinstance(self.sampler, MixtureSampler):
-                usage = self.sampler.usage(step.batch + 1)
-                row["sources"] = {k: dataclasses.asdict(v) for k, v in usage.items()}
-        if found is not None:
-            row |= found.row()
+        row = self._rows.row(step, found)
         counters.bad_steps += not outcome.is_finite
         counters.spikes += outcome.is_spike
         counters.bad_in_a_row = 0 if outcome.is_taken else counters.bad_in_a_row + 1
@@ -404,18 +214,7 @@ class Trainer:
                 + (", or a larger train.spike_threshold" if outcome.is_spike else "")
             )
 
-    def _machine(self) -> dict[str, float]:
-        """How fast the steps since the last time were, and what they took."""
-        seconds, tokens = self._unlogged
-        self._unlogged = [0.0, 0]
-        speed = tokens / seconds
-        return {
-            "tokens_per_s": round(speed, 1),
-            "mfu": round(speed * self._flops_per_token / self.rate, 4),
-            "memory_bytes": peak_memory(self._device.type),
-        }
-
-    def _is_kept(self, step: "_Step", metrics: MetricsLog | NoMetrics) -> bool:
+    def _is_kept(self, step: Step, metrics: MetricsLog | NoMetrics) -> bool:
         """Wait until a step is done. False: it was an outlier, and the run went back.
 
         Raises:
@@ -429,41 +228,16 @@ class Trainer:
         if settings.spikes != "rollback" or not is_spike:
             return True
         self._saved()
-        checkpoint = newest_checkpoint(self.out / CHECKPOINTS, settings.checkpoint_every)
-        if checkpoint is None:
+        left_out = go_back(step, self.out / CHECKPOINTS, settings, self.learner, counters)
+        if left_out is None:
             return True  # there is nothing to go back to: the step was skipped
-        rollbacks = counters.rollbacks + 1
-        if rollbacks > settings.max_rollbacks:
-            raise TrainingError(
-                f"step {step.number}: loss {step.outcome.loss:.4g} or gradient norm "
-                f"{step.outcome.grad_norm:.4g} is an outlier, after {counters.rollbacks} "
-                f"roll-backs (train.max_rollbacks); try a train.lr below {settings.lr:g}, "
-                "or a larger train.spike_threshold"
-            )
-        restore(checkpoint, self.model, self.optimizer, self.average, self._spread)
-        spikes, kept = counters.spikes + 1, checkpoint.counters
-        for field in dataclasses.fields(counters):
-            setattr(counters, field.name, getattr(kept, field.name))
-        counters.spikes, counters.rollbacks = spikes, rollbacks
-        counters.skipped_batches = step.batch + 1 - counters.step
         counters.seconds = now - self._began
-        self._guard = self._new_guard()
-        self._rolled_back = {
-            "from_step": step.number,
-            "skipped_batches": counters.skipped_batches - kept.skipped_batches,
-        }
+        self._guard = new_guard(settings, counters, self._device)
+        self._rows.rolled_back = left_out
         metrics.rewind(counters.step)
         self.progress.on_rollback(step.number, counters.step)
         self._since = time.monotonic()
         return False
-
-    def _new_guard(self) -> SpikeGuard | None:
-        """One that goes on from the counters; None if outliers do not matter."""
-        settings, counters = self.config.train, self.counters
-        if settings.spikes == "ignore":
-            return None
-        remembered = counters.recent_losses, counters.recent_norms
-        return SpikeGuard(settings.spike_window, settings.spike_threshold, self._device, remembered)
 
     def _is_best(self, found: Validations) -> bool:
         """Whether no validation was better; it is remembered."""
@@ -483,11 +257,11 @@ class Trainer:
             "seq_len": settings.evaluate_seq_len,
             "ranks": self._ranks,
         }
-        weights = validate(self.model, self.data, **options)
+        weights = validate(self.learner.model, self.data, **options)
         average: Validation | None = None
-        if self.average is not None:
-            with self.average.in_place():
-                average = validate(self.model, self.data, **options)
+        if self.learner.average is not None:
+            with self.learner.average.in_place():
+                average = validate(self.learner.model, self.data, **options)
         found = Validations(weights, average)
         self.progress.on_evaluation(self.counters.step, weights)
         if average is not None:
@@ -496,7 +270,7 @@ class Trainer:
         return found
 
     def _save(self) -> None:
-        settings, counters = self.config.train, self.counters
+        settings, counters, learner = self.config.train, self.counters, self.learner
         self._saved()
         self._ranks.at(f"saves the checkpoint of step {counters.step}")
         if self._guard is not None:
@@ -507,16 +281,16 @@ class Trainer:
         self._saver.save(
             staged(
                 self.out / CHECKPOINTS,
-                self.model,
+                learner.model,
                 self.data.tokenizer,
-                self.optimizer,
+                learner.optimizer,
                 counters=counters,
                 config=self.config,
                 data=self.data.fingerprint,
                 keep=settings.keep_checkpoints,
                 keep_also=keep_also,
-                average=self.average,
-                spread=self._spread,
+                average=learner.average,
+                spread=learner.spread,
                 copied=self._saver.is_async,
             )
         )
@@ -533,34 +307,6 @@ class Trainer:
 
     def _begin_loggers(self, step: int) -> list[Logger]:
         return open_loggers(self.config.train.loggers, self.out, step=step, config=self.config)
-
-
-@dataclasses.dataclass
-class _Step:
-    """A step that was begun."""
-
-    number: int
-    """From 1."""
-    batch: int
-    """The sampler's number of what it read."""
-    tokens: int
-    """Read up to its end."""
-    n_tokens: int
-    """Its own."""
-    lr: float
-    outcome: StepOutcome
-    experts: ExpertLoad | None
-    is_logged: bool
-    seconds: float = 0.0
-    """From the end of the step before to its own."""
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(f"{out}: cannot be written to ({error.strerror or error})") from None
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
