@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,38 @@ def test_origin_needs_no_git(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")
     assert origin.origin().keys() == {"version"}
     origin.commit.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_origin_is_of_the_tree_that_the_package_lies_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    for place in (".", "copies/one"):
+        folder = tmp_path / place / "src/blackmamba/train"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    own, copied = (tmp_path / p / "src/blackmamba/train" for p in (".", "copies/one"))
+    assert origin.commit_of(own) == ""
+    git("init", "--quiet")
+    assert origin.commit_of(own) == ""  # there is no commit yet
+    git("add", "src")
+    git("commit", "--quiet", "--no-verify", "-m", "one")
+    assert origin.commit_of(copied) == ""
+    git("add", "copies")  # as other projects keep what they use
+    git("commit", "--quiet", "--no-verify", "-m", "two")
+    assert origin.commit_of(copied) == ""
+    head = git("rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))
+    assert origin.commit_of(own) == head
+    (tmp_path / "notes").touch()
+    assert origin.commit_of(own) == head
+    (own.parent / "new.py").touch()
+    assert origin.commit_of(own) == f"{head}-dirty"
 
 
 # ---- resuming with other settings ----------------------------------------------------------
