@@ -1,13 +1,17 @@
 """What the tests of training let ranks do: run several runs, one after the other."""
 
+import contextlib
 import os
 import resource
 import signal
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
 from blackmamba.data import WindowSampler
 from blackmamba.errors import BlackMambaError
+from blackmamba.model import BlackMamba
+from blackmamba.model.balance import Losses
 from blackmamba.train import RunConfig, run, runner
 
 Incident = tuple[str, int, int]
@@ -18,6 +22,36 @@ def train_all(runs: list[tuple[RunConfig, Path, bool]]) -> list[Any]:
     """The result of each run: (configuration, folder, resume)."""
     _draw_nothing()
     return [run(config, out, resume=resume) for config, out, resume in runs]
+
+
+def train_spiky(bad: set[int], runs: list[tuple[RunConfig, Path, bool]]) -> list[Any]:
+    """As `train_all`, with batches whose loss is an outlier."""
+    with spiking(bad):
+        return train_all(runs)
+
+
+@contextlib.contextmanager
+def spiking(bad: Collection[int]) -> Generator[list[int]]:
+    """Batches of these numbers have a loss thirty times as large; gives the numbers of those that
+    were read."""
+    read = list[int]()
+    batch, losses = WindowSampler.batch, BlackMamba.losses
+
+    def reads(self: WindowSampler, step: int, *args: Any) -> Any:
+        read.append(step)
+        return batch(self, step, *args)
+
+    def spikes(self: BlackMamba, *args: Any, **options: Any) -> Losses:
+        found, factor = losses(self, *args, **options), 30 if read[-1] in bad else 1
+        return found._replace(
+            total=found.total * factor, cross_entropy=found.cross_entropy * factor
+        )
+
+    WindowSampler.batch, BlackMamba.losses = reads, spikes  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield read
+    finally:
+        WindowSampler.batch, BlackMamba.losses = batch, losses
 
 
 def train_some(

@@ -1,5 +1,6 @@
 """Checkpoints written beside the training are those of a run that waits for them."""
 
+import errno
 import json
 import resource
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks_train import spiking
 
 from blackmamba.errors import CheckpointError
 from blackmamba.train import Progress, RunConfig, checkpoints, run, runner
@@ -77,6 +79,69 @@ def test_the_training_goes_on_and_the_copy_does_not(
     assert late.saved == [f"step-{n:08d}" for n in (3, 4, 6, 8, 9)]
     assert content(tmp_path / "beside") == content(tmp_path / "waits")
     assert losses(tmp_path / "beside") == losses(tmp_path / "waits")
+
+
+def test_going_back_waits_for_what_is_being_written(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The checkpoint is not there when the outlier is, and is written when it is waited for."""
+    settings = {"steps": 6, "checkpoint_every": 3, "spikes": "rollback", "spike_window": 3}
+    with spiking({3}):
+        run(small(**settings), tmp_path / "waits")
+    asked, write, wait = threading.Event(), checkpoints._write_whole, Saver.wait
+    gone_back = list[tuple[int, int]]()
+
+    def waits(self: Saver) -> None:
+        if self._under_way is not None:
+            asked.set()
+        wait(self)
+
+    def writes(folder: Path, *rest: Any) -> None:
+        if folder.name == "step-00000003":
+            assert asked.wait(_PATIENCE_S), "was not waited for"
+            assert not gone_back
+        write(folder, *rest)
+
+    class Looks(Progress):
+        def on_rollback(self, step: int, to: int) -> None:
+            gone_back.append((step, to))
+
+    monkeypatch.setattr(Saver, "wait", waits)
+    monkeypatch.setattr(checkpoints, "_write_whole", writes)
+    with spiking({3}):
+        run(small(**settings, checkpoint_async=True), tmp_path / "beside", progress=Looks())
+    assert gone_back == [(4, 3)]
+    assert losses(tmp_path / "beside") == losses(tmp_path / "waits")
+    assert content(tmp_path / "beside") == content(tmp_path / "waits")
+
+
+def test_going_back_to_what_could_not_be_written_ends_the_run(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = {"steps": 8, "checkpoint_every": 3, "spikes": "rollback", "spike_window": 3}
+    config, write = small(**settings, checkpoint_async=True), checkpoints._write_whole
+    spiked = threading.Event()
+
+    def writes(folder: Path, *rest: Any) -> None:
+        if folder.name == "step-00000006":
+            assert spiked.wait(_PATIENCE_S)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, *rest)
+
+    def waits(self: Saver) -> None:
+        if self._under_way is not None and (tmp_path / "checkpoints/step-00000003").exists():
+            spiked.set()
+        wait(self)
+
+    wait = Saver.wait
+    monkeypatch.setattr(Saver, "wait", waits)
+    monkeypatch.setattr(checkpoints, "_write_whole", writes)
+    with spiking({6}), pytest.raises(CheckpointError, match=r"step-00000006: .*No space left"):
+        run(config, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    with spiking({6}):
+        assert run(config, tmp_path, resume=True).rollbacks == 1
 
 
 @pytest.mark.usefixtures("signals")

@@ -2,17 +2,16 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks_train import spiking
 
-from blackmamba.data import WindowSampler
 from blackmamba.errors import TrainingError
 from blackmamba.model import BlackMamba
-from blackmamba.model.balance import Losses
 from blackmamba.train import Progress, RunConfig, run, train_step
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.optimizer import build_optimizer
@@ -79,24 +78,11 @@ def test_an_outlier_changes_nothing(weights: str, small: Small):
 
 
 @pytest.fixture
-def bad_batches(monkeypatch: pytest.MonkeyPatch) -> tuple[set[int], list[int]]:
+def bad_batches() -> Iterator[tuple[set[int], list[int]]]:
     """Numbers of batches whose loss shall be a spike, and those that were read."""
-    bad, read = set[int](), list[int]()
-    batch, losses = WindowSampler.batch, BlackMamba.losses
-
-    def reads(self: WindowSampler, step: int, *args: Any) -> Any:
-        read.append(step)
-        return batch(self, step, *args)
-
-    def spikes(self: BlackMamba, *args: Any, **options: Any) -> Losses:
-        found, factor = losses(self, *args, **options), 30 if read[-1] in bad else 1
-        return found._replace(
-            total=found.total * factor, cross_entropy=found.cross_entropy * factor
-        )
-
-    monkeypatch.setattr(WindowSampler, "batch", reads)
-    monkeypatch.setattr(BlackMamba, "losses", spikes)
-    return bad, read
+    bad = set[int]()
+    with spiking(bad) as read:
+        yield bad, read
 
 
 class DeathError(Exception):
@@ -184,6 +170,29 @@ def test_gone_back_and_on_with_other_data(
         run(small(**{f: getattr(config.train, f) for f in (
             "steps", "spikes", "spike_window", "checkpoint_every")}, max_rollbacks=2),
             tmp_path / "strict")  # fmt: skip
+
+
+def test_checkpoints_of_the_way_that_was_left_go(
+    bad_batches: tuple[set[int], list[int]], small: Small, tmp_path: Path
+):
+    """The best so far lies behind the one that is gone back to; and is then another."""
+    bad_batches[0].add(4)
+    config = small(
+        steps=5, spikes="rollback", spike_window=3, checkpoint_every=3, evaluate_every=2,
+        keep_best=True, keep_checkpoints=9,
+    )  # fmt: skip
+    seen = list[list[str]]()
+
+    class Looks(Progress):
+        def on_rollback(self, step: int, to: int) -> None:
+            assert (step, to) == (5, 3)
+            seen.append(sorted(p.name for p in (tmp_path / "checkpoints").iterdir()))
+
+    run(config, tmp_path, progress=Looks())
+    assert seen == [["step-00000002", "step-00000003"]]
+    assert bad_batches[1] == [0, 1, 2, 3, 4, 5, 6]
+    kept = sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == [2, 3, 4, 5]
 
 
 def test_nothing_to_go_back_to(

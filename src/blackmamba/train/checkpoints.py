@@ -446,6 +446,13 @@ def remove_leftovers(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def remove_later(root: Path, step: int) -> None:
+    """Remove the checkpoints after that of `step`, where a run goes another way from there."""
+    for folder in _folders(root):
+        if _step_of(folder) > step:
+            _remove(folder)
+
+
 def _folders(root: Path) -> list[Path]:
     """Of all checkpoints, oldest first."""
     return sorted(p for p in root.glob("step-*") if p.name[5:].isdecimal())

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from blackmamba.errors import TrainingError
-from blackmamba.train.checkpoints import Counters, newest_checkpoint, restore
+from blackmamba.train.checkpoints import Counters, newest_checkpoint, remove_later, restore
 from blackmamba.train.config import TrainConfig
 from blackmamba.train.learner import Learner
 from blackmamba.train.rows import Step
@@ -25,7 +25,9 @@ def go_back(
     step: Step, checkpoints: Path, settings: TrainConfig, learner: Learner, counters: Counters
 ) -> dict[str, int] | None:
     """Give learner and counters the values of the newest checkpoint of `checkpoint_every`; the
-    sampler goes on behind the step's batch. All ranks call it, when no checkpoint is being written.
+    sampler goes on behind the step's batch. Later checkpoints are of the way that was left.
+
+    All ranks call it together, when no checkpoint is being written.
 
     Args:
         step: an outlier.
@@ -50,6 +52,8 @@ def go_back(
             "or a larger train.spike_threshold"
         )
     restore(checkpoint, learner.model, learner.optimizer, learner.average, learner.spread)
+    if learner.spread is None or learner.spread.ranks.is_first:
+        remove_later(checkpoints, checkpoint.counters.step)
     spikes, kept = counters.spikes + 1, checkpoint.counters
     for field in dataclasses.fields(counters):
         setattr(counters, field.name, getattr(kept, field.name))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from many_ranks import on_ranks
-from ranks_train import train_all, train_badly
+from ranks_train import spiking, train_all, train_badly, train_spiky
 
 import blackmamba
 from blackmamba.config import ModelConfig
@@ -206,6 +206,26 @@ def test_two_ranks_are_resumed_by_one_and_by_four(config: RunConfig, tmp_path: P
         assert_same_run(out, tmp_path / "alone")
         average, expected = (blackmamba.load(o / "model_ema") for o in (out, tmp_path / "alone"))
         assert_same_weights(average, expected)
+
+
+def test_ranks_go_back_together(config: RunConfig, tmp_path: Path):
+    """From outliers in steps 5 and 9, each just after a checkpoint that is written beside."""
+    train = dataclasses.replace(
+        config.train, steps=10, spikes="rollback", spike_window=3, checkpoint_every=4,
+        evaluate_every=5, keep_best=True, checkpoint_async=True, ema_decay=0.9,
+    )  # fmt: skip
+    alone = dataclasses.replace(config, train=train)
+    with spiking({4, 9}) as read:
+        result = run(alone, tmp_path / "alone")
+    assert (result.rollbacks, read) == (2, list(range(12)))
+    shutil.copytree(tmp_path / "alone/data", tmp_path / "two/data")
+    on_ranks(2, train_spiky, {4, 9}, [(on(alone, 2, **BOTH), tmp_path / "two", False)])
+    assert_same_run(tmp_path / "two", tmp_path / "alone", steps=10)
+    rows = read_metrics(tmp_path / "two/metrics.jsonl")
+    assert {row["step"]: row["rolled_back"] for row in rows if "rolled_back" in row} == {
+        5: {"from_step": 5, "skipped_batches": 1},
+        9: {"from_step": 9, "skipped_batches": 1},
+    }
 
 
 def test_whatever_goes_wrong_is_said_once_and_loses_nothing(config: RunConfig, tmp_path: Path):
