@@ -66,6 +66,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return blackmamba.load(folder).state_dict()
 
 
+def test_a_run_begins_with_the_given_bias(
+    tmp_path: Path, source: Path, recipe: Callable[..., Path]
+):
+    """And counts what its routers choose; nothing of that lies in the model's folder."""
+    made = {"router": "sigmoid", "selection_bias": True, "selection_bias_rate": 1e-3}
+    config = dataclasses.replace(blackmamba.load(source).config, **made)
+    model = blackmamba.model.BlackMamba(config)
+    name = "layers.1.feed_forward.router.selection_bias"
+    model.get_buffer(name).copy_(torch.tensor([0.5, 0.0, -0.5, 0.0]))
+    tokenizer = Tokenizer.from_file(source / "model" / "tokenizer.json")
+    blackmamba.save(model, tmp_path / "model", tokenizer=tokenizer)
+    result = run(load_recipe(recipe(init=str(tmp_path / "model"), steps=1)), tmp_path / "out")
+    moved = blackmamba.load(result.model).get_buffer(name) - model.get_buffer(name)
+    assert set(moved.mul(1e3).round().tolist()) <= {-1.0, 0.0, 1.0}
+    assert moved.any()
+
+
 def test_a_run_begins_with_the_given_weights(
     tmp_path: Path, source: Path, recipe: Callable[..., Path]
 ):

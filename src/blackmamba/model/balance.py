@@ -122,6 +122,9 @@ def balance_step(
     """To be called once after every step of the optimizer: move each router's selection bias
     against the load that it had since the last time, and forget that load.
 
+    The bias of a router whose weight is not trained itself (frozen, or of a model that adapters are
+    trained of) belongs to what stays as it is.
+
     The bias of an expert goes up by `selection_bias_rate` if it had fewer tokens than the mean and
     down if it had more ("sign"), or up by the rate times 1 - load / mean ("error"). Nothing waits
     for the device.
@@ -131,7 +134,7 @@ def balance_step(
         reduce: sums loads over the ranks, called once for all routers together.
         go: False, or a bool scalar on the device: biases stay, as after a step that was skipped.
     """
-    routers = [r for r in counting_routers(model) if r.selection_bias is not None]
+    routers = [r for r in counting_routers(model) if r.selection_bias is not None and _learns(r)]
     seen = _reduced([_kept(router) for router in routers], reduce) if routers else []
     for router, load in zip(routers, seen, strict=True):
         bias, config = _known(router.selection_bias), router.config
@@ -147,6 +150,11 @@ def balance_step(
 def counting_routers(model: nn.Module) -> list[Router]:
     """The routers that remember their load, from bottom to top."""
     return [m for m in model.modules() if isinstance(m, Router) and m.load_since_step is not None]
+
+
+def _learns(router: Router) -> bool:
+    weight = dict(router.named_parameters()).get("weight")  # an adapted one has another name
+    return weight is not None and weight.requires_grad
 
 
 def forget_load(model: nn.Module) -> None:

@@ -63,6 +63,9 @@ def started(
                 shape, device="meta", compute_dtype=compute_dtype, quantization=given.quantization
             )
             model.load_state_dict(given.state_dict(), assign=True)
+            for name, buffer in given.named_buffers():  # those that no state has, too
+                path, _, last = name.rpartition(".")
+                setattr(model.get_submodule(path), last, buffer)
         else:
             model = BlackMamba(shape, compute_dtype=compute_dtype)
         if config.lora.rank:
