@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from many_ranks import on_ranks
-from ranks_train import train_some
+from ranks_train import train_all, train_some
 from safetensors.torch import load_file, save_file
 
 import blackmamba
@@ -112,7 +112,7 @@ def test_other_adapters_are_another_run(recipe: Recipe, trained: Path):
 def test_many_ranks_are_one_process(
     tmp_path: Path, recipe: Recipe, source: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Replicated and sharded; and a checkpoint of two ranks is resumed by one, and one's by two."""
+    """However they lie; and a checkpoint of two ranks is resumed by one, and one's by two."""
     for name in ("draw_loss", "draw_experts"):
         monkeypatch.setattr(runner, name, lambda *_: None)
     path = recipe()
@@ -120,8 +120,12 @@ def test_many_ranks_are_one_process(
     run(alone, tmp_path / "alone")
     one = dataclasses.replace(alone, train=dataclasses.replace(alone.train, accumulate=1))
     runs: list[tuple[RunConfig, Path, bool]] = []
-    for name in ("none", "full"):
-        ranked = dataclasses.replace(one, parallel=ParallelConfig(shard=name))
+    kinds: dict[str, dict[str, Any]] = {
+        "none": {}, "experts": {"expert": 2}, "both": {"shard": "full", "expert": 2},
+        "full": {"shard": "full"},
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        ranked = dataclasses.replace(one, parallel=ParallelConfig(**kind))
         runs.append((ranked, tmp_path / name, False))
     shutil.copytree(tmp_path / "alone", tmp_path / "to-two")
     shutil.rmtree(tmp_path / "to-two/checkpoints/step-00000006")
@@ -134,10 +138,11 @@ def test_many_ranks_are_one_process(
     train = dataclasses.replace(narrow.train, accumulate=1)
     ranked = dataclasses.replace(narrow, train=train, parallel=ParallelConfig(shard="full"))
     runs.append((ranked, tmp_path / "narrow-two", False))
-    spread = dataclasses.replace(one, parallel=ParallelConfig(expert=2))
-    ends = on_ranks(2, train_some, runs, (spread, tmp_path / "experts", False, None))
+    refused = dataclasses.replace(ranked, parallel=ParallelConfig(expert=2))
+    ends = on_ranks(2, train_some, runs, (refused, tmp_path / "refused", False, None))
     assert {end[0] for end in ends} == {"ConfigError", "PeerError"}
-    assert next(e[1] for e in ends if e[0] == "ConfigError").startswith("parallel.expert=2: adapt")
+    said = next(end[1] for end in ends if end[0] == "ConfigError")
+    assert said.startswith("parallel.expert=2: experts of 4 bits are whole on every rank")
 
     two, alone_ = (tmp_path / name for name in ("narrow-two", "narrow"))
     assert losses(two) == pytest.approx(losses(alone_), abs=1e-5)
@@ -150,7 +155,7 @@ def test_many_ranks_are_one_process(
     run(alone, tmp_path / "to-one", resume=True)
 
     expected = load_file(tmp_path / "alone/adapter/adapter.safetensors")
-    for name in ("none", "full", "to-two", "to-one"):
+    for name in (*kinds, "to-two", "to-one"):
         out = tmp_path / name
         assert losses(out) == pytest.approx(losses(tmp_path / "alone"), abs=1e-5), name
         found = load_file(out / "adapter/adapter.safetensors")
@@ -163,6 +168,55 @@ def test_many_ranks_are_one_process(
             )
         names = {n for p in (out / "checkpoints").rglob("*.safetensors") for n in load_file(p)}
         assert {n.split("/")[0].rpartition(".")[2] for n in names} == {"lora_A", "lora_B"}
+
+
+def test_a_bias_of_the_router_stays_and_experts_lie_on_four_ranks(
+    tmp_path: Path, recipe: Recipe, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Experts over two ranks, and each of them cut over two more; beside a shared one."""
+    for name in ("draw_loss", "draw_experts"):
+        monkeypatch.setattr(runner, name, lambda *_: None)
+    plain: dict[str, Any] = {
+        "model": {"layers": ["mamba", "moe"], "d_model": 16, "d_state": 4, "n_experts": 4,
+                  "d_expert": 16, "d_shared_expert": 8, "linear_bias": True, "router": "sigmoid",
+                  "experts_per_token": 2, "selection_bias": True, "selection_bias_rate": 0.1},
+        "data": {"text": [str(text)], "vocab_size": 300, "validation_fraction": 0.1},
+        "train": {"steps": 3, "batch_size": 4, "seq_len": 16, "lr": 1e-2, "device": "cpu"},
+    }  # fmt: skip
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(plain))
+    run(load_recipe(tmp_path / "plain.yaml"), tmp_path / "source")
+    alone = load_recipe(recipe(tmp_path / "source"), ["train.accumulate=4"])
+    run(alone, tmp_path / "alone")
+    name = "layers.1.feed_forward.router.selection_bias"
+    bias = blackmamba.load(tmp_path / "source").get_buffer(name)
+    assert bias.abs().max() > 0.05
+    assert torch.equal(blackmamba.load(tmp_path / "alone").get_buffer(name), bias)
+    merged = logits(tmp_path / "source", adapter=tmp_path / "alone")
+    torch.testing.assert_close(merged, logits(tmp_path / "alone"), rtol=0, atol=1e-5)
+
+    kinds: dict[str, dict[str, Any]] = {
+        "experts": {"expert": 2},
+        "full": {"shard": "full", "expert": 2},
+        "hybrid": {"shard": "hybrid", "shard_degree": 2, "expert": 2},
+    }
+    train = dataclasses.replace(alone.train, accumulate=1)
+    runs = [
+        (dataclasses.replace(alone, train=train, parallel=ParallelConfig(**kind)),
+         tmp_path / name, False)
+        for name, kind in kinds.items()
+    ]  # fmt: skip
+    on_ranks(4, train_all, runs)
+    for begun in ("alone", "full"):
+        again = tmp_path / f"{begun}-again"
+        shutil.copytree(tmp_path / begun, again)
+        shutil.rmtree(again / "checkpoints/step-00000004")
+        run(alone, again, resume=True)
+    expected = load_file(tmp_path / "alone/adapter/adapter.safetensors")
+    for name in (*kinds, "alone-again", "full-again"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "alone"), abs=1e-5), name
+        found = load_file(tmp_path / name / "adapter/adapter.safetensors")
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -268,11 +268,6 @@ def check_ranks(config: RunConfig, ranks: Ranks) -> None:
         raise ConfigError("parallel.cpu_offload=true: start the run with torchrun")
     if parallel.cpu_offload and ranks.device.type == "cpu":
         raise ConfigError("parallel.cpu_offload=true: train.device is the CPU; set it to false")
-    if config.lora.rank and parallel.expert > 1:
-        raise ConfigError(
-            f"parallel.expert={parallel.expert}: adapters of experts are not cut; with "
-            f"lora.rank={config.lora.rank} set it to 1, and parallel.shard='full' for the memory"
-        )
     if train.capture and ranks.is_group:
         raise ConfigError("train.capture=true: is for one process without torchrun")
 

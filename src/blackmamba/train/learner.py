@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from blackmamba.checkpoint import save
+from blackmamba.checkpoint import save, save_adapter
 from blackmamba.data import Tokenizer
 from blackmamba.model import BlackMamba
 from blackmamba.train.average import WeightAverage
@@ -87,11 +87,20 @@ class Learner:
             return parameters_by_part(self.model)
         return parameters_by_part(self.model, self.spread.shards.named_parameters())
 
-    def save_model(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """Write the model folder; of many ranks, all of which call this, the first writes."""
+    def save_model(self, folder: Path, tokenizer: Tokenizer, adapter: Path | None = None) -> None:
+        """Write the model folder; of many ranks, all of which call this, the first writes.
+
+        Args:
+            folder: of the model.
+            tokenizer: goes with it.
+            adapter: folder for the model's adapters alone; None: it has none, or they are not
+                wanted.
+        """
         whole = self.model if self.spread is None else self.spread.gathered()
         if whole is not None:
             save(whole, folder, tokenizer=tokenizer)
+            if adapter is not None:
+                save_adapter(whole, adapter, tokenizer)
 
 
 def _spread(model: BlackMamba, config: RunConfig, ranks: Ranks) -> "Spread | None":

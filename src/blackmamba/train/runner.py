@@ -14,7 +14,6 @@ import contextlib
 from collections.abc import Generator
 from pathlib import Path
 
-from blackmamba.checkpoint import save_adapter
 from blackmamba.errors import ConfigError, TrainingError
 from blackmamba.train.checkpoints import Counters, restore
 from blackmamba.train.config import RunConfig, check_ranks
@@ -94,9 +93,8 @@ def _run(config: RunConfig, out: Path, resume: bool, progress: Progress, ranks: 
 
     trainer = Trainer(config, out, data, learner, counters, progress, ranks)
     found = trainer.train()
-    learner.save_model(out / MODEL, data.tokenizer)
-    if config.lora.rank and ranks.is_first:
-        save_adapter(learner.model, out / ADAPTER, data.tokenizer)
+    adapter = out / ADAPTER if config.lora.rank else None
+    learner.save_model(out / MODEL, data.tokenizer, adapter)
     if learner.average is not None:
         with learner.average.in_place():
             learner.save_model(out / AVERAGE, data.tokenizer)

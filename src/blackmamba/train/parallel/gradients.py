@@ -87,8 +87,7 @@ class GradientsOfRanks(GradientsOfBatch):
                     gradient.mul_(1 / self._mesh.experts)
             elif own in found:
                 gradient = found[own].float()
-                is_expert = shards.is_expert(name)
-                group = self._mesh.routed.get_group("replicate") if is_expert else world
+                group = self._mesh.held.get_group("replicate") if shards.is_expert(name) else world
                 alone.setdefault(group, []).append(gradient)
             else:
                 continue

@@ -21,7 +21,7 @@ from blackmamba.train.parallel.ranks import Ranks
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """The ranks as a grid, twice over: for the parameters, and for those of the experts."""
+    """The ranks as a grid, several times over: for the parameters, for the experts' and rows."""
 
     replicas: int
     """Copies of the model."""
@@ -35,11 +35,14 @@ class Mesh:
     """(replicate, shard)"""
     routed: DeviceMesh
     """(replicate, shard, expert): with experts spread, fewer ranks share one of them."""
+    held: DeviceMesh
+    """(replicate, expert): of what each rank of an expert holds whole."""
     rows: DeviceMesh
     """(reader, piece)"""
     host_dense: DeviceMesh
     host_routed: DeviceMesh
-    """The same two, for what is in the host's memory."""
+    host_held: DeviceMesh
+    """The same three, for what is in the host's memory."""
 
 
 def degrees(config: ParallelConfig, size: int, node_size: int) -> tuple[int, int]:
@@ -111,14 +114,16 @@ def build_mesh(config: ParallelConfig, ranks: Ranks) -> Mesh:
             outer,
             config.expert,
         ),
+        ("replicate", "expert"): (ranks.size // config.expert, config.expert),
         ("reader", "piece"): (ranks.size // config.sequence, config.sequence),
     }
 
     def build(device: str) -> list[DeviceMesh]:
         return [init_device_mesh(device, s, mesh_dim_names=n) for n, s in shapes.items()]
 
-    dense, routed, rows = build(ranks.device.type)
-    host_dense, host_routed = (dense, routed) if ranks.device.type == "cpu" else build("cpu")[:2]
+    dense, routed, held, rows = build(ranks.device.type)
+    is_host = ranks.device.type == "cpu"
+    host_dense, host_routed, host_held = (dense, routed, held) if is_host else build("cpu")[:3]
     return Mesh(
         replicas=replicas,
         shards=shards,
@@ -126,7 +131,9 @@ def build_mesh(config: ParallelConfig, ranks: Ranks) -> Mesh:
         sequence=config.sequence,
         dense=dense,
         routed=routed,
+        held=held,
         rows=rows,
         host_dense=host_dense,
         host_routed=host_routed,
+        host_held=host_held,
     )

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from blackmamba.errors import ConfigError
 from blackmamba.model import BlackMamba
 from blackmamba.model.lora import adaptation, add_adapters
 from blackmamba.model.router import Router
@@ -33,7 +35,13 @@ class Spread:
 
     @classmethod
     def over(cls, ranks: Ranks, model: BlackMamba, config: ParallelConfig) -> "Spread":
-        """Spread a model, which all ranks have built alike, in place."""
+        """Spread a model, which all ranks have built alike, in place.
+
+        Raises:
+            ConfigError: its experts are quantised and are to be spread.
+            PeerError: the same, on ranks but the first.
+        """
+        ranks.first(partial(_check, model, config))
         mesh = build_mesh(config, ranks)
         group = dist.new_group(backend="gloo")
         model.reduce_load = ranks.sum_
@@ -69,6 +77,15 @@ class Spread:
             if whole is not None:
                 parameters[name].data = tensor.to("cpu", copy=True)
         return whole
+
+
+def _check(model: BlackMamba, config: ParallelConfig) -> None:
+    """See that the experts can be spread, if they are to be."""
+    if config.expert > 1 and model.quantization is not None:
+        raise ConfigError(
+            f"parallel.expert={config.expert}: experts of {model.quantization.bits} bits are whole "
+            "on every rank, as they are small; set it to 1"
+        )
 
 
 def _gathering(ranks: Ranks) -> Callable[[Tensor], tuple[Tensor, int]]:
