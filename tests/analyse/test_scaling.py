@@ -14,6 +14,7 @@ from blackmamba.model.layer import Layer
 from blackmamba.ops.recompute import Recompute
 from blackmamba.presets import presets
 from blackmamba.train import TrainConfig
+from blackmamba.train.parallel.mesh import gathered_together
 
 ONE = Grid(gpus=1, node_gpus=8)
 
@@ -53,13 +54,13 @@ def test_parameters_are_those_of_the_built_model(config: ModelConfig, experts: i
     assert (counts.float32, counts.experts, counts.root) == (float32, routed, root)
     assert counts.dense == sum(sizes.values()) - float32 - routed
 
-    def gathered(index: int) -> float:
-        own = {n: p for n, p in sizes.items() if n.startswith(f"layers.{index}.")}
+    def gathered(group: list[int]) -> float:
+        own = {n: p for i in group for n, p in sizes.items() if n.startswith(f"layers.{i}.")}
         grid = sum(n for name, n in own.items() if is_routed(model, name))
         rest = sum(n for name, n in own.items() if not keeps_float32(name)) - grid
         return rest + grid / experts
 
-    assert counts.largest_layer == max(map(gathered, range(config.n_layers)))
+    assert counts.largest_group == max(map(gathered, gathered_together(config)))
 
 
 def is_routed(model: BlackMamba, name: str) -> bool:

@@ -25,20 +25,21 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {  # and micro-batches
     "experts": ({"shard": "full", "expert": 2}, 1),
     "rows": ({"shard": "full", "sequence": 2}, 1),
 }
+Counted = tuple[dict[str, int], dict[str, int]]
 ROWS, LENGTH = 2, 12
 TAILS = 2 * 2 * ROWS * CONFIG.d_inner * 3 * 4
 """Bytes of a rank between two others: of two layers, forward and backward, in float32."""
 
 
 @pytest.fixture(scope="module")
-def counted() -> dict[str, list[dict[str, int]]]:
+def counted() -> dict[str, list[Counted]]:
     cases = [(CONFIG, parallel, ROWS, LENGTH, acc) for parallel, acc in CASES.values()]
     by_rank = on_ranks(RANKS, sent_in_all, cases)
     return {name: [found[i] for found in by_rank] for i, name in enumerate(CASES)}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_collectives_are_given_what_is_planned(counted: dict[str, list[dict[str, int]]], name: str):
+def test_collectives_are_given_what_is_planned(counted: dict[str, list[Counted]], name: str):
     parallel, accumulate = CASES[name]
     settings = ParallelConfig(**parallel)
     grid = Grid(
@@ -55,10 +56,20 @@ def test_collectives_are_given_what_is_planned(counted: dict[str, list[dict[str,
         kind, given = given_to(traffic)
         planned[kind] = planned.get(kind, 0) + given
     # The mean over ranks: how many tokens come to one's experts is chance.
-    found = {kind: sum(one[kind] for one in counted[name]) / RANKS for kind in counted[name][0]}
+    sent = [bytes_ for bytes_, _ in counted[name]]
+    found = {kind: sum(one[kind] for one in sent) / RANKS for kind in sent[0]}
     if settings.sequence > 1:  # of two ranks one sends tails forward and one backward
         planned["send"] = TAILS / 2
     assert {kind: given for kind, given in found.items() if given} == pytest.approx(planned)
+
+
+def test_a_pair_of_layers_is_gathered_at_once(counted: dict[str, list[Counted]]):
+    """Two groups of layers, `mamba` with `moe` and the parallel one; embedding and head."""
+    for _, calls in counted["sharded"]:  # two micro-batches
+        assert calls["allgather_base"] == 2 * (2 + 2 + 1)
+        assert calls["reduce_scatter_base"] == 2 + 1
+    for _, calls in counted["experts"]:  # each layer's experts are a group of their own
+        assert calls["reduce_scatter_base"] == 2 + 2 + 1
 
 
 def given_to(traffic: Traffic) -> tuple[str, float]:

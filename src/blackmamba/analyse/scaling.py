@@ -15,7 +15,7 @@ from blackmamba.config import LayerSpec, ModelConfig
 from blackmamba.errors import ConfigError
 from blackmamba.model.size import layer_parameters, parameters, training_flops_per_token
 from blackmamba.train.config import RunConfig, TrainConfig
-from blackmamba.train.parallel.mesh import check_fits, degrees
+from blackmamba.train.parallel.mesh import check_fits, degrees, gathered_together
 
 _SCAN_SPAN = 16  # tokens between the states that the scan on a GPU keeps
 _LOGITS_BYTES = 1 << 29  # of a chunk of logits
@@ -190,8 +190,9 @@ class Held:
     """That every rank keeps whole: norms, router, A_log, D, dt_bias."""
     root: int
     """Of the dense ones, embedding and head: gathered once for forward and backward pass."""
-    largest_layer: int
-    """Of a layer's dense part and one rank's share of its experts: what is gathered at once."""
+    largest_group: int
+    """Of a layer's or pair's dense part and one rank's share of its experts: what is gathered at
+    once."""
 
     def on_rank(self, grid: Grid) -> float:
         """Of the first two kinds, how many a GPU keeps."""
@@ -202,13 +203,15 @@ class Held:
 def held(config: ModelConfig, experts: int = 1) -> Held:
     """Count them; `experts` is the number of ranks that share those of a layer."""
     float32 = config.d_model * (2 if config.final_norm == "layer_norm" else 1)
-    dense = routed = largest = 0
+    dense = routed = 0
+    gathered: list[int] = []
     for spec in config.layer_specs:
         own = _float32_parameters(config, spec)
         in_experts = _expert_parameters(config, spec)
         rest = layer_parameters(config, spec).total - own - in_experts
         float32, dense, routed = float32 + own, dense + rest, routed + in_experts
-        largest = max(largest, rest + in_experts // experts)
+        gathered.append(rest + in_experts // experts)
+    largest = max(sum(gathered[i] for i in group) for group in gathered_together(config))
     root = parameters(config).total - dense - routed - float32
     return Held(dense + root, routed, float32, root, largest)
 
@@ -249,9 +252,9 @@ def _memory(config: ModelConfig, train: TrainConfig, grid: Grid, tokens: int) ->
         found["average"] = _FLOAT * (own + counts.float32)
     whole = counts.dense + counts.experts / grid.experts
     if grid.shards > 1:
-        layer = counts.largest_layer
-        gathered = product * (2 * layer + counts.root)  # one at work, the next on its way
-        found["gathered and reduced"] = gathered + (product + _FLOAT) * layer
+        group = counts.largest_group
+        gathered = product * (2 * group + counts.root)  # one at work, the next on its way
+        found["gathered and reduced"] = gathered + (product + _FLOAT) * group
         if train.accumulate > 1:  # summed on the rank until the last micro-batch
             found["gradients"] = whole * _FLOAT
     elif train.accumulate > 1:

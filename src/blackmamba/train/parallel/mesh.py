@@ -99,6 +99,19 @@ def check_fits(config: ParallelConfig, model: ModelConfig, size: int, node_size:
             )
 
 
+def gathered_together(model: ModelConfig) -> list[list[int]]:
+    """The layers, by index, whose parameters are one group of FSDP: a mixer and the feed-forward
+    layer behind it, as half as many collectives of larger size take less time; others alone."""
+    groups: list[list[int]] = []
+    for index, spec in enumerate(model.layer_specs):
+        before = model.layer_specs[index - 1] if groups and len(groups[-1]) == 1 else None
+        if before is not None and before.feed_forward == "none" and spec.mixer == "none":
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
 def build_mesh(config: ParallelConfig, ranks: Ranks) -> Mesh:
     """The groups of ranks; made by all of them together.
 

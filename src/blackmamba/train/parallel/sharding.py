@@ -1,6 +1,7 @@
 """Spreads a model over ranks: a part of its parameters each (FSDP2), a part of its experts each.
 
-Parameters stay float32 and are gathered, a layer at a time, in the dtype of the products. Those that compute in float32 (`keeps_float32`: norms, router, A_log, D, dt_bias,
+Parameters stay float32 and are gathered, a layer or a pair of them at a time, in the dtype of the
+products. Those that compute in float32 (`keeps_float32`: norms, router, A_log, D, dt_bias,
 adapters) may not be gathered with the others, as FSDP has one dtype for a group; and as they are
 few (but for adapters well under a thousandth of a model), every rank simply keeps them whole: one
 small sum of gradients a step in place of a gather in every layer. Adapters of experts that are
@@ -28,7 +29,7 @@ from blackmamba.model import BlackMamba, keeps_float32
 from blackmamba.model.moe import MoE
 from blackmamba.train.parallel.config import ParallelConfig
 from blackmamba.train.parallel.experts import SpreadExperts
-from blackmamba.train.parallel.mesh import Mesh
+from blackmamba.train.parallel.mesh import Mesh, gathered_together
 from blackmamba.train.parallel.shards import Layout, Shards
 
 _ENTRANCES = (
@@ -91,7 +92,7 @@ def stacked(module: MoE) -> dict[str, nn.Parameter]:
 
 
 def _shard(model: BlackMamba, config: ParallelConfig, mesh: Mesh) -> None:
-    """Make a group of parameters of every layer, one of its experts if they are
+    """Make a group of parameters of every layer or pair of layers, one of its experts if they are
     spread, and one of what is left: embedding and head."""
     # A layer's output may be a view, which nothing writes to.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
@@ -109,8 +110,9 @@ def _shard(model: BlackMamba, config: ParallelConfig, mesh: Mesh) -> None:
     dense = mesh.dense if mesh.replicas > 1 else mesh.dense["shard"]
     if mesh.experts > 1:
         _shard_experts(model, mesh, dense, options)
-    for module in (*model.layers, model):
-        fully_shard(module, mesh=dense, **options)
+    for group in gathered_together(model.config):
+        fully_shard([model.layers[i] for i in group], mesh=dense, **options)
+    fully_shard(model, mesh=dense, **options)
     for entrance in _ENTRANCES:
         register_fsdp_forward_method(model, entrance)
 
