@@ -7,6 +7,7 @@ Source: BlackMamba (arXiv 2402.01771); Fedus et al. 2021 (arXiv 2101.03961), eq.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -55,8 +56,9 @@ class MoE(nn.Module):
         self.shared: MLP | None = None
         if config.d_shared_expert:
             self.shared = MLP(config, config.d_shared_expert, **options)
-        self.run_experts: Callable[..., Tensor] = expert_mlp
-        """`expert_mlp`, or what takes its place where experts are spread over processes."""
+        self.spread_experts: Callable[..., Tensor] | None = None
+        """What takes the place of `expert_mlp` where experts are spread over processes; it takes
+        `plus`, too."""
 
     def forward(self, x: Tensor, *, balanced: bool | None = None) -> tuple[Tensor, Routing]:
         """(..., m) to (..., m), and where each token went (tokens in row-major order).
@@ -67,17 +69,23 @@ class MoE(nn.Module):
         """
         x_tm = x.reshape(-1, x.shape[-1])
         routing = self.router(x_tm, balanced=balanced)
-        y_tm = self.routed(x_tm, routing.expert_ids, routing.gate)
-        if self.shared is not None:
-            y_tm = y_tm + self.shared(x_tm)
+        shared = None if self.shared is None else partial(self.shared, x_tm)
+        y_tm = self.routed(x_tm, routing.expert_ids, routing.gate, shared)
         return y_tm.view(x.shape), routing
 
-    def routed(self, x_tm: Tensor, expert_ids: Tensor, gate: Tensor) -> Tensor:
-        """The routed experts' part of the output, (t, m).
+    def routed(
+        self,
+        x_tm: Tensor,
+        expert_ids: Tensor,
+        gate: Tensor,
+        plus: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """The routed experts' part of the output, (t, m), and what `plus` gives.
 
         Args:
             x_tm: (t, m).
             expert_ids, gate: (t,), or (t, k).
+            plus: computed while tokens travel, where experts are spread over processes.
         """
         options: dict[str, Any] = {
             "activation": self.activation,
@@ -91,7 +99,11 @@ class MoE(nn.Module):
             # only adapters allow training mode; without them a gradient is refused
             passes_gradients = self.training and torch.is_grad_enabled() and x_tm.requires_grad
             run = frozen_expert_mlp if passes_gradients else quantized_expert_mlp
-            return run(x_tm, expert_ids, fc1.stored(), fc2.stored(), **options)
-        assert isinstance(fc1, Tensor)
-        assert isinstance(fc2, Tensor)
-        return self.run_experts(x_tm, expert_ids, fc1, fc2, **options)
+            y_tm = run(x_tm, expert_ids, fc1.stored(), fc2.stored(), **options)
+        else:
+            assert isinstance(fc1, Tensor)
+            assert isinstance(fc2, Tensor)
+            if self.spread_experts is not None:
+                return self.spread_experts(x_tm, expert_ids, fc1, fc2, **options, plus=plus)
+            y_tm = expert_mlp(x_tm, expert_ids, fc1, fc2, **options)
+        return y_tm if plus is None else y_tm + plus()

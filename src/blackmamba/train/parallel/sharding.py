@@ -74,7 +74,7 @@ def _cut_experts(model: BlackMamba, mesh: Mesh, layouts: dict[str, Layout]) -> N
     for prefix, module in model.named_modules():
         if not isinstance(module, MoE):
             continue
-        module.run_experts = SpreadExperts(group)
+        module.spread_experts = SpreadExperts(group)
         for name, whole in stacked(module).items():
             path, _, last = name.rpartition(".")
             layouts[f"{prefix}.{name}"] = Layout(
