@@ -1,12 +1,15 @@
-"""What the tests of training let ranks do: run several runs, one after the other."""
+"""What tests let ranks do: run several runs, one after the other; or fail."""
 
 import contextlib
 import os
 import resource
 import signal
+import threading
 from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
+
+from many_ranks import say
 
 from blackmamba.data import WindowSampler
 from blackmamba.errors import BlackMambaError
@@ -21,7 +24,11 @@ Incident = tuple[str, int, int]
 def train_all(runs: list[tuple[RunConfig, Path, bool]]) -> list[Any]:
     """The result of each run: (configuration, folder, resume)."""
     _draw_nothing()
-    return [run(config, out, resume=resume) for config, out, resume in runs]
+    results: list[Any] = []
+    for config, out, resume in runs:
+        say(f"run {out.name}")
+        results.append(run(config, out, resume=resume))
+    return results
 
 
 def train_spiky(bad: set[int], runs: list[tuple[RunConfig, Path, bool]]) -> list[Any]:
@@ -83,6 +90,7 @@ def _train(
         return read(self, step, rank, world_size)
 
     WindowSampler.batch = batch  # pyright: ignore[reportAttributeAccessIssue]
+    say(f"run {out.name}")
     try:
         run(config, out, resume=resume)
     except (BlackMambaError, KeyboardInterrupt) as error:
@@ -91,6 +99,20 @@ def _train(
         WindowSampler.batch = read
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "", ""
+
+
+def waits_for_nothing(what: str) -> int:
+    """Rank 1 "hangs", "dies" or fails; the other waits."""
+    rank = int(os.environ["RANK"])
+    if rank == 1:
+        say("in step 3")
+        if what == "hangs":
+            threading.Event().wait()
+        if what == "dies":
+            os._exit(7)
+        raise ValueError("rank 1 alone")
+    threading.Event().wait()
+    return rank
 
 
 def _draw_nothing() -> None:
