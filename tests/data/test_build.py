@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,23 @@ from blackmamba.data.shards import ShardIndex, ShardWriter, is_sharded, verify
 from blackmamba.data.workers import in_order
 from blackmamba.errors import ConfigError, DataError
 
-CLI = "from blackmamba.cli.main import entry_point; entry_point()"
+KILLED = """
+import os, signal
+from blackmamba.cli.main import entry_point
+from blackmamba.data import build
+from blackmamba.data.shards import ShardWriter
+
+build._BLOCK_CHARACTERS = 8_000
+add = ShardWriter.add
+
+def dies(self, ids, counts):
+    add(self, ids, counts)
+    if self.path.name == "train-000002.bin":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ShardWriter.add = dies
+entry_point()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -177,29 +192,19 @@ def test_stopped_anywhere_it_goes_on(
     assert contents(tmp_path / "out") == contents(whole)
 
 
-def shards_written(folder: Path) -> Iterator[int]:
-    while True:
-        yield len(list(folder.glob("train-*.bin")))
-        time.sleep(0.02)
-
-
-def test_sigkill(tmp_path: Path, text: Path):
-    many = tmp_path / "many.jsonl"
-    many.write_text("".join(p.read_text() for p in sorted(text.iterdir())) * 18)
-    command = [sys.executable, "-c", CLI, "data", "prepare", "--text", str(many), "--out"]
-    options = ["--vocab-size", "300", "--shard-mb", "0.2", "--workers", "2"]
+def test_sigkill(config: ShardConfig, whole: Path, text: Path, tmp_path: Path):
+    """Of the process of a command, while it writes its third shard."""
     out = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(out), *options], stdout=subprocess.DEVNULL)
-    next(n for n in shards_written(out) if n >= 2 or process.poll() is not None)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    command = [sys.executable, "-c", KILLED, "data", "prepare", "--text", str(text), "--out"]
+    options = {"tokenizer": config.tokenizer, "shard-mb": 0.06, "workers": 2,
+               "validation-fraction": 0.1}  # fmt: skip
+    command += [str(out), *(str(x) for key, value in options.items() for x in (f"--{key}", value))]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(p.name for p in out.glob("train-*")) == ["train-000000.bin", "train-000001.bin"]
     assert not ShardIndex.read(out / "index.json").finished
-    settings = ShardConfig(text=(str(many),), vocab_size=300, shard_mb=0.2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module, "_BLOCK_CHARACTERS", 2**20)
-        prepare_shards(settings, out)
-        prepare_shards(settings, tmp_path / "whole")
-    assert contents(out) == contents(tmp_path / "whole")
+    prepare_shards(config, out)
+    assert contents(out) == contents(whole)
 
 
 def test_a_worker_that_dies_is_told():

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch.distributed as dist
 
@@ -60,18 +60,7 @@ class Watch:
         for _ in range(3):
             time.sleep(_BEAT_S)
             self._tell(time.monotonic())  # the thread that does it may be the one that asks
-        after = self._told()
-        own = self._place
-        silent = [r for r in after if r != self._rank and before.get(r) == after[r]]
-        silent += [r for r in range(self._size) if r not in after]
-        if silent:
-            return f"{_ranks(silent)} dead or stopped (this is rank {self._rank}, {own})"
-        moves = {r: int(told.split(" ", 2)[1]) for r, told in after.items()}
-        behind = [r for r, count in moves.items() if count < max(moves.values())]
-        if behind:
-            places = ", ".join(f"rank {r}: {after[r].split(' ', 2)[2]}" for r in behind)
-            return f"{_ranks(behind)} behind the others ({places}; rank {self._rank}: {own})"
-        return f"all ranks are alive, and all: {own}"
+        return judged(before, self._told(), self._rank, self._size, self._place)
 
     def _watch(self) -> None:
         beat = 0
@@ -98,6 +87,28 @@ class Watch:
         keys = {rank: f"beat/{rank}" for rank in range(self._size)}
         known = {rank: key for rank, key in keys.items() if self._store.check([key])}
         return {rank: self._store.get(key).decode() for rank, key in known.items()}
+
+
+def judged(
+    before: Mapping[int, str], after: Mapping[int, str], rank: int, size: int, own: str
+) -> str:
+    """Who is dead or behind, in words for people.
+
+    Args:
+        before, after: what the ranks have told, "<beat> <moves> <place>", some beats apart.
+        rank, size: of this process.
+        own: its place.
+    """
+    silent = [r for r in after if r != rank and before.get(r) == after[r]]
+    silent += [r for r in range(size) if r not in after]
+    if silent:
+        return f"{_ranks(silent)} dead or stopped (this is rank {rank}, {own})"
+    moves = {r: int(told.split(" ", 2)[1]) for r, told in after.items()}
+    behind = [r for r, count in moves.items() if count < max(moves.values())]
+    if behind:
+        places = ", ".join(f"rank {r}: {after[r].split(' ', 2)[2]}" for r in behind)
+        return f"{_ranks(behind)} behind the others ({places}; rank {rank}: {own})"
+    return f"all ranks are alive, and all: {own}"
 
 
 def _leave(what: str) -> None:
