@@ -32,7 +32,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
         main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("train", "runs", "generate", "eval", "convert", "quantize", "info", "doctor"):
+    for command in ("train", "runs", "generate", "eval", "convert", "info", "tune", "doctor"):
         assert command in shown
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([command, "--help"])

@@ -65,6 +65,7 @@ def describe_machine() -> list[tuple[str, str]]:
     """Name and value of everything that decides what runs here."""
     from blackmamba.ops import gpu, native
     from blackmamba.ops.backend import describe_backends
+    from blackmamba.ops.gpu import tuning
 
     rows = [
         ("blackmamba", __version__),
@@ -86,6 +87,7 @@ def describe_machine() -> list[tuple[str, str]]:
         rows.append(("GPU", "none that torch can use"))
     rows.append(("native kernels", native.describe()))
     rows.append(("triton kernels", gpu.missing() or "run"))
+    rows.append(("triton kernels' cuts", tuning.describe()))
     rows += [(f"operation {op}", text) for op, text in describe_backends()]
     return rows
 

@@ -43,16 +43,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Count and print."""
-    if (args.model is None) == (args.preset is None):
-        raise ConfigError("give either a MODEL or --preset NAME")
+    config = read_config(args)
     if args.context < 0:
         raise ConfigError(f"--context {args.context}: must be 0 or more")
     if min(args.state_after or [1]) < 1:
         raise ConfigError(f"--state-after {args.state_after}: each must be 1 or more")
     name = args.model or args.preset
-    facts = collect(_config(args), args.context, _quantization(args))
+    facts = collect(config, args.context, _quantization(args))
     if args.state_after:
-        facts["measured_state_bytes"] = measure_state(_config(args), args.state_after)
+        facts["measured_state_bytes"] = measure_state(config, args.state_after)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -137,7 +136,14 @@ def measure_state(config: ModelConfig, after: list[int]) -> dict[str, int]:
     return sizes
 
 
-def _config(args: argparse.Namespace) -> ModelConfig:
+def read_config(args: argparse.Namespace) -> ModelConfig:
+    """Of MODEL or --preset; just one of them is given.
+
+    Raises:
+        ConfigError: both or neither, or no such preset.
+    """
+    if (args.model is None) == (args.preset is None):
+        raise ConfigError("give either a MODEL or --preset NAME")
     if args.preset is not None:
         from blackmamba.presets import presets
 

@@ -21,13 +21,15 @@ from blackmamba.cli import (
     reproduce,
     runs,
     train,
+    tune,
     upcycle,
 )
 from blackmamba.errors import BlackMambaError, PeerError
 from blackmamba.version import __version__
 
 _COMMANDS = (
-    data, plan, train, runs, generate, eval, convert, quantize, upcycle, info, reproduce, doctor,
+    data, plan, train, runs, generate, eval, convert, quantize, upcycle, info, reproduce, tune,
+    doctor,
 )  # fmt: skip
 
 

@@ -4,17 +4,14 @@ A step is some hundred kernels of microseconds; launched one by one, the host is
 Here they are recorded once and replayed with one call. A recording has room for SIZES sequences and
 is kept for the next that generates with the same model.
 
-For 1 and 2 sequences every kernel is our own, a matrix times few vectors, and each loads its
-weights while the one before it still runs. For more, and for models that go beyond the paper's
-router, products are the library's (`wide.py`).
+For 1 and 2 sequences every kernel is our own, a matrix times few vectors (`narrow.py`). For more,
+and for models that go beyond the paper's router, products are the library's (`wide.py`).
 
-Letters: b batch, m d_model, d d_inner, r dt_rank, n d_state, k d_conv, f d_expert, v vocabulary.
+Letters: b batch, v vocabulary.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +19,10 @@ from torch import Tensor, nn
 from blackmamba.config import ModelConfig
 from blackmamba.errors import BackendError, InputError
 from blackmamba.generate.decoder import KNOWN_MODULES, REPLACED_METHODS, beyond_the_paper
-from blackmamba.generate.wide import WideStep, padded
+from blackmamba.generate.narrow import NARROW, NarrowStep, launcher
+from blackmamba.generate.wide import WideStep
 from blackmamba.model import BlackMamba, State
 from blackmamba.model.layer import Layer
-from blackmamba.model.mamba import Mamba
-from blackmamba.model.mlp import MLP
-from blackmamba.model.moe import MoE
-from blackmamba.model.norm import LayerNorm, RMSNorm
 from blackmamba.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedStorage
 from blackmamba.model.state import LayerState, MambaState
 from blackmamba.ops import gpu
@@ -37,7 +31,6 @@ from blackmamba.ops.backend import ENVIRONMENT_VARIABLE, forced_backend
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Sequences that a recording has room for."""
 
-_NARROW = 2  # most sequences for kernels that multiply a matrix with each vector in turn
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 8192  # numbers of a vector that a program holds
 
@@ -257,16 +250,14 @@ class _Recording:
         self.ids = torch.zeros(size, dtype=torch.int64, device=device)
         self.choice = torch.zeros(2, size, dtype=torch.int64, device=device)
         self.logits = new(size, config.vocab_size)
-        self._launches: list[Callable[[], object]] = []
-        self._states: list[MambaState | None] = []
-        self._overlapped = gpu.can_overlap()
-        if size <= _NARROW and beyond_the_paper(config) is None:
-            self._plan(model, new)
+        if size <= NARROW and beyond_the_paper(config) is None:
+            step = NarrowStep(model, size, new, self.ids, self.logits)
+            self._step: Callable[[], None] = step
         else:
             step = WideStep(model, size, new)
-            self._states += step.states
-            self._launches.append(lambda: step(self.ids, self.logits))
-        self._choose(config.n_tokens)
+            self._step = lambda: step(self.ids, self.logits)
+        self._states = step.states
+        self._choose = self._chooser(config.n_tokens)
         self.graph: torch.cuda.CUDAGraph | None = None
         if graph:
             self._launch()  # compiles
@@ -302,162 +293,11 @@ class _Recording:
         return State(batch_size, tuple(layers))
 
     def _launch(self) -> None:
-        for launch in self._launches:
-            launch()
+        self._step()
+        self._choose()
 
-    # ---- what a step launches -----------------------------------------------------------------
-
-    def _plan(self, model: BlackMamba, new: Callable[..., Tensor]) -> None:
+    def _chooser(self, n_tokens: int) -> Callable[[], object]:
         from blackmamba.ops.decode import kernels
 
-        config, size = model.config, self.size
-        m, d, f = config.d_model, config.d_inner, max(config.d_expert, config.d_mlp, 1)
-        self._x = new(size, m)
-        self._xz, self._y = new(size, 2 * d), new(size, d)
-        self._dbc = new(size, config.dt_rank + 2 * config.d_state)
-        self._hidden, self._gate = new(size, f), new(size)
-        self._expert = torch.zeros(size, dtype=torch.int64, device=self.ids.device)
-        self._none, self._one = torch.zeros_like(self._expert), torch.ones_like(self._gate)
-        table = model.embedding.weight
-        self._add(kernels.embed_kernel, (size,), self.ids, table, self._x, m, BK=padded(m))
-        for layer in model.layers:
-            assert isinstance(layer, Layer)
-            state = None
-            if isinstance(layer.mixer, Mamba):
-                state = MambaState(new(size, d, config.d_conv - 1), new(size, d, config.d_state))
-                self._mamba(layer, layer.mixer, state)
-            else:
-                self._feed_forward(layer, model)
-            self._states.append(state)
-        norm = model.final_norm
-        head = table if model.head is None else model.head.weight
-        assert isinstance(head, Tensor)
-        self._norm_linear(self._x, norm, head, self.logits)
-
-    def _add(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        launcher = kernel[grid]
-        options["PDL"] = self._overlapped
-        if self._overlapped:
-            options["launch_pdl"] = True
-        self._launches.append(lambda: launcher(*args, **options))
-
-    def _choose(self, n_tokens: int) -> None:
-        from blackmamba.ops.decode import kernels
-
-        self._add(
-            kernels.greedy_kernel, (self.size,), self.logits, self.ids, self.choice, n_tokens,
-            self.logits.stride(0), self.size, BK=4096, num_warps=16,
-        )  # fmt: skip
-
-    def _norm_linear(
-        self,
-        x: Tensor,
-        norm: RMSNorm | LayerNorm | None,
-        weight: Tensor,
-        out: Tensor,
-        *,
-        conv: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> None:
-        from blackmamba.ops.decode import kernels
-
-        rows, width = weight.shape
-        block, warps = _blocks(rows, width)
-        norm_weight: Any = x if norm is None else _floats(norm.weight)
-        norm_bias: Any = _floats(norm.bias) if isinstance(norm, LayerNorm) else norm_weight
-        taps, conv_bias, conv_state = conv or (x, x, x)
-        self._add(
-            kernels.norm_linear_kernel, (-(-rows // block),),
-            x, norm_weight, norm_bias, 0.0 if norm is None else norm.eps, weight.detach(), out,
-            rows, width, taps, conv_bias, conv_state, rows // 2,
-            B=self.size, BN=block, BK=padded(width), NORM=norm is not None,
-            LAYER=isinstance(norm, LayerNorm), CONV=conv is not None,
-            TAPS=taps.shape[1] if conv else 2, num_warps=warps,
-        )  # fmt: skip
-
-    def _mamba(self, layer: Layer, mixer: Mamba, state: MambaState) -> None:
-        from blackmamba.ops.decode import kernels
-
-        d, n = mixer.A_log.shape
-        r = mixer.dt_proj.weight.shape[1]
-        conv = (_floats(mixer.conv_weight), _floats(mixer.conv_bias), state.conv)
-        self._norm_linear(self._x, layer.norm, mixer.in_proj.weight, self._xz, conv=conv)
-        self._linear_of_x(mixer.x_proj.weight)
-        A2 = (mixer.decay_rates() / math.log(2)).float().detach().contiguous()
-        self._add(
-            kernels.update_kernel, (-(-d // 32), self.size),
-            self._xz, self._dbc, self._dbc, mixer.dt_proj.weight.detach(), _floats(mixer.dt_bias),
-            A2, _floats(mixer.D), state.ssm, self._y, d, r, n,
-            BD=32, BR=padded(r), N=padded(n), PRODUCT=True,
-        )  # fmt: skip
-        self._add_linear(self._y, mixer.out_proj.weight, None)
-
-    def _linear_of_x(self, weight: Tensor) -> None:
-        """x_proj reads the first half of each row of xz."""
-        from blackmamba.ops.decode import kernels
-
-        rows, width = weight.shape
-        self._add(
-            kernels.project_kernel, (rows,), self._xz, weight.detach(), self._dbc, rows, width,
-            B=self.size, BK=padded(width), num_warps=4,
-        )  # fmt: skip
-
-    def _add_linear(self, y: Tensor, weight: Tensor, routed: tuple[Tensor, Tensor] | None) -> None:
-        from blackmamba.ops.decode import kernels
-
-        *_, rows, width = weight.shape
-        block, warps = _blocks(rows, width)
-        ids, gate = routed or (self._none, self._one)
-        self._add(
-            kernels.add_linear_kernel,
-            (-(-rows // block), self.size if routed else 1),
-            y, weight.detach(), self._x, rows, width, ids, gate, y.shape[1],
-            B=1 if routed else self.size, BN=block, BK=padded(width), ROUTED=routed is not None,
-            num_warps=warps,
-        )  # fmt: skip
-
-    def _feed_forward(self, layer: Layer, model: BlackMamba) -> None:
-        from blackmamba.ops.decode import kernels
-
-        part, norm = layer.feed_forward, layer.norm
-        m, eps, weight = model.config.d_model, norm.eps, _floats(norm.weight)
-        if isinstance(part, MoE):
-            routed = (self._expert, self._gate)
-            router = part.router
-            e = router.weight.shape[0]
-            self._add(
-                kernels.route_kernel, (self.size,),
-                self._x, weight, eps, _floats(router.weight), _floats(router.bias), *routed, m, e,
-                BE=min(8, padded(e)), BK=padded(m), num_warps=8,
-            )  # fmt: skip
-            fc1, fc2 = part.fc1, part.fc2
-        else:
-            assert isinstance(part, MLP)
-            routed, fc1, fc2 = (self._none, self._one), part.fc1.weight, part.fc2.weight
-        assert isinstance(fc1, Tensor)
-        assert isinstance(fc2, Tensor)
-        f = fc2.shape[-1]
-        block, warps = _blocks(f, m)
-        block = max(1, block // 2)
-        hidden = self._hidden
-        if f != hidden.shape[1]:
-            hidden = hidden.new_zeros(self.size, f)
-        self._add(
-            kernels.expert_in_kernel, (-(-f // block), self.size),
-            self._x, weight, eps, fc1.detach(), routed[0], hidden, m, f,
-            BN=block, BK=padded(m), GELU=model.config.activation == "gelu", num_warps=warps,
-        )  # fmt: skip
-        self._add_linear(hidden, fc2, routed)
-
-
-def _floats(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().contiguous()
-
-
-def _blocks(rows: int, width: int) -> tuple[int, int]:
-    """Rows of a program, and its warps: 64 numbers of the weight a thread, fewer where the rows
-    would not keep all processors busy."""
-    whole = padded(width)
-    block = max(1, 8192 // whole)
-    while block > 1 and rows // block < 264 and not gpu.interpreted():
-        block //= 2
-    return block, 4 if block * whole <= 8192 else 8
+        args = (self.logits, self.ids, self.choice, n_tokens, self.logits.stride(0), self.size)
+        return launcher(kernels.greedy_kernel, (self.size,), args, {"BK": 4096, "num_warps": 16})

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blackmamba.ops.gpu import tuning
+
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
-    """What was chosen by measuring on an H100."""
+class Cut:
+    """How a pass is cut into programs."""
 
     block: int
     """Channels of a program."""
@@ -24,11 +26,25 @@ class Tuning:
     """Tokens of a program."""
 
 
-FORWARD = Tuning(block=128, warps=1, unrolled=8, chunk=64)
-FORWARD_OF_FEW = Tuning(block=128, warps=1, unrolled=8, chunk=16)
+FORWARD = Cut(block=128, warps=1, unrolled=8, chunk=64)
+FORWARD_OF_FEW = Cut(block=128, warps=1, unrolled=8, chunk=16)
 FEW = 2048
 """Programs that are too few to hide how long memory takes."""
-BACKWARD = Tuning(block=128, warps=2, unrolled=4, chunk=64)
+BACKWARD = Cut(block=128, warps=2, unrolled=4, chunk=64)
+"""The defaults were chosen by measuring on an H100."""
+FORWARD_CUTS = (
+    *(Cut(block, warps, 8, chunk)
+      for block, warps in ((64, 1), (128, 1), (256, 2), (512, 4))
+      for chunk in (16, 32, 64, 128)),
+    Cut(128, 1, 4, 64), Cut(128, 1, 16, 64), Cut(256, 1, 4, 64),
+)  # fmt: skip
+BACKWARD_CUTS = tuple(
+    Cut(block, warps, unrolled, chunk)
+    for block, warps in ((64, 1), (128, 1), (128, 2), (256, 2), (256, 4))
+    for unrolled in (4, 8)
+    for chunk in (32, 64)
+)
+"""What `blackmamba tune` tries."""
 
 
 def causal_conv1d_gpu(
@@ -58,10 +74,15 @@ def _forward(
         return y
     kept = _Kept(x, weight, bias, before, seq_idx, silu)
     _, l, d = x.shape
-    tuning = FORWARD if math.prod(kept.grid(FORWARD)) >= FEW else FORWARD_OF_FEW
-    _kernels().conv1d_forward_kernel[kept.grid(tuning)](
-        *kept.tensors, y, l, d, tuning.chunk, *kept.strides, **kept.flags, **_sizes(tuning)
-    )
+
+    def run(cut: Cut) -> None:
+        _kernels().conv1d_forward_kernel[kept.grid(cut)](
+            *kept.tensors, y, l, d, cut.chunk, *kept.strides, **kept.flags, **_sizes(cut)
+        )
+
+    default = FORWARD if math.prod(kept.grid(FORWARD)) >= FEW else FORWARD_OF_FEW
+    name = "causal_conv1d forward"
+    run(tuning.pick(name, kept.size(), default, lambda: FORWARD_CUTS, run))
     return y
 
 
@@ -101,27 +122,32 @@ def backward_into(
     kept = _Kept(x, weight, bias, before, seq_idx, silu)
     grad_y = _rows(grad_y)
     (b, l, d), k = x.shape, weight.shape[1]
-    grid = kept.grid(BACKWARD)
-    sums = x.new_empty(b * grid[1], k + 1, d, dtype=torch.float32)
-    _kernels().conv1d_backward_kernel[grid](
-        *kept.tensors,
-        grad_y,
-        grad_x,
-        grad_before,
-        sums,
-        l,
-        d,
-        BACKWARD.chunk,
-        *kept.strides,
-        *grad_y.stride()[:2],
-        *grad_x.stride()[:2],
-        **kept.flags,
-        **_sizes(BACKWARD),
-    )
-    total = sums.sum(0)
-    grad_weight.copy_(total[:k].t())
-    if bias is not None:
-        grad_bias.copy_(total[k])
+
+    def run(cut: Cut) -> None:
+        grid = kept.grid(cut)
+        sums = x.new_empty(b * grid[1], k + 1, d, dtype=torch.float32)
+        _kernels().conv1d_backward_kernel[grid](
+            *kept.tensors,
+            grad_y,
+            grad_x,
+            grad_before,
+            sums,
+            l,
+            d,
+            cut.chunk,
+            *kept.strides,
+            *grad_y.stride()[:2],
+            *grad_x.stride()[:2],
+            **kept.flags,
+            **_sizes(cut),
+        )
+        total = sums.sum(0)
+        grad_weight.copy_(total[:k].t())
+        if bias is not None:
+            grad_bias.copy_(total[k])
+
+    name = "causal_conv1d backward"
+    run(tuning.pick(name, kept.size(), BACKWARD, lambda: BACKWARD_CUTS, run))
 
 
 class _Kept:
@@ -157,13 +183,19 @@ class _Kept:
             "SILU": silu,
         }
 
-    def grid(self, tuning: Tuning) -> tuple[int, int, int]:
+    def grid(self, cut: Cut) -> tuple[int, int, int]:
         b, l, d = self._size
-        return math.ceil(d / tuning.block), math.ceil(l / tuning.chunk), b
+        return math.ceil(d / cut.block), math.ceil(l / cut.chunk), b
+
+    def size(self) -> str:
+        """What the best cut depends on."""
+        b, l, d = self._size
+        n_bytes = self.tensors[0].element_size()
+        return f"b={tuning.rounded(b)} l={tuning.rounded(l)} d={d} bytes={n_bytes}"
 
 
-def _sizes(tuning: Tuning) -> dict[str, int]:
-    return {"BD": tuning.block, "U": tuning.unrolled, "num_warps": tuning.warps}
+def _sizes(cut: Cut) -> dict[str, int]:
+    return {"BD": cut.block, "U": cut.unrolled, "num_warps": cut.warps}
 
 
 def _kernels() -> Any:

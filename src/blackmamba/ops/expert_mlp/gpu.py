@@ -6,6 +6,7 @@ Few tokens without a gradient, as in generation, have kernels of their own, whic
 expert's weights once and are bound by that.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from blackmamba.ops import gpu
 from blackmamba.ops.expert_mlp.choices import choices_per_token, repeated, summed
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
+from blackmamba.ops.gpu import tuning
 
 FEW = 256
 """Most choices of which the kernels for few are faster than torch's grouped products."""
@@ -24,8 +26,31 @@ FEW_WITHOUT_PRODUCT = 512
 
 _TOKENS = 512  # of a program that counts
 _ROWS = 2  # of a program that moves them
-_FEW_BLOCKS = {16: (32, 128, 4, 4), 32: (64, 64, 4, 5), 64: (64, 64, 4, 5)}
-"""By the tokens at once: rows of a weight, of their numbers at a time; warps; stages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FewCut:
+    """How the products of few tokens are cut into programs."""
+
+    rows: int
+    """Of a weight."""
+    numbers: int
+    """Of each of them at a time."""
+    warps: int
+    stages: int
+
+
+FEW_DEFAULTS = {16: FewCut(32, 128, 4, 4), 32: FewCut(64, 64, 4, 5), 64: FewCut(64, 64, 4, 5)}
+"""By the tokens at once."""
+FEW_CUTS = tuple(
+    FewCut(rows, numbers, warps, stages)
+    for rows, numbers, stages in (
+        (16, 128, 5), (16, 256, 3), (32, 64, 5), (32, 128, 3), (32, 128, 5), (64, 64, 3),
+        (64, 64, 6), (64, 128, 3), (128, 64, 3),
+    )
+    for warps in (4, 8)
+)  # fmt: skip
+"""What `blackmamba tune` tries."""
 
 
 def expert_mlp_gpu(
@@ -128,23 +153,30 @@ def _few(
     order, ends = sort_by_expert(expert_ids, e)
     hidden, y = x.new_empty(len(x), f), x.new_empty(len(x), m)
     at_once = 16 if len(x) <= 64 else 32 if len(x) <= 128 else 64
-    bn, bk, warps, stages = _FEW_BLOCKS[at_once]
-    if x.dtype == torch.float32:
-        bk, stages = min(bk, 64) // 2, 2
-    options: dict[str, Any] = {
-        "M": at_once, "BN": bn, "BK": bk,
-        "WIDE": x.dtype == torch.float32 or gpu.interpreted(),
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
-    gpu.launch(
-        kernels.few_in_kernel, (-(-f // bn), e),
-        x, order, ends, fc1.contiguous(), hidden, m, f, x.stride(0), GELU=gelu, **options,
-    )  # fmt: skip
-    gpu.launch(
-        kernels.few_out_kernel, (-(-m // bn), e),
-        hidden, order, ends, fc2.contiguous(), x if gate is None else gate.contiguous(), y, m, f,
-        HAS_GATE=gate is not None, **options,
-    )  # fmt: skip
+    fc1, fc2 = fc1.contiguous(), fc2.contiguous()
+    wide = x.dtype == torch.float32
+    if gate is not None:
+        gate = gate.contiguous()
+
+    def run(cut: FewCut) -> None:
+        numbers, stages = (min(cut.numbers, 64) // 2, 2) if wide else (cut.numbers, cut.stages)
+        options: dict[str, Any] = {
+            "M": at_once, "BN": cut.rows, "BK": numbers, "WIDE": wide or gpu.interpreted(),
+            "num_warps": cut.warps, "num_stages": stages,
+        }  # fmt: skip
+        gpu.launch(
+            kernels.few_in_kernel, (-(-f // cut.rows), e),
+            x, order, ends, fc1, hidden, m, f, x.stride(0), GELU=gelu, **options,
+        )  # fmt: skip
+        gpu.launch(
+            kernels.few_out_kernel, (-(-m // cut.rows), e),
+            hidden, order, ends, fc2, x if gate is None else gate, y, m, f,
+            HAS_GATE=gate is not None, **options,
+        )  # fmt: skip
+
+    size = f"tokens={tuning.rounded(len(x))} m={m} f={f} e={e} bytes={x.element_size()}"
+    name = "expert_mlp of few"
+    run(tuning.pick(name, size, FEW_DEFAULTS[at_once], lambda: FEW_CUTS, run))
     return y
 
 

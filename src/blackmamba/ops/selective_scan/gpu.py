@@ -5,13 +5,14 @@ Letters: b batch, l sequence, d d_inner, n d_state.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blackmamba.ops import gpu
+from blackmamba.ops.gpu import tuning
 from blackmamba.ops.selective_scan import cuda
 
 SPAN = 16
@@ -40,7 +41,7 @@ def selective_scan_gpu(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Cut:
     """How a pass is cut into programs."""
 
     block: int
@@ -49,6 +50,13 @@ class Plan:
     resident: int
     """Warps that a multiprocessor holds at once."""
     n_chunks: int
+    """At most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Cut):
+    """The same for rows of one length, of exactly n_chunks chunks."""
+
     chunk: int
     """Tokens of a chunk, a multiple of SPAN."""
 
@@ -90,31 +98,67 @@ CUDA_BACKWARD = (
     Tuning(block=32, numbers=4, resident=20, extra=0.22),
 )
 """Of scan.cu: sizes of which one or another fills a GPU evenly; the first of equals."""
+CUDA_OTHERS = tuple(
+    Tuning(block=block, numbers=4, resident=resident, extra=0.4)
+    for block in (16, 32, 48, 64, 80)  # the backward pass takes warps by twos
+    for resident in (16, 18, 20, 24)
+    if resident >= block // 8
+)
+OTHERS = tuple(
+    Tuning(block=block, numbers=numbers, resident=16, extra=0.4)
+    for block in (8, 16, 32)
+    for numbers in (2, 4, 8)
+)
+"""What `blackmamba tune` tries besides, of scan.cu and of kernels.py."""
+_CHUNKS_TO_TRY = (1, 2, 3, 4, 5, 6, 8, 11, 12, 16, 22, 24, 32, 44, 64)
+_TRIED_TIME = 1.4  # of the least that is expected: what may yet be the fastest
 
 
 def plan(b: int, l: int, d: int, n_padded: int, processors: int, *tunings: Tuning) -> Plan:
-    """The tuning and number of chunks that are expected to take the least time.
+    """The tuning and number of chunks that are expected to take the least time."""
+    best: tuple[float, Cut] | None = None
+    for time, cut in _expected(b, l, d, n_padded, processors, tunings):
+        if best is None or time < best[0] * 0.98:
+            best = time, cut
+    assert best is not None
+    return planned(best[1], l)
+
+
+def cuts(b: int, l: int, d: int, n_padded: int, processors: int, *tunings: Tuning) -> list[Cut]:
+    """What is not expected to be much slower than the best."""
+    expected = list(_expected(b, l, d, n_padded, processors, tunings))
+    most = _TRIED_TIME * min(time for time, _ in expected)
+    return [cut for time, cut in expected if time <= most and cut.n_chunks in _CHUNKS_TO_TRY]
+
+
+def planned(cut: Cut, l: int) -> Plan:
+    """For rows of this length."""
+    if isinstance(cut, Plan):
+        return cut
+    spans = max(1, math.ceil(l / SPAN))
+    chunk = math.ceil(spans / min(spans, cut.n_chunks)) * SPAN
+    return Plan(cut.block, cut.warps, cut.resident, max(1, math.ceil(l / chunk)), chunk)
+
+
+def _expected(
+    b: int, l: int, d: int, n_padded: int, processors: int, tunings: tuple[Tuning, ...]
+) -> Generator[tuple[float, Cut]]:
+    """Every way to cut the pass and the time that it should take, in no unit.
 
     A multiprocessor takes longer the more warps it holds, but not in proportion: 20 take 20, 4 take
     8.4. What it cannot hold at once it runs after.
     """
     spans = max(1, math.ceil(l / SPAN))
-    best: tuple[float, Plan] | None = None
-    for tuning in tunings:
-        warps = max(1, min(16, tuning.block * n_padded // (32 * tuning.numbers)))
-        resident = max(1, tuning.resident // warps)
+    for each in tunings:
+        warps = max(1, min(16, each.block * n_padded // (32 * each.numbers)))
+        resident = max(1, each.resident // warps)
         for candidate in range(1, min(64, max(1, spans // 4)) + 1):
-            programs = b * math.ceil(d / tuning.block) * candidate
+            programs = b * math.ceil(d / each.block) * candidate
             whole, rest = divmod(math.ceil(programs / processors), resident)
             time = whole * (5.5 + 0.725 * resident * warps)
             time += (5.5 + 0.725 * rest * warps) if rest else 0.0
-            time *= (1 + tuning.extra * (candidate - 1) / candidate) * tuning.slower / candidate
-            if best is None or time < best[0] * 0.98:
-                chunk = math.ceil(spans / candidate) * SPAN
-                n_chunks = max(1, math.ceil(l / chunk))
-                best = time, Plan(tuning.block, warps, tuning.resident, n_chunks, chunk)
-    assert best is not None
-    return best[1]
+            time *= (1 + each.extra * (candidate - 1) / candidate) * each.slower / candidate
+            yield time, Cut(each.block, warps, each.resident, candidate)
 
 
 def _processors(tensor: Tensor) -> int:
@@ -208,8 +252,24 @@ class _Call:
             HAS_SEQ=seq_idx is not None,
         )
 
-    def plan(self, *tunings: Tuning) -> Plan:
-        return plan(self.b, self.l, self.d, self.n_padded, _processors(self.x), *tunings)
+    def run_best(
+        self,
+        name: str,
+        tunings: tuple[Tuning, ...],
+        others: tuple[Tuning, ...],
+        run: Callable[[Plan], object],
+    ) -> None:
+        """Run a pass as it was measured to be fastest, or as `plan` expects it to be."""
+        size = (self.b, self.l, self.d, self.n_padded, _processors(self.x))
+        b, l = (tuning.rounded(n) for n in size[:2])
+        best = tuning.pick(
+            f"selective_scan {name}",
+            f"b={b} l={l} d={self.d} n={self.n_padded} bytes={self.x.element_size()}",
+            plan(*size, *tunings),
+            lambda: cuts(*size, *tunings, *others),
+            lambda cut: run(planned(cut, self.l)),
+        )
+        run(planned(best, self.l))
 
     def sizes(self, plan: Plan) -> tuple[int, int, int, int, int, int]:
         return self.l, self.d, self.n, self.l_padded, plan.n_chunks, plan.chunk
@@ -312,16 +372,7 @@ def _forward(
     call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
     by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias])
     call.pack(by_cuda and NARROW[0])
-    cut = call.plan(*(CUDA_FORWARD if by_cuda else (FORWARD,)))
-    flags = call.flags | {
-        "BD": cut.block,
-        "S": SPAN,
-        "HAS_D": D is not None,
-        "KEEP": keep,
-        "EVEN": call.even(cut),
-        "AHEAD": True,
-        "num_warps": cut.warps,
-    }
+    flags = call.flags | {"S": SPAN, "HAS_D": D is not None, "KEEP": keep, "AHEAD": True}
     first = None if initial_state is None else call.padded_state(initial_state)
     z_ = call.x if call.z is None else call.z
     last = (
@@ -330,9 +381,10 @@ def _forward(
         else final_state.new_empty(*final_state.shape[:2], call.n_padded)
     )
 
-    def launch(local: bool, ends: Tensor, decays: Tensor) -> None:
+    def launch(cut: Plan, local: bool, first: Tensor | None, ends: Tensor, decays: Tensor) -> None:
+        has_first = first is not None and not local
         if by_cuda:
-            defines = {"LOCAL": local, "KEEP": keep, "HAS_FIRST": first is not None and not local}
+            defines = {"LOCAL": local, "KEEP": keep, "HAS_FIRST": has_first}
             tensors = {"y": y, "first": first, "starts": starts, "ends": ends, "decays": decays}
             call.cuda("scan_forward", cut, {k: int(v) for k, v in defines.items()}, tensors)
             return
@@ -354,16 +406,26 @@ def _forward(
             *_strides(call.x),
             *_strides(call.dt),
             *_strides(z_),
-            HAS_FIRST=first is not None and not local,
+            HAS_FIRST=has_first,
             LOCAL=local,
+            BD=cut.block,
+            EVEN=call.even(cut),
+            num_warps=cut.warps,
             **flags,
         )
 
-    if cut.n_chunks > 1:
-        ends, decays = call.states(cut), call.states(cut)
-        launch(True, ends, decays)
-        first = call.carry(ends, decays, first, back=False)
-    launch(False, last, last)
+    def run(cut: Plan) -> None:
+        begin = first
+        if cut.n_chunks > 1:
+            ends, decays = call.states(cut), call.states(cut)
+            launch(cut, True, None, ends, decays)
+            begin = call.carry(ends, decays, first, back=False)
+        launch(cut, False, begin, last, last)
+
+    if by_cuda:
+        call.run_best("forward, CUDA", CUDA_FORWARD, CUDA_OTHERS, run)
+    else:
+        call.run_best("forward", (FORWARD,), OTHERS, run)
     if last is not final_state:
         final_state.copy_(last[..., : call.n])
     return y, final_state, starts
@@ -445,108 +507,115 @@ def backward_into(
         [call.D, call.dt_bias],
     )
     call.pack(by_cuda and NARROW[1])
-    cut = call.plan(*(CUDA_BACKWARD if by_cuda else (BACKWARD,)))
     z_ = call.x if call.z is None else call.z
-    shared = call.flags | {"BD": cut.block, "EVEN": call.even(cut), "num_warps": cut.warps}
     D_ = call.A if call.D is None else call.D
     bias = call.A if call.dt_bias is None else call.dt_bias
-    after = None if grad_final is None else call.padded_state(grad_final)
-    if cut.n_chunks > 1:
-        ends, decays = call.states(cut), call.states(cut)
+    last = None if grad_final is None else call.padded_state(grad_final)
+
+    def run(cut: Plan) -> None:
+        shared = call.flags | {"BD": cut.block, "EVEN": call.even(cut), "num_warps": cut.warps}
+        after = last
+        if cut.n_chunks > 1:
+            ends, decays = call.states(cut), call.states(cut)
+            if by_cuda:
+                tensors = {"grad_y": grad_y, "ends": ends, "decays": decays}
+                call.cuda("scan_backward_local", cut, {}, tensors)
+            else:
+                _kernels().backward_local_kernel[call.grid(cut)](
+                    call.dt,
+                    call.A,
+                    call.packed,
+                    z_,
+                    bias,
+                    call.resets,
+                    grad_y,
+                    ends,
+                    decays,
+                    *call.sizes(cut),
+                    *_strides(call.dt),
+                    *_strides(z_),
+                    *_strides(grad_y),
+                    **shared,
+                )
+            after = call.carry(ends, decays, after, back=True)
+        elif after is None:
+            after = call.states(cut).zero_()
+        n_blocks = math.ceil(d / cut.block)
+        parts = b * cut.n_chunks
+        new = call.A.new_empty
+        partial = new(b, call.l_padded // 4, n_blocks, 8 * call.n_padded)
+        sum_A = new(parts, d, call.n_padded)
+        sum_D = new(parts, d) if D is not None else sum_A
+        sum_bias = new(parts, d) if dt_bias is not None else sum_A
+        before = new(b, d, call.n_padded)
         if by_cuda:
-            tensors = {"grad_y": grad_y, "ends": ends, "decays": decays}
-            call.cuda("scan_backward_local", cut, {}, tensors)
+            tensors = {"grad_y": grad_y, "starts": starts, "after": after, "partial": partial}
+            tensors |= written | {"grad_first": before, "grad_A": sum_A}
+            tensors |= {"grad_D": sum_D, "grad_bias": sum_bias}
+            call.cuda("scan_backward", cut, {}, tensors)
         else:
-            _kernels().backward_local_kernel[call.grid(cut)](
+            _kernels().backward_kernel[call.grid(cut)](
+                call.x,
                 call.dt,
                 call.A,
                 call.packed,
+                D_,
                 z_,
                 bias,
                 call.resets,
+                starts,
                 grad_y,
-                ends,
-                decays,
+                after,
+                grad_x,
+                grad_dt,
+                grad_x if z is None else grad_z,
+                partial,
+                before,
+                sum_A,
+                sum_D,
+                sum_bias,
                 *call.sizes(cut),
+                *_strides(call.x),
                 *_strides(call.dt),
                 *_strides(z_),
                 *_strides(grad_y),
+                *_strides(grad_x),
+                *_strides(grad_dt),
+                *((0, 0) if z is None else _strides(grad_z)),
+                S=SPAN,
+                TILES=TILES,
+                HAS_D=D is not None,
+                SUM=_sum_by(x),
                 **shared,
+                **_registers(BACKWARD),
             )
-        after = call.carry(ends, decays, after, back=True)
-    elif after is None:
-        after = call.states(cut).zero_()
-    n_blocks = math.ceil(d / cut.block)
-    parts = b * cut.n_chunks
-    new = call.A.new_empty
-    partial = new(b, call.l_padded // 4, n_blocks, 8 * call.n_padded)
-    sum_A = new(parts, d, call.n_padded)
-    sum_D = new(parts, d) if D is not None else sum_A
-    sum_bias = new(parts, d) if dt_bias is not None else sum_A
-    before = new(b, d, call.n_padded)
-    if by_cuda:
-        tensors = {"grad_y": grad_y, "starts": starts, "after": after, "partial": partial}
-        tensors |= written | {"grad_first": before, "grad_A": sum_A}
-        tensors |= {"grad_D": sum_D, "grad_bias": sum_bias}
-        call.cuda("scan_backward", cut, {}, tensors)
-    else:
-        _kernels().backward_kernel[call.grid(cut)](
-            call.x,
-            call.dt,
-            call.A,
-            call.packed,
-            D_,
-            z_,
-            bias,
-            call.resets,
-            starts,
-            grad_y,
-            after,
-            grad_x,
-            grad_dt,
-            grad_x if z is None else grad_z,
+        _kernels().sum_kernel[(call.l_padded // 4, b)](
             partial,
-            before,
-            sum_A,
-            sum_D,
-            sum_bias,
-            *call.sizes(cut),
-            *_strides(call.x),
-            *_strides(call.dt),
-            *_strides(z_),
-            *_strides(grad_y),
-            *_strides(grad_x),
-            *_strides(grad_dt),
-            *((0, 0) if z is None else _strides(grad_z)),
-            S=SPAN,
-            TILES=TILES,
-            HAS_D=D is not None,
-            SUM=_sum_by(x),
-            **shared,
-            **_registers(BACKWARD),
+            grad_B,
+            grad_C,
+            l,
+            call.n,
+            call.l_padded // 4,
+            n_blocks,
+            *_strides(grad_B),
+            *_strides(grad_C),
+            N=call.n_padded,
+            ROWS=16,
+            OF_UNITS=by_cuda,
+            num_warps=4,
         )
-    _kernels().sum_kernel[(call.l_padded // 4, b)](
-        partial,
-        grad_B,
-        grad_C,
-        l,
-        call.n,
-        call.l_padded // 4,
-        n_blocks,
-        *_strides(grad_B),
-        *_strides(grad_C),
-        N=call.n_padded,
-        ROWS=16,
-        OF_UNITS=by_cuda,
-        num_warps=4,
-    )
-    _sum_into(grad_A, sum_A[..., : call.n])
-    if D is not None:
-        _sum_into(grad_D, sum_D)
-    if dt_bias is not None:
-        _sum_into(grad_bias, sum_bias)
-    if initial_state is not None:
-        grad_first.copy_(before[..., : call.n])
+        _sum_into(grad_A, sum_A[..., : call.n])
+        if D is not None:
+            _sum_into(grad_D, sum_D)
+        if dt_bias is not None:
+            _sum_into(grad_bias, sum_bias)
+        if initial_state is not None:
+            grad_first.copy_(before[..., : call.n])
+
+    if by_cuda:
+        call.run_best("backward, CUDA", CUDA_BACKWARD, CUDA_OTHERS, run)
+    else:
+        call.run_best("backward", (BACKWARD,), OTHERS, run)
 
 
 def _sum_into(grad: Tensor, parts: Tensor) -> None:
