@@ -170,3 +170,19 @@ def test_runs_in_a_captured_graph():
     graph.replay()
     for a, b in zip(expected, captured, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("block", sorted({tuning.block for tuning in scan.CUDA_OTHERS}))
+def test_every_block_that_may_be_tuned(block: int, monkeypatch: pytest.MonkeyPatch):
+    """Of scan.cu; 104 channels are whole blocks of none."""
+    tuning = next(t for t in scan.CUDA_OTHERS if t.block == block)
+
+    def forced(b: int, l: int, d: int, n_padded: int, processors: int, *_: object) -> scan.Plan:
+        cut = scan.cuts(b, l, d, n_padded, processors, tuning)[0]
+        return scan.planned(dataclasses.replace(cut, n_chunks=2), l)
+
+    monkeypatch.setattr(scan, "plan", forced)
+    exact = with_gradients(make((2, 67, 104, 16)), "torch")
+    actual = with_gradients(make((2, 67, 104, 16), torch.float32), "triton")
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 1e-5, name
