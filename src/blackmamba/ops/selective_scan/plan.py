@@ -1,0 +1,129 @@
+"""How a pass of the scan on a GPU is cut into programs: by a formula that measuring gave.
+
+Letters: b batch, l sequence, d d_inner.
+"""
+
+import dataclasses
+import math
+from collections.abc import Generator
+
+SPAN = 16
+"""Tokens between the states that the forward pass keeps for the backward pass: rounded to bfloat16
+where the inputs are, for they take more memory than any other tensor of the layer but one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a pass is cut into programs."""
+
+    block: int
+    """Channels of a program."""
+    warps: int
+    resident: int
+    """Warps that a multiprocessor holds at once."""
+    n_chunks: int
+    """At most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Cut):
+    """The same for rows of one length, of exactly n_chunks chunks."""
+
+    chunk: int
+    """Tokens of a chunk, a multiple of SPAN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What was chosen by measuring on an H100."""
+
+    block: int
+    """Channels of a program."""
+    numbers: int
+    """Of [channels, states], how many a thread holds."""
+    resident: int
+    """Warps that a multiprocessor holds at once."""
+    extra: float
+    """What the pass over the chunks that finds what they leave behind costs, as a share of the main
+    pass."""
+    registers: int | None = None
+    """The most that a thread may use."""
+    slower: float = 1.0
+    """Times what `plan` expects, for what it leaves out: registers that do not suffice, say."""
+
+
+FORWARD = Tuning(block=16, numbers=4, resident=32, extra=0.65)
+BACKWARD = Tuning(block=16, numbers=4, resident=16, extra=0.22, registers=128)
+CUDA_FORWARD = (
+    Tuning(block=48, numbers=4, resident=18, extra=0.6),
+    Tuning(block=32, numbers=4, resident=24, extra=0.6, slower=0.95),
+    Tuning(block=64, numbers=4, resident=24, extra=0.6, slower=1.02),
+)
+CUDA_BACKWARD = (
+    Tuning(block=48, numbers=4, resident=18, extra=0.22),
+    Tuning(block=32, numbers=4, resident=16, extra=0.22, slower=0.84),
+    Tuning(block=64, numbers=4, resident=16, extra=0.22, slower=0.9),
+    Tuning(block=32, numbers=4, resident=20, extra=0.22),
+)
+"""Of scan.cu: sizes of which one or another fills a GPU evenly; the first of equals."""
+CUDA_OTHERS = tuple(
+    Tuning(block=block, numbers=4, resident=resident, extra=0.4)
+    for block in (16, 32, 48, 64, 80)  # the backward pass takes warps by twos
+    for resident in (16, 18, 20, 24)
+    if resident >= block // 8
+)
+OTHERS = tuple(
+    Tuning(block=block, numbers=numbers, resident=16, extra=0.4)
+    for block in (8, 16, 32)
+    for numbers in (2, 4, 8)
+)
+"""What `blackmamba tune` tries besides, of scan.cu and of kernels.py."""
+_CHUNKS_TO_TRY = (1, 2, 3, 4, 5, 6, 8, 11, 12, 16, 22, 24, 32, 44, 64)
+_TRIED_TIME = 1.4  # of the least that is expected: what may yet be the fastest
+
+
+def plan(b: int, l: int, d: int, n_padded: int, processors: int, *tunings: Tuning) -> Plan:
+    """The tuning and number of chunks that are expected to take the least time."""
+    best: tuple[float, Cut] | None = None
+    for time, cut in _expected(b, l, d, n_padded, processors, tunings):
+        if best is None or time < best[0] * 0.98:
+            best = time, cut
+    assert best is not None
+    return planned(best[1], l)
+
+
+def cuts(b: int, l: int, d: int, n_padded: int, processors: int, *tunings: Tuning) -> list[Cut]:
+    """What is not expected to be much slower than the best."""
+    expected = list(_expected(b, l, d, n_padded, processors, tunings))
+    most = _TRIED_TIME * min(time for time, _ in expected)
+    return [cut for time, cut in expected if time <= most and cut.n_chunks in _CHUNKS_TO_TRY]
+
+
+def planned(cut: Cut, l: int) -> Plan:
+    """For rows of this length."""
+    if isinstance(cut, Plan):
+        return cut
+    spans = max(1, math.ceil(l / SPAN))
+    chunk = math.ceil(spans / min(spans, cut.n_chunks)) * SPAN
+    return Plan(cut.block, cut.warps, cut.resident, max(1, math.ceil(l / chunk)), chunk)
+
+
+def _expected(
+    b: int, l: int, d: int, n_padded: int, processors: int, tunings: tuple[Tuning, ...]
+) -> Generator[tuple[float, Cut]]:
+    """Every way to cut the pass and the time that it should take, in no unit.
+
+    A multiprocessor takes longer the more warps it holds, but not in proportion: 20 take 20, 4 take
+    8.4. What it cannot hold at once it runs after.
+    """
+    spans = max(1, math.ceil(l / SPAN))
+    for each in tunings:
+        warps = max(1, min(16, each.block * n_padded // (32 * each.numbers)))
+        resident = max(1, each.resident // warps)
+        for candidate in range(1, min(64, max(1, spans // 4)) + 1):
+            programs = b * math.ceil(d / each.block) * candidate
+            whole, rest = divmod(math.ceil(programs / processors), resident)
+            time = whole * (5.5 + 0.725 * resident * warps)
+            time += (5.5 + 0.725 * rest * warps) if rest else 0.0
+            time *= (1 + each.extra * (candidate - 1) / candidate) * each.slower / candidate
+            yield time, Cut(each.block, warps, each.resident, candidate)
