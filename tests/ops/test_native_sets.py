@@ -98,6 +98,7 @@ def main() -> None:
                 error = (actual.double() - exact).abs().max() / exact.abs().max()
                 assert error < tolerance, (function.__name__, dtype, error)
     one_token()
+    kept_states()
     print(native.extension().target())  # noqa: T201
 
 
@@ -111,6 +112,16 @@ def one_token() -> None:
         exact = selective_state_update(*wide, dt_softplus=True, backend="reference")
         for a, e in zip(actual, exact, strict=True):
             assert (a - e).abs().max() / e.abs().max() < 2e-6, n
+
+
+def kept_states() -> None:
+    """What the scan keeps for its gradient is all written, channels that only pad it too."""
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    d, n = 5, 3
+    inputs = (normal(2, 19, d), normal(2, 19, d), -normal(d, n).exp(), *(normal(2, 19, n),) * 2)
+    absent = (None,) * 5
+    operation = torch.ops.blackmamba.selective_scan_native
+    assert operation(*inputs, *absent, True, True)[2].isfinite().all()
 
 
 @pytest.mark.skipif(native.missing() is not None, reason="the extension was not built")

@@ -139,6 +139,8 @@ def _run(
     """y, the final state and, if `keep`, each chunk's first state for the backward pass."""
     call = _Call(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus)
     y, final_state, starts = _outputs(x, A, keep)
+    if keep and x.shape[2] % 16:
+        starts[:, :, -1].zero_()  # narrow vectors leave padding unwritten
     extension().selective_scan(
         *call.arguments, y.data_ptr(), final_state.data_ptr(), starts.data_ptr() if keep else 0
     )
