@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from blackmamba.errors import ConfigError
 from blackmamba.model import BlackMamba
 from blackmamba.presets import presets
 from blackmamba.train import Progress, RunConfig, run, train_step
+from blackmamba.train.folder import with_dtype
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.mixed import narrow_weights
 from blackmamba.train.muon import Muon, is_muons, orthogonal
@@ -91,6 +93,29 @@ def test_each_expert_of_a_stack_moves_as_if_alone():
     assert largest_difference(stack[2].detach(), start[2] * (1 - 0.02 * 0.1) ** 3) < 1e-6
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_matrices_of_one_shape_move_together_as_if_alone(on_device: bool):
+    shapes = [(4, 6), (3, 4, 6), (6, 4), (4, 6), (2, 40, 900), (40, 900)]
+    together, alone = (
+        [nn.Parameter(random(*s, seed=i)) for i, s in enumerate(shapes)] for _ in "ab"
+    )
+    optimizer, others = muon(together), [muon([p]) for p in alone]
+    assert [len(members) for members in optimizer._together(together)] == [3, 1, 1, 1]
+    for seed in (1, 2):
+        gradients = [random(*s, seed=10 * seed + i) for i, s in enumerate(shapes)]
+        for q, g, other in zip(alone, gradients, others, strict=True):
+            other.update({q: g}, gradient_scale=0.5)
+        if on_device:  # where the host does not look
+            given = dict(zip(together, gradients, strict=True))
+            for members in optimizer._together(together):
+                found = [0.5 * given[p] for p in members]
+                optimizer._move(members, found, optimizer.param_groups[0], torch.tensor(True))
+        else:
+            optimizer.update(dict(zip(together, gradients, strict=True)), gradient_scale=0.5)
+    for p, q in zip(together, alone, strict=True):
+        assert largest_difference(p.detach(), q.detach()) < 1e-5
+
+
 def test_which_parameters_are_muons():
     config = dataclasses.replace(
         presets["tiny"], layers=("mamba+moe", "attention", "mlp"), d_mlp=8, n_heads=2,
@@ -161,7 +186,7 @@ def test_a_step_that_is_not_taken_changes_nothing(
         for name, parameter in model.named_parameters():
             if is_muons(name, parameter):
                 optimizer._move(
-                    parameter, bad[parameter].float(), optimizer.param_groups[0],
+                    [parameter], [bad[parameter].float()], optimizer.param_groups[0],
                     torch.tensor(False),
                 )  # fmt: skip
     else:
@@ -173,6 +198,28 @@ def test_a_step_that_is_not_taken_changes_nothing(
 def test_a_narrow_matrix_without_a_master_is_refused():
     with pytest.raises(ValueError, match="no float32 master"):
         muon([nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))])
+
+
+def test_products_are_narrow_where_the_processor_has_them(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+):
+    def chosen(config: RunConfig, checkpoint: Any = None) -> str:
+        return with_dtype(config, checkpoint, torch.device("cpu")).train.muon_dtype
+
+    config = small(optimizer="muon")
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        assert chosen(config) == ("bfloat16" if has_it else "float32")
+        assert chosen(small(optimizer="muon", muon_dtype="float32")) == "float32"
+        assert chosen(small()) == "auto"
+        for begun in ("float32", "auto"):
+            old = small(optimizer="muon", muon_dtype=begun)
+            assert chosen(config, SimpleNamespace(config=old)) == begun
+    model = BlackMamba(config.model)
+    for given, dtype in (("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        optimizer = build_optimizer(model, small(optimizer="muon", muon_dtype=given).train)
+        assert isinstance(optimizer, Muon)
+        assert optimizer._dtype == dtype
 
 
 class Stop(Progress):

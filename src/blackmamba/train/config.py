@@ -132,6 +132,11 @@ class TrainConfig:
     muon_scale: MuonScale = "moonlight"
     """Size of Muon's steps. "moonlight": as AdamW's, so that `lr` and `weight_decay` mean what they
     do there; "jordan": of the original, larger for small matrices."""
+    muon_dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Of the products that make Muon's matrices orthogonal, which need no more than bfloat16; the
+    number and shape of the matrices decide their cost, and not the number of tokens. "auto":
+    bfloat16 where the device has instructions for it, else as `dtype`, as always in runs of before
+    this was a setting; a run that is resumed goes on as it began."""
     adamw_lr_ratio: float = 1.0
     """Of "muon": learning rate of what it leaves to AdamW, over `lr`."""
 

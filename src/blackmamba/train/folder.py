@@ -65,6 +65,9 @@ def with_dtype(config: RunConfig, checkpoint: Checkpoint | None, device: torch.d
         masters = device.type == "cuda" and train.dtype == "bfloat16"
         weights = "master" if masters and config.parallel.shard == "none" else "float32"
         train = dataclasses.replace(train, weights=begun.weights if begun else weights)
+    if train.optimizer == "muon" and train.muon_dtype == "auto":
+        dtype = "bfloat16" if _multiplies_bfloat16(device) else train.dtype
+        train = dataclasses.replace(train, muon_dtype=begun.muon_dtype if begun else dtype)
     return dataclasses.replace(config, train=train)
 
 

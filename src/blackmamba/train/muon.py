@@ -10,7 +10,7 @@ no stacks.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,6 +25,8 @@ MuonScale = Literal["moonlight", "jordan"]
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # a x + b x^3 + c x^5 on each singular value
 _ITERATIONS = 5
 _EPS = 1e-7
+_TOGETHER = 1 << 16, 1 << 24
+"""Numbers of matrices that are multiplied together, on a CPU and on a GPU."""
 
 
 def is_muons(name: str, parameter: nn.Parameter) -> bool:
@@ -96,32 +98,66 @@ class Muon(MixedAdamW):
                 return
             go = True
         for group in self._own_groups():
-            for p in group["params"]:
-                if p in gradients:
-                    self._move(p, gradients[p].float() * gradient_scale, group, go)
+            given = [p for p in group["params"] if p in gradients]
+            for members in self._together(given):
+                found = [gradients[p].float() * gradient_scale for p in members]
+                self._move(members, found, group, go)
+
+    def _together(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Those whose matrices are of one shape, so that one product is started for many.
+
+        Pieces of parameters are put together one by one, in the same order on all ranks.
+        """
+        if self.shards is not None:
+            return [[p] for p in parameters]
+        found: list[list[nn.Parameter]] = []
+        room: dict[torch.Size, tuple[list[nn.Parameter], int]] = {}
+        for p in parameters:
+            matrix = p.shape[-2:]
+            members, left = room.get(matrix, ([], 0))
+            if p.numel() > left:
+                members, left = [], _TOGETHER[p.device.type == "cuda"]
+                found.append(members)
+            members.append(p)
+            room[matrix] = members, left - p.numel()
+        return found
 
     def _move(
-        self, parameter: nn.Parameter, g: Tensor, group: dict[str, Any], go: Tensor | Literal[True]
+        self,
+        members: Sequence[nn.Parameter],
+        gradients: list[Tensor],
+        group: dict[str, Any],
+        go: Tensor | Literal[True],
     ) -> None:
-        state, lr = self.state[parameter], group["lr"]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(g, memory_format=torch.contiguous_format)
-        m = state["momentum"].lerp(g, 1 - self._momentum)
-        whole = g.lerp(m, self._momentum)
+        """Parameters whose matrices are of one shape; the gradients are written on."""
+        states, lr = [self.state[p] for p in members], group["lr"]
+        for state, g in zip(states, gradients, strict=True):
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(g, memory_format=torch.contiguous_format)
+        momenta = [state["momentum"] for state in states]
+        moved = momenta if go is True else [m.clone() for m in momenta]
+        torch._foreach_lerp_(moved, gradients, 1 - self._momentum)
+        torch._foreach_lerp_(gradients, moved, self._momentum)
+        wholes = gradients
         if self.shards is not None:
-            whole = self.shards.gather(parameter, whole)
-        direction = orthogonal(whole, self._dtype)
+            wholes = list(map(self.shards.gather, members, gradients))
+        directions = orthogonal_together(wholes, self._dtype)
         if self.shards is not None:
-            direction = self.shards.cut(parameter, direction)
-        weight = state.get("master", parameter.data)
-        size = lr * step_size(self._scale, *whole.shape[-2:])
-        moved = (weight * (1 - lr * group["weight_decay"])).sub_(direction, alpha=size)
-        if go is not True:  # only the device knows
-            m, moved = m.where(go, state["momentum"]), moved.where(go, weight)
-        state["momentum"].copy_(m)
-        weight.copy_(moved)
-        if weight is not parameter.data:
-            parameter.data.copy_(weight)
+            directions = list(map(self.shards.cut, members, directions))
+        weights = [state.get("master", p.data) for state, p in zip(states, members, strict=True)]
+        kept = 1 - lr * group["weight_decay"]
+        size = lr * step_size(self._scale, *wholes[0].shape[-2:])
+        if go is True:
+            torch._foreach_mul_(weights, kept)
+            torch._foreach_add_(weights, directions, alpha=-size)
+        else:  # only the device knows
+            changed = torch._foreach_mul(weights, kept)
+            torch._foreach_add_(changed, directions, alpha=-size)
+            for old, new in zip([*momenta, *weights], [*moved, *changed], strict=True):
+                old.copy_(new.where(go, old))
+        for p, weight in zip(members, weights, strict=True):
+            if weight is not p.data:
+                p.data.copy_(weight)
 
     def _own_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["is_muons"]]
@@ -146,6 +182,15 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
         factor_err = torch.baddbmm(gram_err, gram_err, gram_err, beta=_B, alpha=_C)
         x_erc = torch.baddbmm(x_erc, factor_err, x_erc, beta=_A)
     return (x_erc.mT if is_tall else x_erc).float().reshape(x.shape)
+
+
+def orthogonal_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`orthogonal` of each; their matrices are of one shape."""
+    if len(tensors) == 1:
+        return [orthogonal(tensors[0], dtype)]
+    stacks = [x.reshape(-1, *x.shape[-2:]) for x in tensors]
+    found = orthogonal(torch.cat(stacks), dtype).split([len(stack) for stack in stacks])
+    return [y.view(x.shape) for y, x in zip(found, tensors, strict=True)]
 
 
 def step_size(scale: MuonScale, rows: int, columns: int) -> float:

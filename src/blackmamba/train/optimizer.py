@@ -48,6 +48,7 @@ def build_optimizer(
     if config.optimizer == "muon":
         own = {n for n, p in named if is_muons(n, p)}
         others = [(n, p) for n, p in named if n not in own]
+        narrow = config.dtype if config.muon_dtype == "auto" else config.muon_dtype
         ratio = {"lr_ratio": config.adamw_lr_ratio, "is_muons": False}
         matrices = {
             "params": [p for n, p in named if n in own],
@@ -62,7 +63,7 @@ def build_optimizer(
             _by_parameter(named, kept),
             momentum=config.muon_momentum,
             scale=config.muon_scale,
-            dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
+            dtype=torch.bfloat16 if narrow == "bfloat16" else torch.float32,
         )
     groups = _groups(named, config.weight_decay)
     if named[0][1].device.type == "cpu" and all(p.dtype == torch.float32 for _, p in named):
