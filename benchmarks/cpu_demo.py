@@ -1,8 +1,9 @@
 """A training step of the demo on the CPU: with native kernels, without, and of an older commit.
 
 A step is the trainer's: loss, gradients, clipping, AdamW, of random tokens; the demo's model and
-batch, products in the dtype that its recipe takes on this machine. They take turns in one process;
-an older tree, in float32 as the first had nothing else, runs in one of its own before and after.
+batch, products and weights in the dtypes that its recipe takes on this machine. Without native
+kernels weights are float32 and AdamW is torch's. They take turns in one process; an older tree, in
+float32 as the first had nothing else, runs in one of its own before and after.
 
     python benchmarks/cpu_demo.py [--repeats 9] [--tree FOLDER]
 
@@ -22,9 +23,10 @@ import torch
 from blackmamba.model import BlackMamba
 from blackmamba.ops.backend import forcing
 from blackmamba.presets import presets
-from blackmamba.train import load_recipe
+from blackmamba.train import TrainConfig, load_recipe
 from blackmamba.train.folder import with_dtype
 from blackmamba.train.memory import keep_freed_memory
+from blackmamba.train.mixed import narrow_weights
 from blackmamba.train.optimizer import build_optimizer
 from blackmamba.train.start import DTYPES
 from blackmamba.train.step import GradientsOfBatch, train_step
@@ -61,29 +63,39 @@ def main(repeats: int = 9, tiny: bool = False, tree: Path | None = None) -> None
     recipe = with_dtype(load_recipe("demo"), None, torch.device("cpu"))
     batch, length = (2, 16) if tiny else (recipe.train.batch_size, recipe.train.seq_len)
     settings = recipe.train
-    model = BlackMamba(config, compute_dtype=DTYPES[settings.dtype])
-    model.train()
-    optimizer, gradients = build_optimizer(model, settings), GradientsOfBatch(model)
     ids = torch.randint(0, config.vocab_size, (batch, length + 1))
 
-    def step() -> None:
-        train_step(
-            model, optimizer, ids[:, :-1], ids[:, 1:],
-            lr=1e-3, grad_clip=settings.grad_clip, gradients=gradients,
-        )  # fmt: skip
+    def training(settings: TrainConfig) -> Call:
+        model = BlackMamba(config, compute_dtype=DTYPES[settings.dtype])
+        model.train()
+        masters = {}
+        if settings.weights != "float32":
+            masters = narrow_weights(model, DTYPES[settings.dtype])
+        optimizer, gradients = build_optimizer(model, settings, masters), GradientsOfBatch(model)
+
+        def step() -> None:
+            train_step(
+                model, optimizer, ids[:, :-1], ids[:, 1:],
+                lr=1e-3, grad_clip=settings.grad_clip, gradients=gradients,
+            )  # fmt: skip
+
+        return step
+
+    with forcing("reference"):
+        plain = training(dataclasses.replace(settings, weights="float32"))
 
     def without() -> None:
         with forcing("torch"):
-            step()
+            plain()
 
-    steps: dict[str, Call] = {"native": step, "PyTorch": without}
+    steps: dict[str, Call] = {"native": training(settings), "PyTorch": without}
     fields = {name: dataclasses.asdict(config)[name] for name in _OLD_FIELDS}
     old = [] if tree is None else _of_tree(tree, (fields, batch, length, repeats))
     times = timed(steps, repeats)
     if tree is not None:
         times[tree.name] = sorted(old + _of_tree(tree, (fields, batch, length, repeats)))
     speed = {name: batch * length / statistics.median(t) for name, t in times.items()}
-    print_row(f"{batch} x {length} tokens, {settings.dtype}", *speed)
+    print_row(f"{batch} x {length} tokens, {settings.dtype}, {settings.weights}", *speed)
     print_row("tokens/s", *(f"{rate:,.0f}" for rate in speed.values()))
     ratios = {name: round(speed["native"] / rate, 2) for name, rate in speed.items()}
     print_row("native against it", *(f"x{ratio:.2f}" for ratio in ratios.values()))
@@ -92,6 +104,7 @@ def main(repeats: int = 9, tiny: bool = False, tree: Path | None = None) -> None
         repeats=repeats,
         tiny=tiny,
         dtype=settings.dtype,
+        weights=settings.weights,
         ratios=ratios,
         **{f"{name}_ms": milliseconds(t) for name, t in times.items()},
     )

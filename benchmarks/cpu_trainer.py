@@ -23,6 +23,7 @@ import torch
 
 from blackmamba.train import RunConfig, load_recipe, run
 from blackmamba.train.metrics import read_metrics
+from blackmamba.train.mixed import MixedAdamW
 from blackmamba.train.step import GradientsOfBatch
 from measure import arguments, print_header, print_json, print_row
 
@@ -54,7 +55,7 @@ def measure(part: str, repeats: int, tiny: bool) -> tuple[list[float], list[floa
             "loggers": ("tensorboard",),
         }  # fmt: skip
     spent: list[float] = []
-    originals = GradientsOfBatch.__call__, torch.optim.AdamW.step
+    originals = GradientsOfBatch.__call__, MixedAdamW.update, torch.optim.AdamW.step
     clip = torch.nn.utils.clip_grads_with_norm_
 
     def timed(call: Callable[..., Any], begins: bool) -> Callable[..., Any]:
@@ -68,7 +69,8 @@ def measure(part: str, repeats: int, tiny: bool) -> tuple[list[float], list[floa
         return inner
 
     GradientsOfBatch.__call__ = timed(originals[0], True)
-    torch.optim.AdamW.step = timed(originals[1], False)
+    MixedAdamW.update = timed(originals[1], False)  # with native kernels; clips, too
+    torch.optim.AdamW.step = timed(originals[2], False)
     torch.nn.utils.clip_grads_with_norm_ = timed(clip, False)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +79,7 @@ def measure(part: str, repeats: int, tiny: bool) -> tuple[list[float], list[floa
             run(config, Path(folder) / "run")
             rows = read_metrics(Path(folder) / "run" / "metrics.jsonl")
     finally:
-        GradientsOfBatch.__call__, torch.optim.AdamW.step = originals
+        GradientsOfBatch.__call__, MixedAdamW.update, torch.optim.AdamW.step = originals
         torch.nn.utils.clip_grads_with_norm_ = clip
     n_tokens = config.train.batch_size * config.train.seq_len
     whole = [n_tokens / row["tokens_per_s"] for row in rows]

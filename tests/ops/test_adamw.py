@@ -6,8 +6,8 @@ import pytest
 import torch
 from numerics import largest_difference, relative_error
 
-from blackmamba.errors import InputError
-from blackmamba.ops import AdamWTensors, adamw_, adamw_factors, global_norm, gpu
+from blackmamba.errors import BackendError, InputError
+from blackmamba.ops import AdamWTensors, adamw_, adamw_factors, global_norm, gpu, native
 from blackmamba.ops.adamw.reference import stochastic_bfloat16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,6 +17,13 @@ TRITON = pytest.param(
     "triton",
     marks=pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing())),
 )
+NATIVE = pytest.param(
+    "native",
+    marks=pytest.mark.skipif(
+        native.missing() is not None or DEVICE != "cpu", reason=f"{native.missing()}, or a GPU"
+    ),
+)
+KERNELS = [NATIVE, TRITON]
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -56,7 +63,7 @@ def factors(step: int, **options: object) -> torch.Tensor:
     return adamw_factors(1e-2, torch.tensor(step, device=DEVICE), **BETAS, **options)  # pyright: ignore
 
 
-@pytest.mark.parametrize("backend", ["reference", TRITON])
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_is_torchs_adamw(backend: str):
     group = tensors(torch.float32, torch.float32, False)
     for t in group:
@@ -79,24 +86,30 @@ def test_is_torchs_adamw(backend: str):
         assert relative_error(t.exp_avg_sq, optimizer.state[p]["exp_avg_sq"]) < 1e-6
 
 
-@TRITON.marks[0]
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("has_master", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16], ids=str)
-def test_kernel_is_the_definition(dtype: torch.dtype, gradient: torch.dtype, has_master: bool):
+def test_kernel_is_the_definition(
+    dtype: torch.dtype, gradient: torch.dtype, has_master: bool, backend: str
+):
     if dtype == torch.float16 and not has_master:
         with pytest.raises(InputError, match="a float16 parameter needs a master"):
             adamw_(tensors(dtype, gradient, False), factors(3), **BETAS, eps=1e-8)
         return
+    if dtype == torch.float16 and backend == "native":
+        with pytest.raises(BackendError, match="it takes float32 and bfloat16"):
+            adamw_(tensors(dtype, gradient, True), factors(3), **BETAS, eps=1e-8, backend="native")
+        return
     expected = tensors(dtype, gradient, has_master)
     actual, again = copied(expected), copied(expected)
     adamw_(expected, factors(3), **BETAS, eps=1e-8, backend="reference")
-    adamw_(actual, factors(3), **BETAS, eps=1e-8, backend="triton")
-    adamw_(again, factors(3), **BETAS, eps=1e-8, backend="triton")
+    adamw_(actual, factors(3), **BETAS, eps=1e-8, backend=backend)  # pyright: ignore
+    adamw_(again, factors(3), **BETAS, eps=1e-8, backend=backend)  # pyright: ignore
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     for a, b, e in zip(actual, again, expected, strict=True):
         assert torch.equal(a.parameter, b.parameter)
-        # a multiply-add rounds once on a GPU and twice elsewhere
+        # a kernel's multiply-add rounds once, the definition's twice
         assert relative_error(a.exp_avg, e.exp_avg) < 1e-6
         assert relative_error(a.exp_avg_sq, e.exp_avg_sq) < 1e-6
         assert relative_error(a.parameter, e.parameter) < rounding
@@ -107,7 +120,7 @@ def test_kernel_is_the_definition(dtype: torch.dtype, gradient: torch.dtype, has
             assert (a.parameter == e.parameter).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("backend", ["reference", TRITON])
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_nothing_changes_without_go(backend: str):
     for has_master in (True, False):
         group = tensors(torch.bfloat16, torch.bfloat16, has_master)
@@ -166,8 +179,8 @@ def test_bad_input_is_named():
     assert largest_difference(factors(0)[4], torch.tensor(1.0)) == 0
 
 
-@TRITON.marks[0]
-def test_tensors_that_begin_anywhere():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_tensors_that_begin_anywhere(backend: str):
     room = [normal(40) for _ in range(4)]
     t = AdamWTensors(
         parameter=room[0][1:34],
@@ -177,11 +190,11 @@ def test_tensors_that_begin_anywhere():
     )
     (expected,) = copied([t])
     adamw_([expected], factors(1), **BETAS, eps=1e-8, backend="reference")
-    adamw_([t], factors(1), **BETAS, eps=1e-8, backend="triton")
+    adamw_([t], factors(1), **BETAS, eps=1e-8, backend=backend)  # pyright: ignore
     assert relative_error(t.parameter, expected.parameter) < 1e-6
 
 
-@pytest.mark.parametrize("backend", ["reference", TRITON])
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_global_norm(backend: str):
     wide = [normal(*shape, seed=i) for i, shape in enumerate([*SHAPES, (9000,)])]
     mixed = [t.bfloat16() if i % 2 else t for i, t in enumerate(wide)] + [wide[2][3:]]

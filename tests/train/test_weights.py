@@ -13,6 +13,9 @@ from numerics import largest_difference
 import blackmamba
 from blackmamba.errors import ConfigError
 from blackmamba.model import BlackMamba, keeps_float32
+from blackmamba.model.embedding import Embedding
+from blackmamba.ops import native
+from blackmamba.ops.backend import forcing
 from blackmamba.train import Progress, RunConfig, load_recipe, run, train_step
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.mixed import MixedAdamW, narrow_weights
@@ -70,10 +73,34 @@ def test_a_stopped_run_goes_on_bit_for_bit(weights: str, small: Small, tmp_path:
         run(small(dtype="bfloat16", steps=20), tmp_path / "cut", resume=True)
 
 
-def test_auto_is_float32_without_a_gpu(small: Small, tmp_path: Path):
-    run(small(steps=1, dtype="bfloat16", weights="auto"), tmp_path)
-    assert load_recipe(tmp_path / "recipe.yaml").train.weights == "float32"
-    run(small(steps=2, dtype="bfloat16", weights="auto"), tmp_path, resume=True)
+def test_auto_is_masters_where_a_kernel_updates_them(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a GPU, and on a CPU with native kernels; a run goes on as it began all the same."""
+    fast = "master" if native.missing() is None else "float32"
+    for backend, weights, dtype in (
+        ("auto", fast, "bfloat16"),
+        ("auto", "float32", "float32"),
+        ("reference", "float32", "bfloat16"),
+    ):
+        out = tmp_path / f"{backend}-{dtype}"
+        monkeypatch.setenv("BLACKMAMBA_BACKEND", backend)
+        run(small(steps=1, dtype=dtype, weights="auto"), out)
+        assert load_recipe(out / "recipe.yaml").train.weights == weights
+        monkeypatch.setenv("BLACKMAMBA_BACKEND", "auto")
+        run(small(steps=2, dtype=dtype, weights="auto"), out, resume=True)
+        assert load_recipe(out / "recipe.yaml").train.weights == weights
+
+
+def test_the_embedding_of_16_bits_adds_up_what_a_frequent_token_gets():
+    """512 times 2^-7 is 4; in bfloat16 the sum would stay at 2, where 2^-7 is half a unit."""
+    table = Embedding(3, 4, dtype=torch.bfloat16)
+    ids = torch.tensor([1] * 512 + [2])
+    (table(ids).float() * 2**-7).sum().backward()
+    assert table.weight.grad is not None
+    assert table.weight.grad.dtype == torch.bfloat16
+    assert table.weight.grad[:, 0].tolist() == [0.0, 4.0, 2**-7]
+    assert torch.equal(table(ids), table.weight.detach()[ids])
 
 
 def test_a_graph_needs_a_gpu(small: Small, tmp_path: Path):
@@ -90,7 +117,8 @@ def test_masters_are_what_is_updated_and_rounded(small: Small):
     for name, parameter in wide.named_parameters():
         if name in masters and name != "embedding.weight":
             parameter.data.copy_(masters[name])
-    theirs = build_optimizer(wide, small(weights="float32").train)
+    with forcing("reference"):
+        theirs = build_optimizer(wide, small(weights="float32").train)
     assert isinstance(theirs, torch.optim.AdamW)
     outcomes = [
         train_step(m, o, *batch(), lr=1e-2, grad_clip=0.1)

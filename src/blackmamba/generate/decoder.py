@@ -18,6 +18,7 @@ from blackmamba.config import ModelConfig
 from blackmamba.errors import BackendError, InputError
 from blackmamba.model import BlackMamba, State
 from blackmamba.model.attention import Attention
+from blackmamba.model.embedding import Embedding
 from blackmamba.model.layer import Layer
 from blackmamba.model.linear import Linear
 from blackmamba.model.mamba import Mamba
@@ -32,8 +33,8 @@ from blackmamba.ops.backend import ENVIRONMENT_VARIABLE, forced_backend
 
 # Modules whose arithmetic the kernels know. Any other, a wrapped or a derived one, may differ.
 KNOWN_MODULES = (
-    BlackMamba, nn.ModuleList, nn.Embedding, Layer, Mamba, MLP, MoE, Router, RMSNorm, LayerNorm,
-    Linear, nn.Linear, QuantizedStorage, QuantizedLinear, QuantizedEmbedding,
+    BlackMamba, nn.ModuleList, Embedding, nn.Embedding, Layer, Mamba, MLP, MoE, Router, RMSNorm,
+    LayerNorm, Linear, nn.Linear, QuantizedStorage, QuantizedLinear, QuantizedEmbedding,
 )  # fmt: skip
 REPLACED_METHODS = {"forward", "step"}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # weights.hpp

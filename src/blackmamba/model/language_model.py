@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import ConfigError, InputError
 from blackmamba.model.balance import Losses, Reduce, RouterLoad, losses
+from blackmamba.model.embedding import Embedding
 from blackmamba.model.init import initialise
 from blackmamba.model.layer import Layer, Trace
 from blackmamba.model.lora import adaptation
@@ -92,7 +93,7 @@ class BlackMamba(nn.Module):
             if config.residual_dtype == "float32"
             else self.compute_dtype
         )
-        self.embedding: nn.Embedding | QuantizedEmbedding = nn.Embedding(
+        self.embedding: nn.Embedding | QuantizedEmbedding = Embedding(
             config.vocab_size, config.d_model, device=where, dtype=dtype
         )
         self.layers = nn.ModuleList(

@@ -100,15 +100,23 @@ def available_backends(operation: str) -> tuple[Backend, ...]:
     return tuple(name for name in names if _unfit(name, ()) is None)
 
 
+def chosen_backend(operation: str) -> Backend:
+    """What "auto" takes on this machine, for an input of any kind that it can take.
+
+    Raises:
+        BackendError: no operation has this name.
+    """
+    fastest = available_backends(operation)[0]
+    forced = _named(operation)
+    return fastest if forced == "auto" else forced
+
+
 def describe_backends() -> list[tuple[str, str]]:
     """Operation and a text such as "torch (of torch, reference)", for `blackmamba doctor`."""
     rows: list[tuple[str, str]] = []
     for operation in sorted(_registered):
         names = available_backends(operation)
-        forced = _named(operation)
-        rows.append(
-            (operation, f"{names[0] if forced == 'auto' else forced} (of {', '.join(names)})")
-        )
+        rows.append((operation, f"{chosen_backend(operation)} (of {', '.join(names)})"))
     return rows
 
 

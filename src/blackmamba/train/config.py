@@ -64,8 +64,9 @@ class TrainConfig:
     """How parameters are kept. "float32", cast for every product. "master": those of the products
     in `dtype`, and a float32 copy in the optimizer, which is what it updates: the same memory and
     fewer passes over it. "stochastic": in `dtype` alone, rounded at random: a quarter less memory.
-    "auto": "master" for bfloat16 on a GPU, else "float32"; a run that is resumed goes on as it
-    began. Norms, router, A_log, D and dt_bias are float32 in any case."""
+    "auto": "master" for bfloat16 where a kernel updates them (a GPU, or native kernels), else
+    "float32"; a run that is resumed goes on as it began. Norms, router, A_log, D and dt_bias are
+    float32 in any case."""
     recompute: Literal["none", "cheap", "layers"] = "none"
     """What is computed again in the backward pass and so not kept for it. "cheap": outputs of norms
     and convolutions. "layers": all inside of a layer, products too."""

@@ -8,6 +8,7 @@ import torch
 
 from blackmamba.data import ChatData, MixtureData, PreparedData, prepare, prepare_conversations
 from blackmamba.errors import ConfigError, DataError
+from blackmamba.ops.backend import chosen_backend
 from blackmamba.train.checkpoints import Checkpoint, newest_checkpoint, remove_leftovers
 from blackmamba.train.config import RunConfig, check_resumable
 from blackmamba.train.metrics import METRICS_FILE
@@ -62,7 +63,8 @@ def with_dtype(config: RunConfig, checkpoint: Checkpoint | None, device: torch.d
         dtype = "bfloat16" if _multiplies_bfloat16(device) else "float32"
         train = dataclasses.replace(train, dtype=begun.dtype if begun else dtype)
     if train.weights == "auto":
-        masters = device.type == "cuda" and train.dtype == "bfloat16"
+        is_fast = device.type == "cuda" or chosen_backend("adamw") != "reference"
+        masters = is_fast and train.dtype == "bfloat16"
         weights = "master" if masters and config.parallel.shard == "none" else "float32"
         train = dataclasses.replace(train, weights=begun.weights if begun else weights)
     if train.optimizer == "muon" and train.muon_dtype == "auto":

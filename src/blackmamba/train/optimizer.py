@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blackmamba.ops.backend import chosen_backend
 from blackmamba.train.average import WeightAverage
 from blackmamba.train.config import TrainConfig
 from blackmamba.train.mixed import MixedAdamW
@@ -34,8 +35,8 @@ def build_optimizer(
 
     Each step sets the groups' learning rates.
 
-    torch's fused AdamW is one pass over memory and gives the same bits in every run. Ours takes its
-    place on a GPU, where nothing then waits for the device, and for weights of 16 bits.
+    Ours is one pass over memory, clipping included, on a GPU and, by native kernels, on a CPU.
+    Without those, torch's fused AdamW takes its place for float32 weights.
 
     Args:
         model: whose parameters to train, but for those that require no gradient.
@@ -66,7 +67,8 @@ def build_optimizer(
             dtype=torch.bfloat16 if narrow == "bfloat16" else torch.float32,
         )
     groups = _groups(named, config.weight_decay)
-    if named[0][1].device.type == "cpu" and all(p.dtype == torch.float32 for _, p in named):
+    is_plain = named[0][1].device.type == "cpu" and all(p.dtype == torch.float32 for _, p in named)
+    if is_plain and chosen_backend("adamw") == "reference":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
     return MixedAdamW(groups, config.lr, betas, config.adam_eps, _by_parameter(named, kept))
 

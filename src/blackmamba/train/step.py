@@ -150,13 +150,13 @@ class GradientsOfBatch:
     ) -> tuple[Tensor, dict[nn.Parameter, Tensor], Tensor]:
         """Mean cross-entropy, gradient by parameter (also its own, if not narrower), norm."""
         total, found = self._accumulated(input_ids, labels, seq_idx, accumulate, trace)
-        return total, found, gradient_norm(list(found.values()))
+        return total, found, global_norm(list(found.values()))
 
     def norms_of(
         self, parts: Mapping[str, Sequence[nn.Parameter]], found: Mapping[nn.Parameter, Tensor]
     ) -> dict[str, Tensor]:
         """The norm of the gradients of each part."""
-        return {name: gradient_norm([found[p] for p in ps]) for name, ps in parts.items()}
+        return {name: global_norm([found[p] for p in ps]) for name, ps in parts.items()}
 
     def _accumulated(
         self,
@@ -276,10 +276,3 @@ class CapturedGradients(GradientsOfBatch):
         with torch.cuda.graph(graph):
             self._results = super().__call__(input_ids, labels, seq_idx, accumulate, self._trace)
         self._graph = graph
-
-
-def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Of all together, in float32 or wider: a scalar on the device."""
-    if all(g.dtype == torch.float32 and g.device.type == "cpu" for g in gradients):
-        return torch.nn.utils.get_total_norm(gradients)
-    return global_norm(gradients)

@@ -7,16 +7,24 @@ from torch import Tensor
 
 from blackmamba.errors import InputError
 from blackmamba.ops.adamw.gpu import adamw_triton, global_norm_triton
+from blackmamba.ops.adamw.native import adamw_native, global_norm_native
 from blackmamba.ops.adamw.reference import adamw_reference, global_norm_reference
 from blackmamba.ops.adamw.tensors import AdamWTensors
 from blackmamba.ops.backend import Backend, Implementations
 
 __all__ = ["AdamWTensors", "adamw_", "adamw_factors", "global_norm"]
 
-_IMPLEMENTATIONS = Implementations("adamw", {"triton": adamw_triton, "reference": adamw_reference})
+_IMPLEMENTATIONS = Implementations(
+    "adamw", {"triton": adamw_triton, "native": adamw_native, "reference": adamw_reference}
+)
 
 _NORM_IMPLEMENTATIONS = Implementations(
-    "global_norm", {"triton": global_norm_triton, "reference": global_norm_reference}
+    "global_norm",
+    {
+        "triton": global_norm_triton,
+        "native": global_norm_native,
+        "reference": global_norm_reference,
+    },
 )
 
 

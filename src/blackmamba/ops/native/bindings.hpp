@@ -8,6 +8,7 @@
 namespace bm {
 
 void bind_activate(nanobind::module_& m);
+void bind_adamw(nanobind::module_& m);
 void bind_causal_conv1d(nanobind::module_& m);
 void bind_decode(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
@@ -22,6 +23,7 @@ void bind_weight_product(nanobind::module_& m);
 
 inline void bind_all(nanobind::module_& m) {
   bind_activate(m);
+  bind_adamw(m);
   bind_causal_conv1d(m);
   bind_decode(m);
   bind_elementwise(m);

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from blackmamba.model import BlackMamba, Trace
+from blackmamba.ops import global_norm
 from blackmamba.train.parallel.mesh import Mesh
 from blackmamba.train.parallel.ranks import Ranks
 from blackmamba.train.parallel.shards import Shards
-from blackmamba.train.step import GradientsOfBatch, gradient_norm
+from blackmamba.train.step import GradientsOfBatch
 
 _TOGETHER = 1 << 24  # numbers; what is larger is summed alone, without a copy
 
@@ -108,7 +109,7 @@ class GradientsOfRanks(GradientsOfBatch):
                 kinds.setdefault(kind, []).append(found[twin])
         total = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
         for (copies, _), gradients in kinds.items():
-            total += gradient_norm(gradients).to(total) ** 2 / copies
+            total += global_norm(gradients).to(total) ** 2 / copies
         return total
 
 
