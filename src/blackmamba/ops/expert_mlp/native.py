@@ -1,8 +1,8 @@
 """A few tokens by kernels that read each chosen expert's weights once; many by grouped products.
 
 Up to 16 choices the weights are what costs, and the kernels stream them. From 64 on, float32 goes
-by the native products; bfloat16, and what lies between, by torch's, and only what lies between
-those products is native.
+by the native products, and so does bfloat16 in training where the processor multiplies its pairs;
+all else by torch's, and only what lies between those products is native.
 """
 
 from typing import Literal
@@ -13,6 +13,7 @@ from torch import Tensor
 from blackmamba.ops import native
 from blackmamba.ops.expert_mlp.choices import choices_per_token, repeated
 from blackmamba.ops.expert_mlp.native_grouped import expert_mlp_native_grouped
+from blackmamba.ops.expert_mlp.native_pairs import expert_mlp_native_pairs, pairs_fit
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 
 FEW = 16
@@ -38,6 +39,9 @@ def expert_mlp_native(
         )
     tensors = (x, fc1, fc2, fc1_bias, fc2_bias, gate)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    is_plain = fc1_bias is None and fc2_bias is None
+    if n_choices >= MANY and learns and is_plain and pairs_fit(x, fc1, fc2):
+        return expert_mlp_native_pairs(x, expert_ids, fc1, fc2, activation, gated, gate)
     if n_choices > FEW or learns or native.unfit(fc1, fc2) is not None or fc1.dtype != fc2.dtype:
         return expert_mlp_grouped(
             x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate

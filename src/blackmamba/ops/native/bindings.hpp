@@ -13,6 +13,7 @@ void bind_causal_conv1d(nanobind::module_& m);
 void bind_decode(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_expert_mlp(nanobind::module_& m);
+void bind_grouped_product(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_linear_cross_entropy(nanobind::module_& m);
 void bind_quantized_expert_mlp(nanobind::module_& m);
@@ -28,6 +29,7 @@ inline void bind_all(nanobind::module_& m) {
   bind_decode(m);
   bind_elementwise(m);
   bind_expert_mlp(m);
+  bind_grouped_product(m);
   bind_linear(m);
   bind_linear_cross_entropy(m);
   bind_quantized_expert_mlp(m);
