@@ -20,6 +20,7 @@ void bind_quantized_expert_mlp(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
 void bind_selective_scan(nanobind::module_& m);
 void bind_selective_state_update(nanobind::module_& m);
+void bind_sinkhorn(nanobind::module_& m);
 void bind_weight_product(nanobind::module_& m);
 
 inline void bind_all(nanobind::module_& m) {
@@ -36,6 +37,7 @@ inline void bind_all(nanobind::module_& m) {
   bind_rms_norm(m);
   bind_selective_scan(m);
   bind_selective_state_update(m);
+  bind_sinkhorn(m);
   bind_weight_product(m);
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating
-from blackmamba.ops.sinkhorn import gpu
+from blackmamba.ops.sinkhorn import gpu, native
 from blackmamba.ops.sinkhorn.reference import (
     SinkhornResult,
     SinkhornStep,
@@ -28,7 +28,8 @@ def _reference_choice(
 
 
 _CHOICES = Implementations(
-    "sinkhorn_choice", {"triton": gpu.choice, "reference": _reference_choice}
+    "sinkhorn_choice",
+    {"triton": gpu.choice, "native": native.choice, "reference": _reference_choice},
 )
 
 
