@@ -74,14 +74,15 @@ def _forward(
     wide = wide_dtype(x)
     needs_x, needs_weight, needs_bias = needs
     grad_x = x.new_empty(x.shape if needs_x else 0)
+    rows = max(_LEAST_CHUNK, _CHUNK_BYTES // (x.dtype.itemsize * max(1, len(weight))))
     make = weight.new_empty if len(x) else weight.new_zeros
-    grad_weight = make(weight.shape if needs_weight else 0, dtype=wide)
+    sum_dtype = wide if len(x) > rows else x.dtype  # there is nothing to add to
+    grad_weight = make(weight.shape if needs_weight else 0, dtype=sum_dtype)
     grad_bias = weight.new_zeros(len(weight) if needs_bias else 0, dtype=wide)
     narrow_weight = weight.to(x.dtype)
     narrow_bias = None if bias is None else bias.to(x.dtype)
     total = x.new_zeros((), dtype=wide)
     softmax = _softmax_native if is_native else _softmax_torch
-    rows = max(_LEAST_CHUNK, _CHUNK_BYTES // (x.dtype.itemsize * max(1, len(weight))))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         logits = product(x[part], narrow_weight, narrow_bias, use_native=is_native)
