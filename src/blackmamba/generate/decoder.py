@@ -7,7 +7,6 @@ read every weight that a token needs once. After its first step it allocates not
 Letters: b batch, m d_model, d d_inner, r dt_rank, n d_state, k d_conv, v vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,7 +106,7 @@ class Decoder:
         self._batch_size = state.batch_size
         self._kept: list[Tensor] = []  # what the plan points to
         self._states = [_copied(layer) for layer in state.layers]
-        self._conv_dtype = model.compute_dtype
+        self._compute_dtype = model.compute_dtype
         self._logits = torch.empty(state.batch_size, model.config.vocab_size)
         self._plan = self._planned()
 
@@ -146,7 +145,9 @@ class Decoder:
             tuple(
                 None
                 if layer is None
-                else MambaState(layer.conv.to(self._conv_dtype, copy=True), layer.ssm.clone())
+                else MambaState(
+                    layer.conv.to(self._compute_dtype, copy=True).contiguous(), layer.ssm.clone()
+                )
                 for layer in self._states
             ),
         )
@@ -182,16 +183,15 @@ class Decoder:
         plan: dict[str, Any] = {"norm": self._norm(layer.norm)}
         if isinstance(layer.mixer, Mamba) and memory is not None:
             mixer = layer.mixer
-            A2 = mixer.decay_rates() / math.log(2)
             plan |= {
                 "in_proj": self._linear(mixer.in_proj.weight, mixer.in_proj.bias),
                 "x_proj": self._linear(mixer.x_proj.weight, None),
                 "dt_proj": self._linear(mixer.dt_proj.weight, None),
                 "out_proj": self._linear(mixer.out_proj.weight, mixer.out_proj.bias),
-                "conv_weight": self._floats(mixer.conv_weight),
+                "conv_weight": self._floats(mixer.conv_weight.t()),
                 "conv_bias": self._floats(mixer.conv_bias),
                 "dt_bias": self._floats(mixer.dt_bias),
-                "A2": self._floats(A2),
+                "A": self._floats(mixer.decay_rates()),
                 "D": self._floats(mixer.D),
                 "conv_state": memory.conv.data_ptr(),
                 "ssm_state": memory.ssm.data_ptr(),
@@ -248,9 +248,9 @@ class Decoder:
 
 
 def _copied(layer: LayerState) -> MambaState | None:
-    """Memory of our own, float32 and contiguous."""
+    """Memory of our own, float32; of `conv` the channels lie side by side, for the kernels."""
     if not isinstance(layer, MambaState):
         return None
-    return MambaState(
-        *(torch.empty(t.shape, dtype=torch.float32).copy_(t) for t in (layer.conv, layer.ssm))
-    )
+    conv, ssm = layer.conv.transpose(1, 2), layer.ssm
+    conv, ssm = (torch.empty(t.shape, dtype=torch.float32).copy_(t) for t in (conv, ssm))
+    return MambaState(conv.transpose(1, 2), ssm)

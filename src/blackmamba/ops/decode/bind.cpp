@@ -48,7 +48,7 @@ DecodeLayer layer(nb::dict d) {
     l.conv_weight = floats(d["conv_weight"]);
     l.conv_bias = floats(d["conv_bias"]);
     l.dt_bias = floats(d["dt_bias"]);
-    l.A2 = floats(d["A2"]);
+    l.A = floats(d["A"]);
     l.D = floats(d["D"]);
     l.conv_state = const_cast<float*>(floats(d["conv_state"]));
     l.ssm_state = const_cast<float*>(floats(d["ssm_state"]));

@@ -14,11 +14,10 @@
 #include "native/product.hpp"
 #include "native/simd.hpp"
 #include "native/threads.hpp"
+#include "selective_state_update/cpu.hpp"
 
 namespace bm {
 namespace {
-
-constexpr int ahead = 16;  // channels whose memory is asked for before they are needed
 
 // Threads that work through the same list of phases.
 class Crew {
@@ -187,7 +186,7 @@ class Step {
 
   void mamba(const Mamba& l) {
     const std::int64_t d = p_.d, m = p_.m, low = p_.r + 2 * p_.n;
-    // [x | z]: the convolution of a channel needs only its own row, the gate too
+    // [x | z]: the convolution of a channel needs only its own row
     const Blocks in(2 * d, l.in_proj.weights.row_bytes(), crew_.size(), p_.batch);
     const void* x = nullptr;
     crew_.each(
@@ -195,13 +194,7 @@ class Step {
         [&](std::int64_t i) {
           const std::int64_t first = in.first(i), n = in.size(i);
           product(l.in_proj, first, n, x, p_.batch, at_.xz + first, 2 * d);
-          for (int b = 0; b < p_.batch; ++b) {
-            float* const row = at_.xz + b * 2 * d;
-            for (std::int64_t c = first; c < first + n && c < d; ++c) row[c] = convolve(l, b, c, row[c]);
-            over(n, [&](std::int64_t j, int some) {
-              store_some(row + first + j, silu(load_some(row + first + j, some)), some);
-            });
-          }
+          for (int b = 0; b < p_.batch; ++b) convolve(l, b, first, first + n < d ? n : d - first);
         });
     const Blocks mid(low, l.x_proj.weights.row_bytes(), crew_.size(), p_.batch);
     crew_.each(
@@ -216,53 +209,46 @@ class Step {
           const std::int64_t first = i * width, n = d - first < width ? d - first : width;
           float* const dt = scratch<float>(Slot::a, p_.batch * width);
           product(l.dt_proj, first, n, x, p_.batch, dt, n);
-          for (int b = 0; b < p_.batch; ++b) {
-            const float* const small = at_.low + b * low;
-            update(l, b, first, n, dt + b * n, small + p_.r, small + p_.r + p_.n);
+          for (std::int64_t b = 0; b < p_.batch; ++b) {
+            const float* const B = at_.low + b * low + p_.r;
+            const float* const x_z = at_.xz + b * 2 * d + first;
+            BM_SAME(selective_state_update)
+                .state_update_rows({.n = p_.n,
+                                    .softplus = true,
+                                    .x = x_z,
+                                    .dt = dt + b * n,
+                                    .A = l.A + first * p_.n,
+                                    .B = B,
+                                    .C = B + p_.n,
+                                    .D = l.D + first,
+                                    .z = x_z + d,
+                                    .dt_bias = l.dt_bias + first,
+                                    .state = l.ssm_state + (b * d + first) * p_.n,
+                                    .y = at_.y + b * d + first},
+                                   0, n);
           }
         });
     add_product(l.out_proj, at_.y, d);
   }
 
-  // conv of one channel; its memory moves on by the new input
-  float convolve(const Mamba& l, std::int64_t b, std::int64_t c, float newest) {
-    const int k = p_.k;
-    const float* const w = l.conv_weight + c * k;
-    float* const seen = l.conv_state + (b * p_.d + c) * (k - 1);
-    __builtin_prefetch(w + ahead * k);
-    __builtin_prefetch(seen + ahead * (k - 1), 1);
-    float total = l.conv_bias[c] + w[k - 1] * newest;
-    for (int j = 0; j < k - 1; ++j) total += w[j] * seen[j];
-    for (int j = 0; j + 1 < k - 1; ++j) seen[j] = seen[j + 1];
-    if (k > 1) seen[k - 2] = newest;
-    return total;
-  }
-
-  // h' = exp(delta A) h + delta x B, y = (C h' + D x) silu(z), for n channels of one row
-  void update(const Mamba& l, std::int64_t b, std::int64_t first, std::int64_t n, float* dt,
-              const float* B, const float* C) {
+  // x of n channels through convolution and SiLU; their memory moves on by one input
+  void convolve(const Mamba& l, std::int64_t b, std::int64_t first, std::int64_t n) {
+    const std::int64_t d = p_.d, k = p_.k;
+    float* const x = at_.xz + b * 2 * d + first;
+    float* const seen = l.conv_state + b * (k - 1) * d + first;
+    const float* const w = l.conv_weight + first;
     over(n, [&](std::int64_t i, int some) {
-      store_some(dt + i, softplus(load_some(dt + i, some) + load_some(l.dt_bias + first + i, some)),
-                 some);
+      const vec newest = load_some(x + i, some);
+      vec total = load_some(l.conv_bias + first + i, some);
+      for (std::int64_t j = 0; j + 1 < k; ++j) {
+        const vec old = load_some(seen + j * d + i, some);
+        total += load_some(w + j * d + i, some) * old;
+        if (j > 0) store_some(seen + (j - 1) * d + i, old, some);
+      }
+      if (k > 1) store_some(seen + (k - 2) * d + i, newest, some);
+      total += load_some(w + (k - 1) * d + i, some) * newest;
+      store_some(x + i, silu(total), some);
     });
-    const float* const x = at_.xz + b * 2 * p_.d + first;
-    const float* const gate = x + p_.d;
-    float* const y = at_.y + b * p_.d + first;
-    for (std::int64_t c = 0; c < n; ++c) {
-      const float* const A2 = l.A2 + (first + c) * p_.n;
-      float* const h = l.ssm_state + (b * p_.d + first + c) * p_.n;
-      __builtin_prefetch(A2 + ahead * p_.n);
-      __builtin_prefetch(h + ahead * p_.n, 1);
-      const float delta = dt[c], drive = delta * x[c];
-      vec total{};
-      over(p_.n, [&](std::int64_t j, int some) {
-        const vec decay = exp2_nonpositive(load_some(A2 + j, some) * delta);
-        const vec next = decay * load_some(h + j, some) + load_some(B + j, some) * drive;
-        store_some(h + j, next, some);
-        total += next * load_some(C + j, some);
-      });
-      y[c] = (sum(total) + l.D[first + c] * x[c]) * gate[c];
-    }
   }
 
   // the residual stream plus W from + bias

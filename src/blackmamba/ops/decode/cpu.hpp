@@ -20,9 +20,9 @@ struct Linear {
 
 struct Mamba {
   Linear in_proj, x_proj, dt_proj, out_proj;
-  const float *conv_weight, *conv_bias;  // (d, k), (d)
-  const float *dt_bias, *A2, *D;         // (d), (d, n) = -exp(A_log) log2(e), (d)
-  float *conv_state, *ssm_state;         // (b, d, k - 1) oldest first, (b, d, n)
+  const float *conv_weight, *conv_bias;  // (k, d), (d)
+  const float *dt_bias, *A, *D;          // (d), (d, n) = -exp(A_log), (d)
+  float *conv_state, *ssm_state;         // (b, k - 1, d) oldest first, (b, d, n)
 };
 
 struct FeedForward {

@@ -129,6 +129,10 @@ template <>
 BM_INLINE void store_some<float>(float* p, vec v, int n) {
   _mm512_mask_storeu_ps(p, first(n), (__m512)v);
 }
+template <>
+BM_INLINE vec load_some<bf16>(const bf16* p, int n) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16);
+}
 #endif
 
 // f(i, n) for all i < n_numbers, lanes numbers at a time; n of the last may be fewer

@@ -23,6 +23,8 @@ Target target();
   extern const type name##_baseline, name##_avx2, name##_avx512, name##_avx512_bf16
 
 #define BM_DEFINE(type, name) extern const type BM_JOIN(name, BM_TARGET)
+// Another operation's struct, of the set that the kernel is compiled for.
+#define BM_SAME(name) BM_JOIN(name, BM_TARGET)
 
 #if defined(BM_X86)
 #define BM_PICK(name)                                                      \
