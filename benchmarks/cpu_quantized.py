@@ -9,6 +9,7 @@ which change no time). Reading memory is timed in turn with each.
 
 import dataclasses
 import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -52,9 +53,12 @@ def main(repeats: int = 9, tiny: bool = False, only: tuple[str, ...] = PARTS) ->
             for columns in (64, 96) if tiny else (1152, 3072):
                 data, scales, group_size = matrix(name, columns, 1 << (16 if tiny else 28))
                 n_bytes = data.nbytes + (0 if scales is None else scales.nbytes)
-                for batch in (1, 4, 16):
-                    run = product(torch.randn(batch, columns), data, scales, group_size)
-                    case = f"{name}, {columns} columns, {batch} vectors"
+                for batch, narrow in itertools.product(
+                    (1, 4, 16), (False,) if scales is None else (True, False)
+                ):
+                    x = torch.randn(batch, columns)
+                    run = product(x, data, scales, group_size, narrow)
+                    case = f"{name}, {columns} columns, {batch} {'narrow ' * narrow}vectors"
                     rows.append(measured(case, n_bytes, run, probe, repeats))
     if "models" in only:
         for name in ("bfloat16", *GROUPS):
@@ -95,15 +99,15 @@ def matrix(name: str, columns: int, n_bytes: int) -> tuple[Tensor, Tensor | None
     )
 
 
-def product(x: Tensor, data: Tensor, scales: Tensor | None, group_size: int) -> Call:
-    """The kernel itself, which takes weights of any kind."""
+def product(x: Tensor, data: Tensor, scales: Tensor | None, group_size: int, narrow: bool) -> Call:
+    """The kernel itself, which takes weights of any kind; narrow: as in a bfloat16 model."""
     y = torch.empty(len(x), len(data))
 
     def run() -> None:
         native.extension().weight_product(
             x.data_ptr(), x.stride(0), len(x), False, KINDS[data.dtype], data.data_ptr(),
-            0 if scales is None else scales.data_ptr(), len(data), x.shape[1], group_size, 0,
-            y.data_ptr(), torch.get_num_threads(),
+            0 if scales is None else scales.data_ptr(), len(data), x.shape[1], group_size, narrow,
+            0, y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
     return run

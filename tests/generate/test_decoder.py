@@ -109,8 +109,31 @@ def test_bfloat16_weights_with_float32_activations_are_nearer_to_exact_than_plai
 
 @needs_native
 @torch.no_grad()
-def test_a_row_does_not_depend_on_its_neighbours_bit_for_bit():
-    model = random_model(PATTERNS[0])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bfloat16_models_with_quantised_weights_are_nearer_to_exact_than_plain_steps(bits: int):
+    """One activation is a thousand times the others, as some of trained models are."""
+    model = quantize(random_model(PATTERNS[0], torch.bfloat16), bits, what="all")  # pyright: ignore
+    model.layers[0].norm.weight[5] = 1000
+    wide = quantize(random_model(PATTERNS[0]), bits, what="all").double()  # pyright: ignore
+    wide.load_state_dict(model.state_dict())
+    plain, exact_state = model.initial_state(3), wide.initial_state(3)
+    decoder = Decoder(model, plain)
+    for _ in range(6):
+        ids = torch.randint(0, 131, (3,))
+        wanted, exact_state = wide.step(ids, exact_state)
+        rough, plain = model.step(ids, plain)
+        got = decoder.step(ids)
+        assert relative_error(got, wanted) < 1e-3
+        assert relative_error(got, wanted) < relative_error(rough, wanted) / 4
+
+
+@needs_native
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_a_row_does_not_depend_on_its_neighbours_bit_for_bit(bits: int):
+    model = random_model(PATTERNS[0], torch.bfloat16 if bits else torch.float32)
+    if bits:
+        model = quantize(model, bits, what="all")  # pyright: ignore
     state, ids = read(model, 9), torch.randint(0, 131, (9,))
     together = Decoder(model, state).step(ids).clone()
     for row in range(9):

@@ -34,7 +34,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def product(
-    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None, n_threads: int = 1
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    n_threads: int = 1,
+    narrow: bool = False,
 ) -> Tensor:
     """The kernel itself: it takes any kind and any number of vectors."""
     data = weight if isinstance(weight, Tensor) else weight.data
@@ -51,6 +55,7 @@ def product(
         len(data),
         x.shape[1],
         0 if isinstance(weight, Tensor) else weight.group_size,
+        narrow,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         n_threads,
@@ -91,29 +96,90 @@ def test_matches_float64(kind: str, t: int, o: int, i: int, narrow: bool, biased
     assert largest_error(y, x, weight, bias) < 1
 
 
+def largest_of_neighbours(x: Tensor, bits: int) -> Tensor:
+    """For every number of x the largest magnitude among those that share its power of two."""
+    column = torch.arange(x.shape[1])
+    if bits == 8:
+        lane = column // 64 * 16 + column % 32 // 2
+    else:
+        lane = column // 32 * 4 + column % 16 // 4
+    index = lane.expand(x.shape)
+    largest = torch.zeros(len(x), int(lane.max()) + 1).double()
+    return largest.scatter_reduce(1, index, x.double().abs(), "amax").gather(1, index)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WEIGHTS if "int" in kind])
+@settings(deadline=None, max_examples=50)
+@given(
+    t=st.integers(1, 9),
+    o=st.integers(1, 20),
+    i=st.one_of(st.integers(1, 300), st.sampled_from((31, 32, 33, 63, 64, 65, 127, 128, 129))),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    spread=st.integers(0, 30),
+    seed=st.integers(0, 2**16),
+)
+def test_narrow_products_keep_16_bits_of_each_few_neighbours(
+    kind: str, t: int, o: int, i: int, dtype: torch.dtype, spread: int, seed: int
+):
+    """Magnitudes from 2^-spread to 2^spread, and one number far larger than all."""
+    weight = WEIGHTS[kind](normal(o, i, seed=seed))
+    g = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(t, i, generator=g) * 2.0 ** (spread * (2 * torch.rand(t, i, generator=g) - 1))
+    x[0, seed % i] = 2.0 ** (spread + 12)
+    x = x.to(dtype)
+    exact, sizes = x.double() @ whole(weight).T, x.double().abs() @ whole(weight).abs().T
+    allowed = largest_of_neighbours(x, weight.bits) @ whole(weight).abs().T * 2**-15 + 5e-7 * sizes
+    if dtype == torch.bfloat16:
+        allowed += 2**-8 * exact.abs()
+    error = (product(x, weight, narrow=True).double() - exact).abs()
+    assert (error <= allowed).all()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WEIGHTS if "int" in kind])
+def test_narrow_products_lose_nothing_of_like_bfloat16_numbers(kind: str):
+    """Those of 2^-7 or more of the largest: none is smaller here than one hundredth."""
+    weight = WEIGHTS[kind](normal(20, 300))
+    x = normal(3, 300, seed=1).bfloat16().float()
+    x = torch.where(x.abs() < 0.04, 0, x).clamp(-4, 4)
+    assert largest_error(product(x, weight, narrow=True), x, weight) < 1
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 3e34])
+@pytest.mark.parametrize("kind", [kind for kind in WEIGHTS if "int" in kind])
+def test_numbers_at_the_ends_of_the_range(kind: str, size: float):
+    weight = WEIGHTS[kind](normal(5, 70) / 70)
+    x = size * normal(2, 70, seed=1).clamp(-1, 1)
+    for narrow in (False, True):
+        y = product(x, weight, narrow=narrow)
+        error = (y.double() - x.double() @ whole(weight).T).abs().max().item()
+        assert error <= (2e-5 * size if narrow else 1e-6 * size) + 1e-33
+
+
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("shape", [(1, 1152), (64, 33), (389, 1152), (1000, 100)], ids=str)
 def test_the_same_bits_on_any_number_of_threads_and_in_any_company(
-    shape: tuple[int, int], kind: str
+    shape: tuple[int, int], kind: str, narrow: bool
 ):
     weight, x = WEIGHTS[kind](normal(*shape)), normal(23, shape[1], seed=1)
-    y = product(x, weight)
+    y = product(x, weight, narrow=narrow)
     for n_threads in (2, 3):
-        assert torch.equal(product(x, weight, n_threads=n_threads), y)
+        assert torch.equal(product(x, weight, n_threads=n_threads, narrow=narrow), y)
     for t in (1, 2, 3, 4, 5, 8, 11, 16):
-        assert torch.equal(product(x[:t], weight, n_threads=2), y[:t])
+        assert torch.equal(product(x[:t], weight, n_threads=2, narrow=narrow), y[:t])
     rows = slice(3, shape[0], 1)
     if shape[0] > 3:
-        assert torch.equal(product(x, weight[rows]), y[:, rows])
+        assert torch.equal(product(x, weight[rows], narrow=narrow), y[:, rows])
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_stay_in_their_row(bad: float, kind: str):
+def test_nan_and_infinity_stay_in_their_row(bad: float, kind: str, narrow: bool):
     for i in (33, 128, 300):
         weight, x = WEIGHTS[kind](normal(20, i)), normal(9, i, seed=1)
         x[3, i - 1] = bad
-        y = product(x, weight)
+        y = product(x, weight, narrow=narrow)
         assert y.isfinite().all(1).tolist() == [row != 3 for row in range(9)]
         if math.isnan(bad):
             assert y[3].isnan().all()
@@ -169,6 +235,8 @@ def main() -> None:
             y = product(x, weight, n_threads=2)
             assert largest_error(y, x, weight) < 1, (kind, i)
             assert torch.equal(product(x[:1], weight), y[:1]), (kind, i)
+            rounded = relative_error(product(x, weight, narrow=True), y.double())
+            assert rounded < 1e-4, (kind, i)
     print(native.extension().target())  # noqa: T201
 
 

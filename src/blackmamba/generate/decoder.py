@@ -84,8 +84,10 @@ class Decoder:
     """A batch of sequences that goes on one token at a time.
 
     The model is used as in evaluation mode. Activations are float32 whatever the weights are, so
-    for a bfloat16 model the logits differ from those of `model.step` by that one's rounding. The
-    weights must not change or move while the decoder is in use.
+    for a bfloat16 model the logits differ from those of `model.step` by that one's rounding; on
+    their way into products with quantised weights those of a bfloat16 model have 16 bits, 2^-15 of
+    the largest of four or eight neighbours (docs/quantization.md). The weights must not change or
+    move while the decoder is in use.
 
     Args:
         model: on the CPU, float32 or bfloat16, without attention layers.
@@ -222,17 +224,18 @@ class Decoder:
     def _linear(self, weight: Tensor | QuantizedStorage, bias: Tensor | None) -> tuple[Any, int]:
         return self._weights(weight), 0 if bias is None else self._floats(bias)
 
-    def _weights(self, weight: Tensor | QuantizedStorage) -> tuple[int, int, int, int, int, int]:
-        """(kind, data, scales, rows, columns, group) of a matrix, or of each of several."""
+    def _weights(self, weight: Tensor | QuantizedStorage) -> tuple[int, ...]:
+        """(kind, data, scales, rows, columns, group, narrow) of a matrix, or of each of several."""
         rows, columns = weight.shape[-2:]
+        narrow = self._compute_dtype == torch.bfloat16
         if isinstance(weight, QuantizedStorage):
             data, scales = self._keep(weight.data), self._keep(weight.scales)
             return (
                 _KINDS[data.dtype], data.data_ptr(), scales.data_ptr(), rows, columns,
-                weight.group_size,
+                weight.group_size, narrow,
             )  # fmt: skip
         data = self._keep(weight.detach().contiguous())
-        return _KINDS[data.dtype], data.data_ptr(), 0, rows, columns, 0
+        return _KINDS[data.dtype], data.data_ptr(), 0, rows, columns, 0, narrow
 
     def _norm(self, norm: RMSNorm | LayerNorm) -> tuple[int, int, float, bool]:
         is_layer_norm = isinstance(norm, LayerNorm)

@@ -7,7 +7,7 @@ namespace nb = nanobind;
 namespace bm {
 namespace {
 
-// of (kind, data, scales, rows, cols, group)
+// of (kind, data, scales, rows, cols, group, narrow)
 
 Weights weights(nb::handle from) {
   const nb::tuple t = nb::cast<nb::tuple>(from);
@@ -18,6 +18,7 @@ Weights weights(nb::handle from) {
   w.rows = nb::cast<std::int64_t>(t[3]);
   w.cols = nb::cast<std::int64_t>(t[4]);
   w.group = nb::cast<std::int64_t>(t[5]);
+  w.narrow = nb::cast<bool>(t[6]);
   return w;
 }
 

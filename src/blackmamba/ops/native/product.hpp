@@ -15,21 +15,22 @@ namespace bm {
 namespace {
 
 // Bytes of one prepared vector.
-BM_INLINE std::int64_t prepared_bytes(WeightKind kind, std::int64_t cols) {
-  if (is_quantized(kind)) return quantized_length(kind, cols) * 4;
-  return (cols + 2 * lanes) / (2 * lanes) * (2 * lanes) * 4;
+BM_INLINE std::int64_t prepared_bytes(const Weights& w) {
+  if (is_quantized(w.kind)) return quantized_length(w) * 4;
+  return (w.cols + 2 * lanes) / (2 * lanes) * (2 * lanes) * 4;
 }
 
 // float32 weights: the numbers as they are. bfloat16: of every 2 lanes numbers first the even ones,
 // then the odd ones: that is how a word of two bfloat16 comes apart with one shift and one mask.
 // Quantised weights: see product_quantized.hpp.
-void prepare(WeightKind kind, const float* x, std::int64_t cols, void* prepared) {
+void prepare(const Weights& w, const float* x, void* prepared) {
+  const std::int64_t cols = w.cols;
   float* const out = static_cast<float*>(prepared);
-  if (kind == WeightKind::float32) {
+  if (w.kind == WeightKind::float32) {
     std::memcpy(out, x, cols * sizeof(float));
     return;
   }
-  if (is_quantized(kind)) return prepare_quantized(kind, x, cols, out);
+  if (is_quantized(w.kind)) return prepare_quantized(w, x, out);
   std::int64_t c = 0;
   for (; c + 2 * lanes <= cols; c += 2 * lanes)
     for (int i = 0; i < lanes; ++i) {
@@ -104,7 +105,7 @@ void float_product(const T* w, std::int64_t cols, std::int64_t n_rows, const flo
 // behind the other.
 void product_rows(const Weights& w, std::int64_t first, std::int64_t n_rows, const void* x,
                   int batch, float* y, std::int64_t ldy) {
-  const std::int64_t ldx = prepared_bytes(w.kind, w.cols) / 4;
+  const std::int64_t ldx = prepared_bytes(w) / 4;
   const float* const vectors = static_cast<const float*>(x);
   switch (w.kind) {
     case WeightKind::float32:
@@ -123,15 +124,15 @@ void product_rows(const Weights& w, std::int64_t first, std::int64_t n_rows, con
 // x[b] for b < batch, `ldx` numbers apart, as a product with w wants them; the calling thread's, until
 // it prepares others
 const void* prepared(const Weights& w, const float* x, std::int64_t ldx, int batch) {
-  const std::int64_t bytes = prepared_bytes(w.kind, w.cols);
+  const std::int64_t bytes = prepared_bytes(w);
   char* const out = scratch<char>(Slot::b, batch * bytes);
-  for (int b = 0; b < batch; ++b) prepare(w.kind, x + b * ldx, w.cols, out + b * bytes);
+  for (int b = 0; b < batch; ++b) prepare(w, x + b * ldx, out + b * bytes);
   return out;
 }
 
 // the b-th of prepared vectors
 BM_INLINE const void* of_row(const void* x, const Weights& w, std::int64_t b) {
-  return static_cast<const char*>(x) + b * prepared_bytes(w.kind, w.cols);
+  return static_cast<const char*>(x) + b * prepared_bytes(w);
 }
 
 // A product's rows in blocks for one thread each. A row's result does not depend on its block.

@@ -18,6 +18,7 @@ struct Weights {
   const void* scales = nullptr;  // int8 and int4: rows x groups of a row, bfloat16
   std::int64_t rows = 0, cols = 0;
   std::int64_t group = 0;        // int8 and int4: how many columns share a scale; 32, 64 or 128
+  bool narrow = false;           // int8 and int4: vectors are worth 16 bits, as of a bfloat16 model
 
   std::int64_t row_bytes() const {
     switch (kind) {

@@ -27,9 +27,9 @@ void bind_quantized_expert_mlp(nb::module_& m) {
         c.x_stride = x_stride;
         c.expert_ids = pointer<const std::int64_t>(expert_ids);
         c.fc1 = {static_cast<WeightKind>(kinds[0]), pointer<const void>(fc1_data),
-                 pointer<const void>(fc1_scales), rows, d_model, groups[0]};
+                 pointer<const void>(fc1_scales), rows, d_model, groups[0], narrow};
         c.fc2 = {static_cast<WeightKind>(kinds[1]), pointer<const void>(fc2_data),
-                 pointer<const void>(fc2_scales), d_model, f, groups[1]};
+                 pointer<const void>(fc2_scales), d_model, f, groups[1], narrow};
         c.fc1_bias = pointer<const float>(fc1_bias);
         c.fc2_bias = pointer<const float>(fc2_bias);
         c.gate = pointer<const float>(gate);

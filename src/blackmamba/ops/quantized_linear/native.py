@@ -16,7 +16,8 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
 def quantized_linear_native(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """`quantized_linear` of float32 or bfloat16; few vectors in float32 arithmetic."""
+    """`quantized_linear` of float32 or bfloat16; few vectors in float32 arithmetic,
+    bfloat16's in whole numbers of 16 bits where the processor has AVX512-VNNI."""
     if x.numel() > FEW * weight.n_columns:
         return quantized_linear_dequantized(x, weight, bias)
     data, scales, group_size = weight.data, weight.scales, weight.group_size
@@ -43,6 +44,7 @@ def _few_vectors(
         len(data),
         x.shape[-1],
         group_size,
+        x.dtype == torch.bfloat16,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         torch.get_num_threads(),
