@@ -26,7 +26,7 @@ Small = Callable[..., RunConfig]
 CHILD = """
 import os, signal, sys
 import torch
-from blackmamba.train import Progress, checkpoints, load_recipe, run
+from blackmamba.train import Progress, load_recipe, run, staging
 torch.set_num_threads(1)
 recipe, out, step, place = sys.argv[1:]
 
@@ -37,7 +37,7 @@ class Death(Progress):
     def on_step(self, row):
         if row["step"] == int(step):
             if place == "checkpoint":
-                checkpoints.settle = die  # weights and moments are written, the rest is not
+                staging.settle = die  # weights and moments are written, the rest is not
             else:
                 die()
 

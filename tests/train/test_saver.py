@@ -13,7 +13,7 @@ import pytest
 from ranks_train import spiking
 
 from blackmamba.errors import CheckpointError
-from blackmamba.train import Progress, RunConfig, checkpoints, run, runner
+from blackmamba.train import Progress, RunConfig, checkpoints, run, runner, staging
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.parallel.ranks import Ranks
 from blackmamba.train.saver import Saver
@@ -34,8 +34,8 @@ class Late(Progress):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: int):
         self.done, self._steps, self.saved = threading.Condition(), steps, list[str]()
         self._last = 0
-        self._write = checkpoints._write_whole
-        monkeypatch.setattr(checkpoints, "_write_whole", self._late)
+        self._write = staging._write_whole
+        monkeypatch.setattr(staging, "_write_whole", self._late)
 
     def on_step(self, row: dict[str, Any]) -> None:
         with self.done:
@@ -88,7 +88,7 @@ def test_going_back_waits_for_what_is_being_written(
     settings = {"steps": 6, "checkpoint_every": 3, "spikes": "rollback", "spike_window": 3}
     with spiking({3}):
         run(small(**settings), tmp_path / "waits")
-    asked, write, wait = threading.Event(), checkpoints._write_whole, Saver.wait
+    asked, write, wait = threading.Event(), staging._write_whole, Saver.wait
     gone_back = list[tuple[int, int]]()
 
     def waits(self: Saver) -> None:
@@ -107,7 +107,7 @@ def test_going_back_waits_for_what_is_being_written(
             gone_back.append((step, to))
 
     monkeypatch.setattr(Saver, "wait", waits)
-    monkeypatch.setattr(checkpoints, "_write_whole", writes)
+    monkeypatch.setattr(staging, "_write_whole", writes)
     with spiking({3}):
         run(small(**settings, checkpoint_async=True), tmp_path / "beside", progress=Looks())
     assert gone_back == [(4, 3)]
@@ -119,7 +119,7 @@ def test_going_back_to_what_could_not_be_written_ends_the_run(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = {"steps": 8, "checkpoint_every": 3, "spikes": "rollback", "spike_window": 3}
-    config, write = small(**settings, checkpoint_async=True), checkpoints._write_whole
+    config, write = small(**settings, checkpoint_async=True), staging._write_whole
     spiked = threading.Event()
 
     def writes(folder: Path, *rest: Any) -> None:
@@ -135,7 +135,7 @@ def test_going_back_to_what_could_not_be_written_ends_the_run(
 
     wait = Saver.wait
     monkeypatch.setattr(Saver, "wait", waits)
-    monkeypatch.setattr(checkpoints, "_write_whole", writes)
+    monkeypatch.setattr(staging, "_write_whole", writes)
     with spiking({6}), pytest.raises(CheckpointError, match=r"step-00000006: .*No space left"):
         run(config, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]

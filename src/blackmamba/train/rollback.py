@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from blackmamba.errors import TrainingError
-from blackmamba.train.checkpoints import Counters, newest_checkpoint, remove_later, restore
+from blackmamba.train.checkpoints import Counters, newest_checkpoint, remove_later
 from blackmamba.train.config import TrainConfig
 from blackmamba.train.learner import Learner
+from blackmamba.train.restoring import restore
 from blackmamba.train.rows import Step
 from blackmamba.train.spikes import SpikeGuard
 

@@ -15,7 +15,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from blackmamba.errors import ConfigError, TrainingError
-from blackmamba.train.checkpoints import Counters, restore
+from blackmamba.train.checkpoints import Counters
 from blackmamba.train.config import RunConfig, check_ranks
 from blackmamba.train.folder import (
     ADAPTER,
@@ -34,6 +34,7 @@ from blackmamba.train.pictures import draw_experts, draw_loss
 from blackmamba.train.progress import Progress
 from blackmamba.train.recipe import write_recipe
 from blackmamba.train.report import RunResult, write_summary, xz_bits_per_byte
+from blackmamba.train.restoring import restore
 from blackmamba.train.trainer import Trainer
 
 AVERAGE = "model_ema"

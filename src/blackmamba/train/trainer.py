@@ -23,7 +23,7 @@ from blackmamba.errors import TrainingError
 from blackmamba.model import Trace
 from blackmamba.model.lora import draw_dropout
 from blackmamba.model.size import training_flops_per_token
-from blackmamba.train.checkpoints import Counters, staged
+from blackmamba.train.checkpoints import Counters
 from blackmamba.train.config import RunConfig
 from blackmamba.train.evaluation import Validation, Validations, validate
 from blackmamba.train.folder import CHECKPOINTS
@@ -38,6 +38,7 @@ from blackmamba.train.rows import Rows, Step
 from blackmamba.train.saver import Saver
 from blackmamba.train.schedule import learning_rate
 from blackmamba.train.speed import product_rate
+from blackmamba.train.staging import staged
 from blackmamba.train.step import train_step
 
 
