@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from blackmamba.config import ModelConfig
 from blackmamba.data import DataConfig
-from blackmamba.train import RunConfig, TrainConfig
+from blackmamba.train import RunConfig, TrainConfig, load_recipe, run
 
 SMALL = ModelConfig(
     layers=("mamba", "moe"), d_model=16, vocab_size=300, d_state=4, n_experts=4, d_expert=16
@@ -49,6 +50,22 @@ def small(text: Path) -> Callable[..., RunConfig]:
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A run folder: a model that has learnt a little, and its tokenizer. Not to be changed."""
+    out = tmp_path_factory.mktemp("source") / "run"
+    recipe: dict[str, Any] = {
+        "model": {"layers": ["mamba", "moe"], "d_model": 16, "d_state": 4, "n_experts": 4,
+                  "d_expert": 16},
+        "data": {"text": [str(text)], "vocab_size": 300, "validation_fraction": 0.1},
+        "train": {"steps": 6, "batch_size": 4, "seq_len": 16, "lr": 1e-2, "device": "cpu"},
+    }  # fmt: skip
+    path = out.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    run(load_recipe(path), out)
+    return out
 
 
 @pytest.fixture

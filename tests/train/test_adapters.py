@@ -27,22 +27,6 @@ Recipe = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """A run folder of a small model."""
-    out = tmp_path_factory.mktemp("source") / "run"
-    recipe: dict[str, Any] = {
-        "model": {"layers": ["mamba", "moe"], "d_model": 16, "d_state": 4, "n_experts": 4,
-                  "d_expert": 16},
-        "data": {"text": [str(text)], "vocab_size": 300, "validation_fraction": 0.1},
-        "train": {"steps": 2, "batch_size": 4, "seq_len": 16, "lr": 1e-2, "device": "cpu"},
-    }  # fmt: skip
-    path = out.parent / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    run(load_recipe(path), out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, text: Path, source: Path) -> Recipe:
     """A recipe file that trains adapters of `source`."""
     folder = tmp_path_factory.mktemp("recipes")
