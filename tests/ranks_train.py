@@ -16,6 +16,7 @@ from blackmamba.errors import BlackMambaError
 from blackmamba.model import BlackMamba
 from blackmamba.model.balance import Losses
 from blackmamba.train import RunConfig, run, runner
+from blackmamba.train.parallel import watch
 
 Incident = tuple[str, int, int]
 """What happens, to which rank, when it reads the batch of which step (from 1)."""
@@ -83,8 +84,8 @@ def _train(
 
     def batch(self: WindowSampler, step: int, rank: int = 0, world_size: int = 1) -> Any:
         if incident is not None and incident[1:] == (rank, step + 1):
-            if incident[0] == "SIGTERM":
-                os.kill(os.getpid(), signal.SIGTERM)
+            if incident[0].startswith("SIG"):
+                os.kill(os.getpid(), signal.Signals[incident[0]])
             else:  # a full disk: no file may grow beyond 3 kB
                 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
         return read(self, step, rank, world_size)
@@ -99,6 +100,13 @@ def _train(
         WindowSampler.batch = read
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "", ""
+
+
+def outlive(config: RunConfig, out: Path, incident: Incident) -> tuple[str, str]:
+    """How a run ended for a rank, of which another one dies."""
+    watch._BEAT_S = 0.05  # a rank that is dead will not tell more if it is waited for longer
+    _draw_nothing()
+    return _train(config, out, False, incident)
 
 
 def waits_for_nothing(what: str) -> int:

@@ -12,7 +12,7 @@ import yaml
 
 from blackmamba.config import ModelConfig
 from blackmamba.data import DataConfig
-from blackmamba.train import RunConfig, TrainConfig, load_recipe, run
+from blackmamba.train import RunConfig, TrainConfig, load_recipe, run, runner
 
 SMALL = ModelConfig(
     layers=("mamba", "moe"), d_model=16, vocab_size=300, d_state=4, n_experts=4, d_expert=16
@@ -66,6 +66,13 @@ def source(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     path.write_text(yaml.safe_dump(recipe))
     run(load_recipe(path), out)
     return out
+
+
+@pytest.fixture
+def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures would take as long as the runs."""
+    for name in ("draw_loss", "draw_experts"):
+        monkeypatch.setattr(runner, name, lambda *_: None)
 
 
 @pytest.fixture

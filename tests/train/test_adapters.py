@@ -19,11 +19,12 @@ from blackmamba.checkpoint.load import fingerprint, load_tokenizer
 from blackmamba.cli.main import main
 from blackmamba.errors import CheckpointError, ConfigError
 from blackmamba.model.quantized import QuantizedStorage
-from blackmamba.train import RunConfig, load_recipe, run, runner
+from blackmamba.train import RunConfig, load_recipe, run
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.parallel.config import ParallelConfig
 
 Recipe = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("draw_nothing")
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,8 @@ def test_other_adapters_are_another_run(recipe: Recipe, trained: Path):
         run(load_recipe(recipe(alpha=1.0)), trained, resume=True)
 
 
-def test_many_ranks_are_one_process(
-    tmp_path: Path, recipe: Recipe, source: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_many_ranks_are_one_process(tmp_path: Path, recipe: Recipe, source: Path):
     """However they lie; and a checkpoint of two ranks is resumed by one, and one's by two."""
-    for name in ("draw_loss", "draw_experts"):
-        monkeypatch.setattr(runner, name, lambda *_: None)
     path = recipe()
     alone = load_recipe(path, ["train.accumulate=2", "train.steps=6", "train.ema_decay=0.9"])
     run(alone, tmp_path / "alone")
@@ -155,11 +152,9 @@ def test_many_ranks_are_one_process(
 
 
 def test_a_bias_of_the_router_stays_and_experts_lie_on_four_ranks(
-    tmp_path: Path, recipe: Recipe, text: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recipe: Recipe, text: Path
 ):
     """Experts over two ranks, and each of them cut over two more; beside a shared one."""
-    for name in ("draw_loss", "draw_experts"):
-        monkeypatch.setattr(runner, name, lambda *_: None)
     plain: dict[str, Any] = {
         "model": {"layers": ["mamba", "moe"], "d_model": 16, "d_state": 4, "n_experts": 4,
                   "d_expert": 16, "d_shared_expert": 8, "linear_bias": True, "router": "sigmoid",
@@ -205,10 +200,8 @@ def test_a_bias_of_the_router_stays_and_experts_lie_on_four_ranks(
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_experts_stay_and_pass_gradients_on(
-    tmp_path: Path, recipe: Recipe, source: Path, bits: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recipe: Recipe, source: Path, bits: Any
 ):
-    for name in ("draw_loss", "draw_experts"):
-        monkeypatch.setattr(runner, name, lambda *_: None)
     whole = blackmamba.load(source)
     small = blackmamba.quantize(whole, bits, group_size=32)
     for folder, model in (("small", small), ("all", blackmamba.quantize(whole, 8, what="all"))):

@@ -13,19 +13,14 @@ import pytest
 from ranks_train import spiking
 
 from blackmamba.errors import CheckpointError
-from blackmamba.train import Progress, RunConfig, checkpoints, run, runner, staging
+from blackmamba.train import Progress, RunConfig, checkpoints, run, staging
 from blackmamba.train.metrics import read_metrics
 from blackmamba.train.parallel.ranks import Ranks
 from blackmamba.train.saver import Saver
 
 Small = Callable[..., RunConfig]
+pytestmark = pytest.mark.usefixtures("draw_nothing")
 _PATIENCE_S = 60.0  # of a test that fails
-
-
-@pytest.fixture(autouse=True)
-def _draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_loss", "draw_experts"):
-        monkeypatch.setattr(runner, name, lambda *_: None)
 
 
 class Late(Progress):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from many_ranks import on_ranks
-from ranks_train import spiking, train_all, train_badly, train_spiky
+from ranks_train import outlive, spiking, train_all, train_badly, train_spiky
 
 import blackmamba
 from blackmamba.config import ModelConfig
@@ -18,6 +18,7 @@ from blackmamba.train.metrics import read_metrics
 from blackmamba.train.parallel.config import ParallelConfig
 
 Small = Callable[..., RunConfig]
+pytestmark = pytest.mark.usefixtures("draw_nothing")
 
 STEPS = 20
 # Widths that 2 and 4 ranks cannot divide evenly, and a parallel layer.
@@ -232,6 +233,20 @@ def test_ranks_go_back_together(config: RunConfig, tmp_path: Path):
         5: {"from_step": 5, "skipped_batches": 1},
         9: {"from_step": 9, "skipped_batches": 1},
     }
+
+
+def test_a_rank_that_is_killed_is_named_and_costs_steps_alone(config: RunConfig, tmp_path: Path):
+    train = dataclasses.replace(config.train, steps=8, checkpoint_every=4, evaluate_every=0)
+    alone = dataclasses.replace(config, train=train)
+    out = tmp_path / "killed"
+    told, _ = on_ranks(2, outlive, on(alone, 2, **BOTH), out, ("SIGKILL", 1, 6), may_die={1})
+    name, message = told
+    assert name == "TrainingError"
+    assert message.startswith("rank 0 lost contact: rank 1 is dead or stopped (this is rank 0, in ")
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000004"]
+    run(alone, out, resume=True)
+    run(alone, tmp_path / "alone")
+    assert_same_run(out, tmp_path / "alone", steps=8)
 
 
 def test_whatever_goes_wrong_is_said_once_and_loses_nothing(config: RunConfig, tmp_path: Path):
