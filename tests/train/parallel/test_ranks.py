@@ -147,8 +147,10 @@ def test_four_ranks_are_one_process(config: RunConfig, tmp_path: Path):
     for name in FOUR:
         shutil.copytree(tmp_path / "alone/data", tmp_path / name / "data")
     runs = [(on(config, 4, **kind), tmp_path / name, False) for name, kind in FOUR.items()]
-    again = dataclasses.replace(runs[0][0].train, recompute="layers")
-    runs[0] = (dataclasses.replace(runs[0][0], train=again), *runs[0][1:])
+    for place in (0, -1):
+        spread, *others = runs[place]
+        again = dataclasses.replace(spread.train, recompute="layers")
+        runs[place] = (dataclasses.replace(spread, train=again), *others)
     on_ranks(4, train_all, runs)
     for _, out, _ in runs:
         assert_same_run(out, tmp_path / "alone")
