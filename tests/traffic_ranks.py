@@ -103,6 +103,7 @@ def experts_beside() -> tuple[list[str], list[float]]:
         return None if work is None else _Told(work, told)
 
     with join(torch.device("cpu"), 60) as ranks:
+        assert ranks.all_told(ranks.rank + 0.1) == [0.1, 1.1]
         random = torch.Generator().manual_seed(0)
         options: dict[str, Any] = {"generator": random, "dtype": torch.float64}
         xs = torch.randn(2, 7, 6, **options)

@@ -30,9 +30,10 @@ from blackmamba.train import (
 from blackmamba.train.compare import smoothed
 from blackmamba.train.metrics import ExpertLoad, read_metrics
 from blackmamba.train.optimizer import build_optimizer
+from blackmamba.train.parallel.ranks import Ranks
 from blackmamba.train.parts import parameters_by_part
 from blackmamba.train.pictures import draw_experts, draw_loss, expert_loads
-from blackmamba.train.speed import peak_memory, product_rate
+from blackmamba.train.speed import peak_memory, product_rate, slow_ranks
 
 Small = Callable[..., RunConfig]
 
@@ -139,6 +140,14 @@ def made_up(folder: Path, config: RunConfig, *, loss: float, experts: int = 3) -
     rows[6] |= {"loss": None, "grad_norm": None, "skipped": True}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def test_a_slow_rank_is_named():
+    assert Ranks().all_told(0.1) == [0.1]
+    assert slow_ranks([3.0]) == slow_ranks([5.0, 7.1]) == slow_ranks([10, 8, 9, 10]) == []
+    (line,) = slow_ranks([10, 11, 6.0, 9])
+    assert line.startswith("rank 2 multiplies at 67% of the rate of most ranks")
+    assert [line.split()[1] for line in slow_ranks([1, 10, 2, 10, 10, 10])] == ["0", "2"]
 
 
 def test_loads_are_shares_of_the_mean(small: Small, tmp_path: Path):

@@ -4,6 +4,7 @@ import functools
 import resource
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -11,6 +12,7 @@ from blackmamba.ops import linear
 
 _SECONDS = 0.1  # spent on timing, after one product to warm up
 _SIZE = {"cpu": 1024, "cuda": 8192}
+_SLOW = 0.7
 
 
 @functools.cache
@@ -38,6 +40,21 @@ def product_rate(kind: str, dtype: torch.dtype) -> float:
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()  # these matrices are not the run's
     return 2 * n**3 / best
+
+
+def slow_ranks(rates: Sequence[float]) -> list[str]:
+    """A line for each rank whose `product_rate` is far below the median's: the others wait for it.
+
+    Args:
+        rates: of all ranks, in their order.
+    """
+    middle = sorted(rates)[(len(rates) - 1) // 2]
+    return [
+        f"rank {rank} multiplies at {rate / middle:.0%} of the rate of most ranks, which wait for "
+        "it in every step"
+        for rank, rate in enumerate(rates)
+        if rate < _SLOW * middle
+    ]
 
 
 def peak_memory(kind: str) -> int:

@@ -1,6 +1,7 @@
 """The loop over the steps of a run: read, train, look, save."""
 
 import contextlib
+import logging
 import math
 import time
 from pathlib import Path
@@ -37,9 +38,11 @@ from blackmamba.train.rollback import go_back, new_guard
 from blackmamba.train.rows import Rows, Step
 from blackmamba.train.saver import Saver
 from blackmamba.train.schedule import learning_rate
-from blackmamba.train.speed import product_rate
+from blackmamba.train.speed import product_rate, slow_ranks
 from blackmamba.train.staging import staged
 from blackmamba.train.step import train_step
+
+_logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -72,7 +75,10 @@ class Trainer:
         self._parts = learner.parts()
         self._saver = Saver(self.progress.on_checkpoint, is_async=settings.checkpoint_async)
         self._guard = new_guard(settings, counters, self._device)
-        self.rate = product_rate(self._device.type, learner.model.compute_dtype) * ranks.size
+        rates = ranks.all_told(product_rate(self._device.type, learner.model.compute_dtype))
+        for line in slow_ranks(rates) if ranks.is_first else ():
+            _logger.warning(line)
+        self.rate = sum(rates)
         flops = training_flops_per_token(learner.model.config, settings.seq_len)
         self._rows = Rows(self.sampler, self.rate, flops, self._device)
 

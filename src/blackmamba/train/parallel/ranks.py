@@ -64,6 +64,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_told(self, number: float) -> list[float]:
+        """What every rank gives here, in their order; all call it."""
+        told = torch.zeros(self.size, dtype=torch.float64)
+        told[self.rank] = number
+        return self.sum_(told).tolist()
+
     def first(self, make: Callable[[], T]) -> T:
         """What the first rank makes; the others wait for it, however long it takes.
 
