@@ -13,6 +13,7 @@ namespace bm {
 namespace {
 
 constexpr std::int64_t block = 1 << 14;  // numbers of a task
+constexpr std::int64_t run = 1 << 10;    // numbers whose squares are summed in float32
 constexpr std::int64_t small = 1 << 15;  // numbers below which waking threads costs more
 
 BM_INLINE vec square_root(vec x) {
@@ -105,9 +106,9 @@ void update(const AdamWTensor* tensors, std::int64_t n_tensors, const AdamWFacto
               });
 }
 
-// in four parts, so that no addition waits for the one before
+// Of at most a run: in four parts, so that no addition waits for the one before.
 template <class T>
-float squares_of(const T* x, std::int64_t n) {
+float squares_of_run(const T* x, std::int64_t n) {
   vec sums[4] = {};
   std::int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes)
@@ -122,15 +123,22 @@ float squares_of(const T* x, std::int64_t n) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+template <class T>
+double squares_of(const void* data, std::int64_t begin, std::int64_t end) {
+  double total = 0;
+  for (; begin < end; begin += run)
+    total += squares_of_run(static_cast<const T*>(data) + begin, std::min(run, end - begin));
+  return total;
+}
+
 double squares(const NormTensor* tensors, std::int64_t n_tensors, int n_threads) {
   std::int64_t n_tasks = 0;
   for (std::int64_t i = 0; i < n_tensors; ++i) n_tasks += (tensors[i].n + block - 1) / block;
-  float* parts = scratch<float>(Slot::b, n_tasks);
+  double* parts = scratch<double>(Slot::b, n_tasks);
   over_blocks(tensors, n_tensors, n_threads,
               [&](const NormTensor& t, std::int64_t begin, std::int64_t end, std::int64_t task) {
-                parts[task] = t.is_bf16
-                                  ? squares_of(static_cast<const bf16*>(t.data) + begin, end - begin)
-                                  : squares_of(static_cast<const float*>(t.data) + begin, end - begin);
+                const auto of = t.is_bf16 ? squares_of<bf16> : squares_of<float>;
+                parts[task] = of(t.data, begin, end);
               });
   double total = 0;
   for (std::int64_t i = 0; i < n_tasks; ++i) total += parts[i];
