@@ -49,7 +49,7 @@ def reproduce(
     text: Sequence[str] = ("corpus:bible",),
     prepared: str = "",
     only: Sequence[str] = PARTS,
-    jobs: int = 1,
+    jobs: int | None = None,
     command: str = "",
     tell: Callable[[str], None] = lambda _: None,
 ) -> Path:
@@ -62,7 +62,8 @@ def reproduce(
         prepared: a prepared folder to train on, in the place of `text`; its tokenizer decides the
             vocabulary.
         only: some of `PARTS`.
-        jobs: training runs at once, each a process: for a GPU that one small run does not fill.
+        jobs: training runs at once, each a process; None: one a core, or one on a GPU, which small
+            runs do not fill.
         command: shown in the report.
         tell: is given a line now and then.
     Returns:
@@ -76,6 +77,8 @@ def reproduce(
     for part in only:
         if part not in PARTS:
             raise ConfigError(f"part {part!r}: {nearest(part, PARTS)}")
+    if jobs is None:
+        jobs = 1 if torch.cuda.is_available() else torch.get_num_threads()
     if jobs < 1:
         raise ConfigError(f"jobs={jobs}: must be at least 1")
     size = SCALES[scale]

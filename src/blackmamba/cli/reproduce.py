@@ -36,8 +36,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="train on what `blackmamba data prepare` made",
     )  # fmt: skip
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N",
-        help="training runs at once: for a GPU that one small run does not fill (default 1)",
+        "--jobs", type=int, metavar="N",
+        help="training runs at once (default: one a core; on a GPU, 1, though many small ones fit)",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
