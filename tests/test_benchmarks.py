@@ -25,6 +25,31 @@ def script(request, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.parametrize("script", ["pictures"], indirect=True)
+@pytest.mark.filterwarnings("default")  # of matplotlib's
+def test_pictures_are_drawn_from_their_numbers(script, tmp_path):
+    table = tmp_path / "latency-1.csv"
+    table.write_text(
+        'network,context,"prompt, s","token, ms","memory, bytes"\n'
+        'mamba,"1,024",0.5,0.25,"3,000"\ntransformer,128,0.1,7,"9,000,000"\n'
+    )
+    rows = script.latencies(table)
+    assert [(r.name, r.context, r.prompt_s, r.token_ms, r.state_bytes) for r in rows] == [
+        ("mamba", 1024, 0.5, 0.25, 3000), ("transformer", 128, 0.1, 7.0, 9_000_000),
+    ]  # fmt: skip
+    head = ",".join(f'"{name}"' for name in script.figures.CURVES_HEAD)
+    curves = tmp_path / "ladder-curves.csv"
+    curves.write_text(f"{head}\na/64,0,1e9,1,3\na/64,0,2e9,2,2.5\na/64,1,1e9,1,4\nb/64,0,1e9,2,5\n")
+    assert script.lines(curves) == {
+        "a/64": [[(1e9, 1, 3), (2e9, 2, 2.5)], [(1e9, 1, 4)]], "b/64": [[(1e9, 2, 5)]],
+    }  # fmt: skip
+    script.main(tmp_path)
+    for name in ("latency-1", "ladder-curves"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert script.arguments([]) == FOLDER.parent / "docs" / "images"
+    assert len(script.latencies(script.DOCS / "latency-h200.csv")) == 20
+
+
 @pytest.mark.parametrize("script", ["gather_text"], indirect=True)
 def test_gathers_each_different_document_once(script, tmp_path):
     root, text = tmp_path / "root", "It was a dark night. " * 40

@@ -37,9 +37,8 @@ from blackmamba.model.size import parameters, training_flops_per_token
 from blackmamba.presets import presets
 from blackmamba.train import load_recipe
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+_BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, _BROWSERS)), None)
 # matplotlib and its helpers warn of what is not ours to repair
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -63,7 +62,10 @@ def test_every_part_has_its_section_tables_and_pictures(report: Path):
         assert f'<section id="{part}">' in page
     assert page.count("data:image/png;base64,") == page.count("<img ") >= 6
     assert "http" not in page  # it needs nothing but itself
-    for name in ("sizes", "ladder", "latency-1", "experts", "sinkhorn", "ablations", "better"):
+    numbers = ("ladder-curves", "experts-shares", "sinkhorn-errors", "ablations-seeds")
+    assert not any(name in page for name in numbers)  # files alone
+    tables = ("sizes", "ladder", "latency-1", "experts", "sinkhorn", "ablations", "better")
+    for name in (*tables, *numbers):
         rows = list(csv.reader((report.parent / f"{name}.csv").read_text().splitlines()))
         assert len(rows) > 1
         assert len({len(row) for row in rows}) == 1

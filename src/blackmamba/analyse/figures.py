@@ -21,17 +21,22 @@ COLOURS = {
 }
 _OTHERS = ("#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#ff7f0e")
 _SMOOTHED = 0.05  # of a curve's steps are averaged
+_PLACES = 200  # of a line, at most
+
+Point = tuple[float, float, float]
+"""Of a line: training FLOPs, seconds, loss."""
+CURVES_HEAD = ("network", "seed", "training FLOPs", "seconds", "loss, smoothed")
 
 
 @contextmanager
-def figure(path: Path, columns: int = 1, rows: int = 1) -> Generator[Any]:
-    """Axes to draw on, in an array of (rows, columns); saved at the end."""
+def figure(path: Path, columns: int = 1, height: float = 3.7) -> Generator[Any]:
+    """Axes to draw on, in an array of (1, columns), `height` inches high; saved at the end."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(5.2 * columns, 3.7 * rows), dpi=130, layout="constrained")
+    drawn = Figure(figsize=(5.2 * columns, height), dpi=130, layout="constrained")
     FigureCanvasAgg(drawn)
-    axes = drawn.subplots(rows, columns, squeeze=False)
+    axes = drawn.subplots(1, columns, squeeze=False)
     yield axes
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
@@ -44,8 +49,26 @@ def colour(name: str, index: int = 0) -> str:
     return COLOURS.get(name, _OTHERS[index % len(_OTHERS)])
 
 
-def draw_ladder(path: Path, curves: Mapping[str, Sequence[Curve]], jobs: int = 1) -> None:
-    """Smoothed training loss against FLOPs and against time; a line a run, a colour a network.
+def line(run: Curve) -> list[Point]:
+    """A run's smoothed loss at no more than 200 places.
+
+    Without its first tenth, and without the last step, whose time is the validation's as well.
+    """
+    smooth = _smooth(np.array(run.losses))
+    step = -(-len(smooth) // _PLACES)
+    places = range(max(0, len(smooth) - 2), len(smooth) // 10 - 1, -step)
+    return [(run.flops[i], run.seconds[i], float(smooth[i])) for i in reversed(places)]
+
+
+def lines(curves: Mapping[str, Sequence[Curve]]) -> dict[str, list[list[Point]]]:
+    """Of each network's runs."""
+    return {name: [line(run) for run in runs] for name, runs in curves.items()}
+
+
+def draw_ladder(path: Path, curves: Mapping[str, Sequence[Sequence[Point]]], jobs: int = 1) -> None:
+    """Smoothed training loss against FLOPs and against time; a line a run.
+
+    A colour is a network, a kind of line a rung.
 
     Args:
         path: of the PNG file.
@@ -53,15 +76,16 @@ def draw_ladder(path: Path, curves: Mapping[str, Sequence[Curve]], jobs: int = 1
         jobs: runs that shared the machine, which stretches the time.
     """
     with figure(path, columns=2) as axes:
+        rungs = list(dict.fromkeys(name.partition("/")[2] for name in curves))
         for i, (name, runs) in enumerate(curves.items()):
-            network = name.split("/")[0]
+            network, _, width = name.partition("/")
             for j, run in enumerate(runs):
-                smooth = _smooth(np.array(run.losses))
-                skip = len(smooth) // 10
-                label = name if j == 0 else None
+                flops, seconds, loss = zip(*run, strict=True)
+                label = (f"{network}, {width} wide" if width else name) if j == 0 else None
                 style: dict[str, Any] = {"color": colour(network, i), "lw": 1.2, "alpha": 0.85}
-                axes[0, 0].plot(run.flops[skip:], smooth[skip:], label=label, **style)
-                axes[0, 1].plot(run.seconds[skip:], smooth[skip:], **style)
+                style["ls"] = ("-", "--", ":")[rungs.index(width) % 3]
+                axes[0, 0].plot(flops, loss, label=label, **style)
+                axes[0, 1].plot(seconds, loss, **style)
         axes[0, 0].set(xlabel="training FLOPs", ylabel="loss (nats per token)", xscale="log")
         axes[0, 0].minorticks_off()  # their labels would lie on each other
         low, high = axes[0, 0].get_xlim()
@@ -69,14 +93,17 @@ def draw_ladder(path: Path, curves: Mapping[str, Sequence[Curve]], jobs: int = 1
         axes[0, 0].set_xticks(ticks, [f"{tick:.0e}".replace("+", "") for tick in ticks])
         among = f", {jobs} runs at once" if jobs > 1 else ""
         axes[0, 1].set(xlabel=f"seconds on this machine{among}", ylabel="loss (nats per token)")
-        axes[0, 0].legend(frameon=False, fontsize=8)
+        _legend_above(axes[0, 0], 4)
 
 
 def draw_latency(path: Path, rows: Sequence[Latency]) -> None:
     """Time of a prompt, time of a token after it, and memory, by length of context.
 
-    Networks that run by plain PyTorch are dashed: their slope counts, not their height.
+    Networks that run by plain PyTorch are dashed: their slope counts, not their height. Memory of
+    the two transformers is the same.
     """
+    from matplotlib.ticker import LogLocator
+
     names = list(dict.fromkeys(row.name for row in rows))
     with figure(path, columns=3) as axes:
         for i, name in enumerate(names):
@@ -88,6 +115,7 @@ def draw_latency(path: Path, rows: Sequence[Latency]) -> None:
                 "marker": "o",
                 "ms": 3,
                 "ls": "--" if is_plain else "-",
+                "lw": 3.0 - 0.5 * i,  # where lines lie on each other, all are seen
                 "label": f"{name} (plain PyTorch)" if is_plain else name,
             }
             axes[0, 0].plot(x, [row.prompt_s for row in own], **style)
@@ -99,7 +127,13 @@ def draw_latency(path: Path, rows: Sequence[Latency]) -> None:
             strict=True,
         ):
             axis.set(xlabel="tokens of context", ylabel=what, xscale="log", yscale="log")
-        axes[0, 0].legend(frameon=False, fontsize=8)
+            contexts = sorted({row.context for row in rows})
+            axis.set_xticks(contexts, [f"{n:,}" for n in contexts], fontsize=8)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+            axis.yaxis.set_major_formatter("{x:g}")
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_minor_formatter("")  # they would lie on each other
+        _legend_above(axes[0, 0], len(names))
 
 
 def draw_sinkhorn(path: Path, pairs: Mapping[str, Mapping[str, Convergence]]) -> None:
@@ -116,6 +150,7 @@ def draw_sinkhorn(path: Path, pairs: Mapping[str, Mapping[str, Convergence]]) ->
             axis.set(
                 title=title, xlabel="steps", ylabel="largest error of a marginal", yscale="log"
             )
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0, 0].legend(frameon=False, fontsize=8)
 
 
@@ -149,17 +184,24 @@ def draw_ablations(path: Path, losses: Mapping[str, Sequence[float]], base: str)
     """Final validation loss of each variant less the base's mean: a dot a seed."""
     zero = float(np.mean(losses[base]))
     names = list(losses)[::-1]
-    with figure(path, rows=max(1, len(names) // 12 + 1)) as axes:
+    with figure(path, height=1.2 + 0.25 * len(names)) as axes:
         whole = axes[0, 0]
-        for axis in axes[1:, 0]:
-            axis.remove()
         for y, name in enumerate(names):
             values = np.array(losses[name]) - zero
             whole.plot(values, [y] * len(values), "o", ms=4, alpha=0.7, color="#d62728")
             whole.plot([values.mean()], [y], "|", ms=14, color="black")
         whole.axvline(0, color="black", lw=0.8, ls=":")
         whole.set_yticks(range(len(names)), names, fontsize=8)
+        whole.xaxis.get_major_locator().set_params(nbins=5)
         whole.set(xlabel=f"validation loss less that of {base} (nats per token)")
+
+
+def _legend_above(axis: Any, columns: int) -> None:
+    """Of a figure's lines, where no line is."""
+    handles, labels = axis.get_legend_handles_labels()
+    axis.figure.legend(
+        handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=8
+    )
 
 
 def _smooth(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":

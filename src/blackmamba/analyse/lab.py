@@ -151,10 +151,11 @@ def section(
     finding: str,
     tables: tuple[Table, ...] = (),
     pictures: tuple[tuple[str, Path], ...] = (),
+    numbers: tuple[Table, ...] = (),
 ) -> Section:
     """The section of a claim."""
     claim = CLAIMS[key]
-    return Section(key, claim.title, claim.text, finding, tables, pictures)
+    return Section(key, claim.title, claim.text, finding, tables, pictures, numbers)
 
 
 def settings_words(settings: TrainConfig) -> str:

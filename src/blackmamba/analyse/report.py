@@ -35,12 +35,14 @@ class Section:
     tables: tuple[Table, ...] = ()
     pictures: tuple[tuple[str, Path], ...] = ()
     """What each shows, and its PNG file."""
+    numbers: tuple[Table, ...] = ()
+    """What pictures are drawn from and no table of the page has: CSV files alone."""
 
 
 def write_report(
     folder: Path, title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]
 ) -> Path:
-    """Write FOLDER/report.html and each table as FOLDER/NAME.csv; the path of the first.
+    """Write FOLDER/report.html, and tables and numbers as FOLDER/NAME.csv; the path of the first.
 
     Args:
         folder: is there.
@@ -56,7 +58,7 @@ def write_report(
         raise ConfigError(
             "a report: jinja2 is not installed; pip install 'blackmamba[report]'"
         ) from None
-    for table in (table for section in sections for table in section.tables):
+    for table in (t for section in sections for t in (*section.tables, *section.numbers)):
         text = io.StringIO()
         csv.writer(text).writerows([table.head, *table.rows])
         write_text(folder / f"{table.name}.csv", text.getvalue())

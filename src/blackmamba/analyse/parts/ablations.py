@@ -21,27 +21,43 @@ def ablations(lab: Lab) -> Section:
     """One change to the paper's network at a time."""
     scale = lab.scale
     losses: dict[str, list[float]] = {}
+    differs: set[str] = set()
     rows: list[tuple[str, ...]] = []
     for variant in _variants(lab):
         runs = [lab.bench.curve(_plan(lab, variant, seed)) for seed in range(scale.ablation_seeds)]
         losses[variant.name] = [run.final_nats for run in runs]
-        change = mean(losses[variant.name]).value - mean(losses[choices.PAPER]).value
+        pairs = zip(losses[variant.name], losses[choices.PAPER], strict=True)
+        change = mean([own - paper for own, paper in pairs])
+        differs |= {variant.name} if abs(change.value) > change.half_width else set()
         count = parameters(variant.config)
         rows.append((
             variant.name, variant.question, f"{count.total:,}", f"{count.active:,}",
-            f"{runs[0].flops[-1]:.3g}", str(mean(losses[variant.name])), f"{change:+.4f}",
+            f"{runs[0].flops[-1]:.3g}", str(mean(losses[variant.name])),
+            "" if variant.name == choices.PAPER else f"{change:+}",
         ))  # fmt: skip
     picture = lab.out / "ablations.png"
     figures.draw_ablations(picture, losses, choices.PAPER)
     head = ("variant", "of", "parameters", "active", "training FLOPs",
-            "validation, nats a token", "less the paper's")  # fmt: skip
+            "validation, nats a token", "less the paper's, by seed")  # fmt: skip
     lowest = min(losses, key=lambda name: mean(losses[name]).value)
     return section(
         "ablations",
-        finding=f"Lowest here: {lowest}. {scale.ablation_seeds} seed(s) each: differences "
-        "below the spread of seeds say nothing.",
+        finding=f"Lowest here: {lowest}. {scale.ablation_seeds} seed(s) each; ± is the 95 % "
+        "interval of so few. A difference smaller than its interval says nothing; larger are those "
+        f"of {', '.join(v.name for v in _variants(lab) if v.name in differs) or 'none'}.",
         tables=(Table("ablations", head, tuple(rows)),),
         pictures=(("Each dot a seed, the bar their mean", picture),),
+        numbers=(
+            Table(
+                "ablations-seeds",
+                ("variant", "seed", "validation, nats a token"),
+                tuple(
+                    (name, f"{seed}", f"{loss:.4f}")
+                    for name, found in losses.items()
+                    for seed, loss in enumerate(found)
+                ),
+            ),
+        ),
     )
 
 
@@ -52,4 +68,6 @@ def _variants(lab: Lab) -> list[choices.Variant]:
 
 def _plan(lab: Lab, variant: choices.Variant, seed: int) -> Plan:
     paper = lab.plan("blackmamba", lab.scale.ladder[0], seed)
+    if variant.name == choices.PAPER:
+        return paper
     return dataclasses.replace(paper, name=f"ablation-{variant.name}", config=variant.config)

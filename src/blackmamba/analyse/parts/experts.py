@@ -39,12 +39,14 @@ def experts(lab: Lab) -> Section:
         through,
         steps,
         {
-            "validation loss": {
+            "validation loss (nats per token)": {
                 "largest logit (inference)": [g.inference_nats for g in gaps],
                 "Sinkhorn (training)": [g.training_nats for g in gaps],
             },
-            "cost of the switch (nats)": {"inference less training": [g.cost for g in gaps]},
-            "tokens with the same expert": {"mean of layers": agreement},
+            "cost of the switch (nats per token)": {
+                "inference less training": [g.cost for g in gaps]
+            },
+            "share of tokens with the same expert": {"mean of layers": agreement},
         },
     )
     spell = data.tokenizer.decode
@@ -92,6 +94,17 @@ def experts(lab: Lab) -> Section:
             (
                 "Through training: loss by both rules, their difference, how often they agree",
                 through,
+            ),
+        ),
+        numbers=(
+            Table(
+                "experts-shares",
+                ("layer", "domain", *(f"expert {e}" for e in range(len(uses[0].favourites)))),
+                tuple(
+                    (f"{u.layer}", domain, *(f"{part:.4f}" for part in share))
+                    for u in uses
+                    for domain, share in u.share.items()
+                ),
             ),
         ),
     )

@@ -1,5 +1,7 @@
 """The four networks trained at every rung, each with a learning rate of its own."""
 
+from collections.abc import Mapping, Sequence
+
 from blackmamba.analyse import figures
 from blackmamba.analyse.architectures import NAMES
 from blackmamba.analyse.intervals import mean
@@ -17,6 +19,17 @@ def plans(lab: Lab) -> list[Plan]:
         for name in NAMES
         for seed in range(seeds)
     ]
+
+
+def curves_table(curves: Mapping[str, Sequence[Curve]]) -> Table:
+    """The lines of the picture."""
+    rows = tuple(
+        (name, f"{run.seed}", f"{flops:.5g}", f"{seconds:.2f}", f"{loss:.4f}")
+        for name, runs in curves.items()
+        for run in runs
+        for flops, seconds, loss in figures.line(run)
+    )
+    return Table("ladder-curves", figures.CURVES_HEAD, rows)
 
 
 def ladder(lab: Lab) -> Section:
@@ -42,7 +55,7 @@ def ladder(lab: Lab) -> Section:
                 str(mean([run.final_bits for run in runs])), f"{seeds}",
             ))  # fmt: skip
     picture = lab.out / "ladder.png"
-    figures.draw_ladder(picture, curves, lab.jobs)
+    figures.draw_ladder(picture, figures.lines(curves), lab.jobs)
     head = ("network", "active parameters", "learning rate", "training FLOPs",
             "validation, nats a token", "less dense Mamba's, by seed", "bits a byte",
             "seeds")  # fmt: skip
@@ -57,4 +70,5 @@ def ladder(lab: Lab) -> Section:
         "in windows as long as in training.",
         tables=(Table("ladder", head, tuple(rows)), lab.rates_table(NAMES)),
         pictures=(("Training loss, one line a run", picture),),
+        numbers=(curves_table(curves),),
     )

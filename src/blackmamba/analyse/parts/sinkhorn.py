@@ -89,6 +89,18 @@ def sinkhorn(lab: Lab) -> Section:
                 picture,
             ),
         ),
+        numbers=(
+            Table(
+                "sinkhorn-errors",
+                ("panel", "start", "step", "largest error of a marginal", "authors' test stops at"),
+                tuple(
+                    (title, start, f"{step}", f"{error:.4g}", f"{run.authors_steps}")
+                    for title, runs in panels.items()
+                    for start, run in runs.items()
+                    for step, error in enumerate(run.errors, 1)
+                ),
+            ),
+        ),
     )
 
 
