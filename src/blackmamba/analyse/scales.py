@@ -65,7 +65,7 @@ SCALES: dict[str, Scale] = {
         ladder=((64, 2), (96, 3)), seeds=(2, 2), vocab_size=512,
         settings=_settings(160, 8, 128, 5e-3, "float32"),
         lrs=(5e-3,), muon_lrs=(1e-2,), tuning_steps=40,
-        ablation_seeds=1, experts=(1, 4, 16), latency=(128, 4), contexts=(128, 1024, 4096),
+        ablation_seeds=3, experts=(1, 4, 16, 64), latency=(128, 4), contexts=(128, 1024, 4096),
         batch_sizes=(1,), sinkhorn_tokens=(128, 1024, 4096), sinkhorn_experts=(8, 64), probes=4,
     ),
     "cpu-hour": Scale(
