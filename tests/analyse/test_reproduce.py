@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +30,15 @@ from blackmamba.data import (
     PreparedData,
     ShardConfig,
     SourceConfig,
+    prepare,
     prepare_shards,
 )
 from blackmamba.errors import ConfigError
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import parameters, training_flops_per_token
 from blackmamba.presets import presets
-from blackmamba.train import load_recipe
+from blackmamba.train import Progress, load_recipe, run
+from blackmamba.train.metrics import read_metrics
 
 _BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, _BROWSERS)), None)
@@ -85,6 +88,31 @@ def test_each_network_has_the_best_of_its_own_learning_rates(report: Path):
         best = min(rates, key=lambda lr: ends[lr]["nats"])
         run = load_recipe(folder / "runs" / f"{name}-32x1-seed0" / "recipe.yaml")
         assert f"{run.train.lr:g}" == f"{best:g}" == taken[name] == row["learning rate"]
+
+
+class Cut(Progress):
+    def on_step(self, row: dict[str, Any]) -> None:
+        if row["step"] == 5:
+            raise InterruptedError
+
+
+def test_a_run_that_was_cut_goes_on(text: Path, tmp_path: Path):
+    scale = dataclasses.replace(SCALES["toy"], cuts=3)
+    data = DataConfig(text=(str(text),), vocab_size=300)
+    lab, other = (Lab(tmp_path / name, scale, data, 1, lambda _: None) for name in ("a", "b"))
+    plan = lab.plan("blackmamba", (32, 1), 0)
+    assert (plan.settings.steps, plan.settings.checkpoint_every) == (6, 2)
+    whole = other.bench.curve(plan)
+    folder = lab.bench._of(plan)
+    prepare(data, lab.out / "runs" / "data")
+    with pytest.raises(InterruptedError):
+        run(lab.bench._run_config(plan), folder, progress=Cut())
+    begun = read_metrics(folder / "metrics.jsonl")
+    curve = lab.bench.curve(plan)
+    assert curve.losses == whole.losses
+    assert curve.final_nats == whole.final_nats
+    assert read_metrics(folder / "metrics.jsonl")[:4] == begun[:4]  # with their seconds
+    assert not (folder / "checkpoints").exists()
 
 
 def test_wider_rungs_take_smaller_steps(tmp_path: Path):

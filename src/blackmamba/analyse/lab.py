@@ -44,7 +44,12 @@ class Lab:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._taken: dict[str, float] = {}
         # Networks so small are done before the host has started their kernels one by one.
-        self._settings = dataclasses.replace(scale.settings, capture=self.device.type == "cuda")
+        self._settings = dataclasses.replace(
+            scale.settings,
+            capture=self.device.type == "cuda",
+            checkpoint_every=-(-scale.settings.steps // scale.cuts) if scale.cuts else 0,
+            keep_checkpoints=1,
+        )
 
     def network(self, name: str, rung: Rung) -> ModelConfig:
         """One of the four, or the better recipe's."""
@@ -115,7 +120,7 @@ class Lab:
         kept = dataclasses.replace(
             plan.settings, checkpoint_every=every, keep_checkpoints=probes + 2
         )
-        return dataclasses.replace(plan, name="probed", settings=kept)
+        return dataclasses.replace(plan, name="probed", settings=kept, keeps_checkpoints=True)
 
     def probed(self) -> tuple[Curve, dict[int, BlackMamba]]:
         """That run and the models that it kept, by step."""

@@ -19,6 +19,7 @@ from blackmamba.files import write_text
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import training_flops_per_token
 from blackmamba.train import RunConfig, TrainConfig, run
+from blackmamba.train.checkpoints import newest_checkpoint
 from blackmamba.train.metrics import METRICS_FILE, read_metrics
 
 _DATA, _FINAL, _CHECKPOINTS = "data", "final.json", "checkpoints"
@@ -64,6 +65,8 @@ class Plan:
     """Of weights and order of the text."""
     settings: TrainConfig
     """Its seed is not looked at."""
+    keeps_checkpoints: bool = False
+    """Whether those of its way are still there at the end; else they are for going on from."""
 
 
 class Bench:
@@ -91,7 +94,10 @@ class Bench:
         waiting = sorted(missing.values(), key=_work, reverse=True)
         if waiting and not self._data.sources:
             prepare(self._data, self._folder / _DATA)
-        orders = [(self._run_config(p), self._of(p), self._folder / _DATA) for p in waiting]
+        orders = [
+            (self._run_config(p), self._of(p), self._folder / _DATA, p.keeps_checkpoints)
+            for p in waiting
+        ]
         if self._jobs == 1 or not waiting:
             for plan, order in zip(waiting, orders, strict=True):
                 self._tell(f"training {_words(plan)}")
@@ -113,7 +119,7 @@ class Bench:
         except BaseException:
             for child in active_children():
                 if child not in others:
-                    child.kill()  # what it had begun is made anew the next time
+                    child.kill()  # it goes on from its newest checkpoint the next time
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -154,17 +160,18 @@ def _work(plan: Plan) -> int:
     return tokens * training_flops_per_token(plan.config, settings.seq_len)
 
 
-def _train(config: RunConfig, folder: Path, prepared: Path) -> float:
-    """Make one run anew; its validation loss.
+def _train(config: RunConfig, folder: Path, prepared: Path, keeps_checkpoints: bool) -> float:
+    """Make one run, from its newest checkpoint if it was cut; its validation loss.
 
-    Text that was prepared once is copied: each run has its own folder of it. Checkpoints that
-    nobody asked for are removed at the end: there are as many as runs, and nobody resumes one.
+    Text that was prepared once is copied: each run has its own folder of it.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    if not config.data.sources:
-        shutil.copytree(prepared, folder / _DATA)
-    run(config, folder)
-    if not config.train.checkpoint_every:
+    goes_on = newest_checkpoint(folder / _CHECKPOINTS) is not None
+    if not goes_on:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not config.data.sources:
+            shutil.copytree(prepared, folder / _DATA)
+    run(config, folder, resume=goes_on)
+    if not keeps_checkpoints:
         shutil.rmtree(folder / _CHECKPOINTS)
     nats, bits = windowed_loss(folder, config.data, config.train.seq_len)
     write_text(folder / _FINAL, json.dumps({"nats": nats, "bits": bits}) + "\n")

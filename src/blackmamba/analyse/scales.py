@@ -35,6 +35,9 @@ class Scale:
     sinkhorn_experts: tuple[int, ...]
     probes: int
     """Checkpoints of one run that its experts are looked at in."""
+    cuts: int = 0
+    """How often a run saves what it goes on from if it is cut; 0: it is so short that it begins
+    anew."""
 
 
 def _settings(steps: int, batch_size: int, seq_len: int, lr: float, dtype: str) -> TrainConfig:
@@ -74,6 +77,7 @@ SCALES: dict[str, Scale] = {
         lrs=(5e-3,), muon_lrs=(1e-2,), tuning_steps=400,
         ablation_seeds=1, experts=(1, 4, 16, 32), latency=(128, 4), contexts=(128, 1024, 4096),
         batch_sizes=(1,), sinkhorn_tokens=(128, 1024, 4096), sinkhorn_experts=(8, 64), probes=8,
+        cuts=10,
     ),
     "laptop": Scale(
         ladder=((128, 3), (192, 4), (256, 6)), seeds=(3, 3, 3), vocab_size=4096,
@@ -81,7 +85,7 @@ SCALES: dict[str, Scale] = {
         lrs=(1.25e-3, 2.5e-3, 5e-3, 1e-2), muon_lrs=(2.5e-3, 5e-3, 1e-2, 2e-2), tuning_steps=300,
         ablation_seeds=3, experts=(1, 2, 4, 16, 32, 64), latency=(256, 6),
         contexts=(128, 1024, 8192, 32_768), batch_sizes=(1, 8),
-        sinkhorn_tokens=(256, 2048, 16_384), sinkhorn_experts=(8, 64), probes=8,
+        sinkhorn_tokens=(256, 2048, 16_384), sinkhorn_experts=(8, 64), probes=8, cuts=10,
     ),
     "gpu-minutes": Scale(
         ladder=((192, 4), (256, 8)), seeds=(3, 2), vocab_size=4096,
@@ -89,7 +93,7 @@ SCALES: dict[str, Scale] = {
         lrs=(1e-3, 2e-3, 4e-3, 8e-3), muon_lrs=(2.5e-3, 5e-3, 1e-2, 2e-2), tuning_steps=400,
         ablation_seeds=1, experts=(1, 4, 16, 32), latency=(640, 16),
         contexts=(128, 1024, 8192, 32_768, 65_536), batch_sizes=(1,),
-        sinkhorn_tokens=(2048, 16_384, 65_536), sinkhorn_experts=(8, 64), probes=4,
+        sinkhorn_tokens=(2048, 16_384, 65_536), sinkhorn_experts=(8, 64), probes=4, cuts=10,
     ),
     "gpu": Scale(
         ladder=((256, 8), (384, 12), (640, 16)), seeds=(3, 3, 2), vocab_size=16_384,
@@ -97,7 +101,7 @@ SCALES: dict[str, Scale] = {
         lrs=(1e-3, 2e-3, 4e-3, 8e-3), muon_lrs=(2.5e-3, 5e-3, 1e-2, 2e-2), tuning_steps=1000,
         ablation_seeds=3, experts=(1, 2, 4, 16, 32, 64), latency=(640, 16),
         contexts=(128, 1024, 8192, 65_536), batch_sizes=(1, 16),
-        sinkhorn_tokens=(2048, 16_384, 65_536), sinkhorn_experts=(8, 64), probes=8,
+        sinkhorn_tokens=(2048, 16_384, 65_536), sinkhorn_experts=(8, 64), probes=8, cuts=10,
     ),
 }  # fmt: skip
 """By name. "toy" is for trying the program; its numbers mean nothing. "cpu-hour" has tiny networks
