@@ -29,9 +29,9 @@ $(BENCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
-# A short spin lets two threads share busy cores. 1000 is a seventh faster beside another process, and
-# a tenth or more slower where there is none.
-demo: export GOMP_SPINCOUNT ?= 10000
+# A short spin lets two threads share busy cores: 10000 is no faster alone, and a seventh or more slower
+# beside another process.
+demo: export GOMP_SPINCOUNT ?= 1000
 demo: $(INSTALLED)
 	$(BIN)/blackmamba train demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)/recipe.yaml),--resume) $(if $(TEXT),--text $(TEXT))
 	$(BIN)/blackmamba generate $(DEMO_OUT) --prompt "$(PROMPT)" --max-new-tokens 150
