@@ -330,6 +330,12 @@ def test_native_is_registered_and_compiles():
         (*args, True, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+    some = [leaves[k].detach() for k in ("x", "fc1", "fc2")]
+    twice = (some[0][:35], ids, *some[1:], None, None, None)  # 2 choices a token
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.blackmamba.expert_mlp.default, (*twice, True, True), test_utils=utils
+    )
 
     def loss(leaves: dict[str, Tensor]) -> Tensor:
         return expert_mlp(expert_ids=ids, **leaves, backend="native").square().sum()  # pyright: ignore

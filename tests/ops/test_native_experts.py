@@ -205,6 +205,11 @@ def test_training_takes_products_of_pairs():
     (x, ids, fc1, fc2), extra = arguments(64, 3, 16, 8, dtype=torch.bfloat16, biases=False)
     x.requires_grad_()
     assert "expert_mlp_pairs" in str(expert_mlp(x, ids, fc1, fc2, **extra).grad_fn)
+    torch.library.opcheck(
+        torch.ops.blackmamba.expert_mlp_pairs.default,
+        (x.detach()[:32], ids, fc1, fc2, None, True, True),  # 2 choices a token
+        test_utils=("test_schema", "test_faketensor"),
+    )
     odd = fc1[:, :, :15].contiguous(), fc2[:, :15].contiguous()
     other = expert_mlp(x[:, :15], ids, *odd, **extra)
     assert "expert_mlp_pairs" not in str(other.grad_fn)

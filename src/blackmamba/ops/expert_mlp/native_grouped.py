@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops.activate.native import activate_rows, activate_rows_backward
+from blackmamba.ops.expert_mlp import native_autograd
 from blackmamba.ops.expert_mlp.choices import choices_per_token
 from blackmamba.ops.linear.native import multiply
 
@@ -83,7 +84,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x, fc1, fc2, fc1_bias, fc2_bias and gate; empty for those not needed."""
     needs_x, needs_fc1, needs_fc2, needs_b1, needs_b2, needs_gate = needs
-    grads = _empty_gradients(x, fc1, fc2, fc1_bias, fc2_bias, gate, needs)
+    grads = native_autograd.empty_gradients((x, fc1, fc2, fc1_bias, fc2_bias, gate), needs)
     grad_x, grad_fc1, grad_fc2, grad_b1, grad_b2, grad_gate = grads
     scale, k = _contiguous(gate), choices_per_token(x, expert_ids)
     grad_each = grad_x if k == 1 else x.new_empty(len(order) if needs_x else 0, x.shape[1])
@@ -144,69 +145,12 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _empty_gradients(
-    x: Tensor,
-    fc1: Tensor,
-    fc2: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_bias: Tensor | None,
-    gate: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    inputs = (x, fc1, fc2, fc1_bias, fc2_bias, gate)
-    return [
-        x.new_empty(t.shape if needed and t is not None else 0)
-        for t, needed in zip(inputs, needs, strict=True)
-    ]
-
-
-@_forward.register_fake
-def _(
-    x: Tensor, expert_ids: Tensor, fc1: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(expert_ids.shape[0], x.shape[1]),
-        x.new_empty(expert_ids.shape[0], fc1.shape[1]),
-        expert_ids.new_empty(x.shape[0]),
-        expert_ids.new_empty(fc1.shape[0]),
-    )
+_forward.register_fake(native_autograd.outputs)
 
 
 @_backward.register_fake
-def _(
-    grad_y: Tensor,
-    x: Tensor,
-    expert_ids: Tensor,
-    fc1: Tensor,
-    fc2: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_bias: Tensor | None,
-    gate: Tensor | None,
-    h: Tensor,
-    order: Tensor,
-    ends: Tensor,
-    gelu: bool,
-    gated: bool,
-    needs: list[bool],
-) -> list[Tensor]:
-    return _empty_gradients(x, fc1, fc2, fc1_bias, fc2_bias, gate, needs)
+def _(grad_y: Tensor, x: Tensor, expert_ids: Tensor, *rest: Any) -> list[Tensor]:
+    return native_autograd.empty_gradients((x, *rest[:5]), rest[-1])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.gelu, ctx.gated = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
-
-
-def _gradients(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 9
-    x_ids, others = ctx.needs_input_grad[:1], ctx.needs_input_grad[2:7]
-    needs = [*x_ids, *others]
-    found = _backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.gated, needs)
-    x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
-    return x, None, *rest, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
+_forward.register_autograd(native_autograd.gradients(_backward), setup_context=native_autograd.save)

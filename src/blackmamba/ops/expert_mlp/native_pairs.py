@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blackmamba.ops import native
 from blackmamba.ops.activate.native import activate_rows, activate_rows_backward
+from blackmamba.ops.expert_mlp import native_autograd
 from blackmamba.ops.expert_mlp.choices import choices_per_token
 
 
@@ -79,7 +80,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x, fc1, fc2 and gate; empty for those not needed."""
     needs_x, needs_fc1, needs_fc2, needs_gate = needs
-    grads = _empty_gradients(x, fc1, fc2, gate, needs)
+    grads = native_autograd.empty_gradients((x, fc1, fc2, gate), needs)
     grad_x, grad_fc1, grad_fc2, grad_gate = grads
     x, grad_y, fc1, fc2 = native.rows(x), native.rows(grad_y), fc1.contiguous(), fc2.contiguous()
     scale, k = None if gate is None else gate.contiguous(), choices_per_token(x, expert_ids)
@@ -154,61 +155,12 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _empty_gradients(
-    x: Tensor, fc1: Tensor, fc2: Tensor, gate: Tensor | None, needs: list[bool]
-) -> list[Tensor]:
-    inputs = (x, fc1, fc2, gate)
-    return [
-        (x if t is None else t).new_empty(t.shape if needed and t is not None else 0)
-        for t, needed in zip(inputs, needs, strict=True)
-    ]
-
-
-@_forward.register_fake
-def _(
-    x: Tensor, expert_ids: Tensor, fc1: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(expert_ids.shape[0], x.shape[1]),
-        x.new_empty(expert_ids.shape[0], fc1.shape[1]),
-        expert_ids.new_empty(expert_ids.shape[0]),
-        expert_ids.new_empty(fc1.shape[0]),
-    )
+_forward.register_fake(native_autograd.outputs)
 
 
 @_backward.register_fake
-def _(
-    grad_y: Tensor,
-    x: Tensor,
-    expert_ids: Tensor,
-    fc1: Tensor,
-    fc2: Tensor,
-    gate: Tensor | None,
-    h: Tensor,
-    order: Tensor,
-    ends: Tensor,
-    gelu: bool,
-    gated: bool,
-    needs: list[bool],
-) -> list[Tensor]:
-    return _empty_gradients(x, fc1, fc2, gate, needs)
+def _(grad_y: Tensor, x: Tensor, expert_ids: Tensor, *rest: Any) -> list[Tensor]:
+    return native_autograd.empty_gradients((x, *rest[:3]), rest[-1])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.gelu, ctx.gated = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
-
-
-def _gradients(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 7
-    needs_x, _, *others, _, _ = ctx.needs_input_grad
-    needs = [needs_x, *others]
-    found = _backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.gated, needs)
-    x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
-    return x, None, *rest, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
+_forward.register_autograd(native_autograd.gradients(_backward), setup_context=native_autograd.save)
