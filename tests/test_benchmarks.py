@@ -93,6 +93,8 @@ def test_gathers_each_different_document_once(script, tmp_path):
         ("cpu_generation", {}),
         ("cpu_trainer", {}),
         ("cpu_demo", {}),
+        ("gpu_ladder", {}),
+        ("gpu_sinkhorn", {}),
         ("gpu_training", {}),
         ("gpu_ranks", {}),
         ("evaluation", {}),
