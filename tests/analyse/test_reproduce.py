@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from blackmamba.analyse import ablations
+from blackmamba.analyse import ablations, runs
 from blackmamba.analyse.architectures import NAMES, four_architectures
 from blackmamba.analyse.intervals import mean
 from blackmamba.analyse.lab import Lab
@@ -113,6 +114,19 @@ def test_a_run_that_was_cut_goes_on(text: Path, tmp_path: Path):
     assert curve.final_nats == whole.final_nats
     assert read_metrics(folder / "metrics.jsonl")[:4] == begun[:4]  # with their seconds
     assert not (folder / "checkpoints").exists()
+
+
+def test_each_process_of_a_bench_is_given_the_next_gpu(monkeypatch: pytest.MonkeyPatch):
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    begun = multiprocessing.Value("i", 0)
+    runs._begin(begun, 1)  # no GPU: none is asked for
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for _ in range(5):
+        runs._begin(begun, 1)
+    assert taken == [1, 2, 0, 1, 2]
 
 
 def test_wider_rungs_take_smaller_steps(tmp_path: Path):

@@ -62,8 +62,8 @@ def reproduce(
         prepared: a prepared folder to train on, in the place of `text`; its tokenizer decides the
             vocabulary.
         only: some of `PARTS`.
-        jobs: training runs at once, each a process; None: one a core, or one on a GPU, which small
-            runs do not fill.
+        jobs: training runs at once, each a process, on all GPUs together; None: one a core, or one
+            a GPU, which small runs do not fill.
         command: shown in the report.
         tell: is given a line now and then.
     Returns:
@@ -78,7 +78,7 @@ def reproduce(
         if part not in PARTS:
             raise ConfigError(f"part {part!r}: {nearest(part, PARTS)}")
     if jobs is None:
-        jobs = 1 if torch.cuda.is_available() else torch.get_num_threads()
+        jobs = torch.cuda.device_count() or torch.get_num_threads()
     if jobs < 1:
         raise ConfigError(f"jobs={jobs}: must be at least 1")
     size = SCALES[scale]

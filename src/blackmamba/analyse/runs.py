@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,8 @@ class Bench:
     Args:
         folder: of all its runs; what is finished in it is read and not trained again.
         data: the text; one that is prepared is a source of a mixture.
-        jobs: so many runs at once, each a process; 1: in this one, one after the other.
+        jobs: so many runs at once, each a process; 1: in this one, one after the other. Several
+            share the GPUs that are visible, each process on one of them in turn.
         tell: is given a line when a run begins or, of several at once, ends.
     """
 
@@ -106,8 +108,9 @@ class Bench:
         self._tell(f"training {len(waiting)} runs, {self._jobs} at once")
         threads = max(1, torch.get_num_threads() // self._jobs)
         others = active_children()
+        context = get_context("spawn")
         pool = ProcessPoolExecutor(
-            min(self._jobs, len(waiting)), get_context("spawn"), torch.set_num_threads, (threads,)
+            min(self._jobs, len(waiting)), context, _begin, (context.Value("i", 0), threads)
         )
         try:
             running = {
@@ -148,6 +151,21 @@ class Bench:
     def _run_config(self, plan: Plan) -> RunConfig:
         train = dataclasses.replace(plan.settings, seed=plan.seed)
         return RunConfig(model=plan.config, data=self._data, train=train)
+
+
+def _begin(begun: Any, threads: int) -> None:
+    """In each process of a pool, before its first run: its threads, and the GPU that is its own.
+
+    Args:
+        begun: a number that they share, of those that came before.
+        threads: of each.
+    """
+    torch.set_num_threads(threads)
+    with begun.get_lock():
+        number = begun.value
+        begun.value += 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def _words(plan: Plan) -> str:

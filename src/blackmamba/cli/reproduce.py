@@ -37,7 +37,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, metavar="N",
-        help="training runs at once (default: one a core; on a GPU, 1, though many small ones fit)",
+        help="training runs at once, on all GPUs together (default: one a core; where there are "
+        "GPUs, one on each, though many small ones fit)",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
