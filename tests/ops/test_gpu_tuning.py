@@ -236,3 +236,13 @@ def test_cuts_of_a_step_are_some_and_fit():
         assert len(set(cuts)) == len(cuts)
         assert all(cut.rows <= max(1, rows) for cut in cuts)
     assert narrow.RowCut(4, 4) in narrow._cuts(4608, 1152)
+
+
+def test_steps_are_cut_as_was_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(narrow.gpu, "interpreted", lambda: False)
+    assert narrow._cut(4608, 1152, 1, 2) == narrow.RowCut(8, 4)
+    assert narrow._cut(50304, 1152, 2, 2) == narrow.RowCut(16, 4)
+    assert narrow._cut(1152, 3072, 1, 2) == narrow.RowCut(2, 4)
+    assert narrow._cut(4608, 1152, 1, 4) == narrow.RowCut(4, 4)
+    assert narrow._cut(600, 1152, 1, 2) == narrow.RowCut(2, 4)  # 300 programs for 132 processors
+    assert narrow._cut(100, 20_000, 1, 2) == narrow.RowCut(1, 8)

@@ -40,7 +40,7 @@ class FewCut:
     stages: int
 
 
-FEW_DEFAULTS = {16: FewCut(32, 128, 4, 4), 32: FewCut(64, 64, 4, 5), 64: FewCut(64, 64, 4, 5)}
+FEW_DEFAULTS = {16: FewCut(32, 128, 4, 5), 32: FewCut(64, 64, 4, 5), 64: FewCut(64, 64, 4, 5)}
 """By the tokens at once."""
 FEW_CUTS = tuple(
     FewCut(rows, numbers, warps, stages)
