@@ -87,7 +87,8 @@ def on_ranks(
                             continue
                         status = processes[rank].exitcode
                         message = f"rank {rank} ended with status {status}: {places[rank]}"
-                        raise AssertionError(message) from None
+                        stack = stacks[rank].read_text() if stacks[rank].exists() else ""
+                        raise AssertionError(f"{message}\n{stack}".rstrip()) from None
                     if kind == "said":
                         places[rank] = value
                         _logger.info("%.1f s: rank %d: %s", heard - begun, rank, value)
@@ -153,6 +154,7 @@ def _child(
     }  # fmt: skip
     with stack.with_suffix(".tmp").open("w") as file:
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
+        faulthandler.enable(file)
         stack.with_suffix(".tmp").rename(stack)  # from here on the signal is known
         say("begins")
         try:

@@ -110,12 +110,14 @@ def outlive(config: RunConfig, out: Path, incident: Incident) -> tuple[str, str]
 
 
 def waits_for_nothing(what: str) -> int:
-    """Rank 1 "hangs", "dies" or fails; the other waits."""
+    """Rank 1 "hangs", "crashes", "dies" or fails; the other waits."""
     rank = int(os.environ["RANK"])
     if rank == 1:
         say("in step 3")
         if what == "hangs":
             threading.Event().wait()
+        if what == "crashes":
+            os.kill(os.getpid(), signal.SIGSEGV)
         if what == "dies":
             os._exit(7)
         raise ValueError("rank 1 alone")

@@ -24,7 +24,11 @@ def test_a_rank_that_hangs_is_told_with_its_stack(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("dies", "rank 1 ended with status 7: in step 3"), ("fails", "ValueError: rank 1 alone")],
+    [
+        ("crashes", "(?s)rank 1 ended with status -11: in step 3\n.*in waits_for_nothing"),
+        ("dies", "rank 1 ended with status 7: in step 3"),
+        ("fails", "ValueError: rank 1 alone"),
+    ],
 )
 def test_a_rank_that_fails_is_told_at_once(what: str, message: str):
     with pytest.raises(AssertionError, match=message):
