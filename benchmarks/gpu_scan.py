@@ -23,9 +23,12 @@ same run where it is installed. Times are medians of replays of captured graphs:
 The last line is JSON.
 
     python benchmarks/gpu_scan.py
+    python benchmarks/gpu_scan.py --plans forward    # ways to cut a pass into blocks, compared
+    ncu --clock-control none -k regex:scan_ python benchmarks/gpu_scan.py --once    # for profilers
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
@@ -35,6 +38,8 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops import causal_conv1d, selective_scan
+from blackmamba.ops.selective_scan import gpu as scan_gpu
+from blackmamba.ops.selective_scan.plan import Plan, Tuning, cuts, planned
 from blackmamba.train.origin import origin
 from gpu_measure import limits
 
@@ -77,6 +82,43 @@ def measure(repeats: int) -> None:
             }  # fmt: skip
     gpu = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "gpu_scan", **gpu, **origin(), "rates": rates, **found}))
+
+
+def once() -> None:
+    """A forward and a backward pass, after one that compiles."""
+    forward, backward = scan_calls(*PEER_SHAPE)
+    for _ in range(2):
+        forward()
+        backward()
+    torch.cuda.synchronize()
+
+
+def compare_plans(which: str, repeats: int) -> None:
+    """Milliseconds of a pass by blocks' channels, a multiprocessor's warps and rows' chunks."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    usual = scan_gpu.plan
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for shape in SHAPES:
+            size = (*shape, N_STATES, processors)
+            mine = scan_gpu.CUDA_FORWARD if which == "forward" else scan_gpu.CUDA_BACKWARD
+            rows: list[tuple[float, Plan]] = []
+            for cut in cuts(*size, *mine, *scan_gpu.CUDA_OTHERS):
+                tried = functools.partial(tried_plan, usual, mine, planned(cut, shape[1]))
+                scan_gpu.plan = tried
+                call = scan_calls(*shape)[0 if which == "forward" else 1]
+                rows.append((median_ms(call, repeats), planned(cut, shape[1])))
+            scan_gpu.plan = usual
+            chosen = usual(*size, *mine)
+            print(f"{which} {shape}; chosen: {chosen}")
+            for time, cut in sorted(rows, key=lambda row: row[0])[:6]:
+                print(f"  {time:.3f} ms  {cut}", flush=True)
+
+
+def tried_plan(
+    usual: Callable[..., Plan], mine: tuple[Tuning, ...], tried: Plan, *args: int | Tuning
+) -> Plan:
+    """In place of `plan`: the plan that is tried, for the pass that has these tunings."""
+    return tried if args[-len(mine) :] == mine else usual(*args)
 
 
 def numbers(shape: tuple[int, int, int]) -> int:
@@ -203,4 +245,12 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=30, help="timed calls (default 30)")
-    main(parser.parse_args().repeats)
+    parser.add_argument("--once", action="store_true", help="one call of each pass, no times")
+    parser.add_argument("--plans", choices=("forward", "backward"), help="time other plans")
+    given = parser.parse_args()
+    if given.once:
+        once()
+    elif given.plans:
+        compare_plans(given.plans, given.repeats)
+    else:
+        main(given.repeats)

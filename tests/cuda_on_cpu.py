@@ -74,6 +74,10 @@ inline void by_units(float* d, const float* a, float b0, float b1) {
     }
     __syncwarp();
 }
+inline void by_units(float* d, float a0, float a1, float b) {
+    const float a[4] = {a0, a1, 0.f, 0.f};
+    by_units(d, a, b, 0.f);
+}
 """
 _COMES_LAST = r"""
 static ARGUMENTS given;
@@ -113,7 +117,8 @@ _MEANINGS = (
     ),
     (r'asm\("mad\.wide[^;]*;" : [^;]*;', "to = (T*)((char*)from + (i64)count * bytes);"),
     (r'asm volatile\("" : "\+[rl]"\(\w+\)\);', ""),
-    (r'asm\("mma\.sync.*?\)\)\);', "by_units(d, a, b0, b1);"),
+    (r'asm\("mma\.sync\.aligned\.m16n8k8.*?\)\)\);', "by_units(d, a, b0, b1);"),
+    (r'asm\("mma\.sync\.aligned\.m16n8k4.*?\)\)\);', "by_units(d, a0, a1, b);"),
     (r'const u32 address = [^;]*;\s*asm volatile\("cp\.async\.cg.*?: "memory"\);',
      "memcpy(to + at, from + at, 16);"),
     (r'asm volatile\("cp\.async\.wait_all;" ::: "memory"\);', ""),

@@ -85,18 +85,20 @@ def launch(
         setattr(arguments, key, value)
     arguments.s = _Sizes(*sizes)
     flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}
-    shared_bytes = _shared_bytes(name, warps, flags)
+    shared_bytes = _shared_bytes(name, warps)
     flags |= {"WARPS": warps, "SHARED": shared_bytes, "KERNEL": _KERNELS.index(name)}
     kernel = cuda.kernel(_SOURCE, name, tuple(sorted(flags.items())), present.device.index)
     kernel.launch(blocks, 32 * warps, arguments, shared_bytes)
 
 
-def _shared_bytes(name: str, warps: int, flags: dict[str, int]) -> int:
-    """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
-    floats = {"scan_forward": 16 + 40, "scan_backward_local": 16, "scan_backward": 48}[name] * _SPAN
+def _shared_bytes(name: str, warps: int) -> int:
+    """Of a block: what each warp has of its channels in a span; backward, B and C of two spans."""
+    if name == "scan_forward":
+        return 4 * warps * (2 * 8 * 20 + _SPAN * 12)
+    floats = {"scan_backward_local": 16, "scan_backward": 48}[name] * _SPAN
     if name == "scan_backward":
         floats += _SPAN // 4 * 32 * 4 + 2 * 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
-    return 4 * warps * floats + 2 * _SPAN * 32 * (2 if flags["NARROW_BC"] else 4)
+    return 4 * warps * floats + 2 * _SPAN * 32 * 4
 
 
 _DEFAULTS = {
@@ -108,5 +110,5 @@ _DEFAULTS = {
     "HAS_FIRST": 0,
     "KEEP": 0,
     "LOCAL": 0,
-    "NARROW_BC": 0,
+    "SHORT_BC": 0,
 }

@@ -8,7 +8,7 @@
 // at once.
 //
 // Compiled at run time, without headers, with: TYPE (0 float32, 1 bfloat16, 2 float16), HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
-// HAS_SEQ, HAS_FIRST, KEEP, LOCAL, NARROW_BC (each 0 or 1; NARROW_BC: B and C are bfloat16, and so is TYPE), WARPS (of a
+// HAS_SEQ, HAS_FIRST, KEEP, LOCAL (each 0 or 1), SHORT_BC (1: no number of B and C has more than 11 bits), WARPS (of a
 // block), MIN_BLOCKS (that a multiprocessor shall hold at once), SHARED (bytes of a block's shared memory) and KERNEL
 // (which one: 0, 1 or 2, as they follow).
 //
@@ -93,16 +93,10 @@ __device__ __forceinline__ void store4(Number* p, const float* in, bool inside) 
 #define OF_TOKEN 32  // numbers of B and C
 #define OF_C 16      // where C begins
 
-#if NARROW_BC
-typedef u16 Part;
-__device__ __forceinline__ void take(float* out, const Part* p) { widen(*reinterpret_cast<const Four*>(p), out); }
-#else
-typedef float Part;
-__device__ __forceinline__ void take(float* out, const Part* p) {
+__device__ __forceinline__ void take(float* out, const float* p) {
     const float4 v = *reinterpret_cast<const float4*>(p);
     out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
 }
-#endif
 #if TYPE == 1
 typedef u16 Kept;  // states for the backward pass
 __device__ __forceinline__ float4 kept(const Kept* p) {
@@ -168,6 +162,53 @@ __device__ __forceinline__ void multiply_add(float* d, const float* a, float b0,
 }
 __device__ __forceinline__ float high_part(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
+// The same with 4 columns of A and rows of B: of A (16 x 4) a thread has (g, k) and (g + 8, k), of B (4 x 8) (k, g).
+__device__ __forceinline__ void multiply_add(float* d, float a0, float a1, float b) {
+    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)));
+}
+
+// Products of a number u of each of 8 channels and B, for two tokens of four. Thread 4 c + q gives u of channel c and token
+// q, in two parts, and of that token B's numbers 2 c and 2 c + 1. It gets, of channel c and the first token, states 4 q and
+// 4 q + 2 in even[0..1], 4 q + 1 and 4 q + 3 in odd[0..1]; of the second in [2..3].
+__device__ __forceinline__ void outer(float* even, float* odd, float rough, float rest, bool first, bool second, const float2& b) {
+    const float u0 = first ? rough : 0.f, u1 = second ? rough : 0.f, rest0 = first ? rest : 0.f, rest1 = second ? rest : 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) even[i] = odd[i] = 0.f;
+#if !SHORT_BC
+    multiply_add(even, u0, u1, b.x - high_part(b.x));
+    multiply_add(odd, u0, u1, b.y - high_part(b.y));
+#endif
+    multiply_add(even, rest0, rest1, b.x);
+    multiply_add(odd, rest0, rest1, b.y);
+    multiply_add(even, u0, u1, b.x);
+    multiply_add(odd, u0, u1, b.y);
+}
+
+// Sums over states of h times C, for two tokens of eight. Thread 4 c + q gives states 4 q to 4 q + 3 of channel c of both,
+// and of C those of the c-th token. It gets in sums[0] the first token's, if that is the 2 q-th, and in sums[3] the
+// second's, if that is the next. For bfloat16, which keeps 8 bits of a sum, 11 of a state do.
+__device__ __forceinline__ void over_states(float* sums, const float* first, const float* second, const float4& c) {
+    const float v[2][4] = {{first[0], second[0], first[1], second[1]}, {first[2], second[2], first[3], second[3]}};
+    sums[0] = sums[1] = sums[2] = sums[3] = 0.f;
+    multiply_add(sums, v[0], c.x, c.y);
+    multiply_add(sums, v[1], c.z, c.w);
+#if TYPE != 1
+    float rest[2][4];
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) rest[k][j] = v[k][j] - high_part(v[k][j]);
+    multiply_add(sums, rest[0], c.x, c.y);
+    multiply_add(sums, rest[1], c.z, c.w);
+#if !SHORT_BC
+    multiply_add(sums, v[0], c.x - high_part(c.x), c.y - high_part(c.y));
+    multiply_add(sums, v[1], c.z - high_part(c.z), c.w - high_part(c.w));
+#endif
+#endif
+}
+
 // Sums over a warp's 8 channels of v times a number of the channel, for each of the 16 states and two tokens: the threads'
 // v are A as they are, rows the four threads of a channel, their v[1] and v[3], and the channel's third bit; columns of
 // B are two tokens, v[2] and v[3], and the channel's third bit again. Half of D is of no use.
@@ -208,13 +249,13 @@ struct Place {  // of a warp and a thread; states 4 q to 4 q + 3 of channel `cha
     int t, c4;  // of the four channels of one token that it loads
 };
 
-__device__ __forceinline__ Place place_of(const Sizes& s) {
+__device__ __forceinline__ Place place_of(const Sizes& s, int q, int c) {
     Place p;
     int pid = blockIdx.x;
     p.lane = threadIdx.x & 31;
     p.warp = threadIdx.x >> 5;
-    p.q = p.lane >> 3;
-    p.c = p.lane & 7;
+    p.q = q;
+    p.c = c;
     p.block = pid % s.n_blocks;
     p.piece = pid / s.n_blocks % s.n_chunks;
     p.row = pid / s.n_blocks / s.n_chunks;
@@ -255,8 +296,8 @@ __device__ __forceinline__ void first_of_pairs(const float2* from, int t, float*
 }
 
 // B and C of a span, on their way to shared memory, 16 bytes a thread.
-__device__ __forceinline__ void stage(Part* to, const Part* from) {
-    constexpr int each = 16 / (int)sizeof(Part), threads = 32 * WARPS;
+__device__ __forceinline__ void stage(float* to, const float* from) {
+    constexpr int each = 4, threads = 32 * WARPS;
 #pragma unroll
     for (int first = 0; first < SPAN * OF_TOKEN; first += each * threads) {
         const int at = first + threadIdx.x * each;
@@ -278,7 +319,7 @@ __device__ __forceinline__ void soon(const void* p) { asm volatile("prefetch.glo
 struct Forward {
     Rows x, dt, z, y;
     const float* A;
-    const Part* BC;
+    const float* BC;
     const float *D, *bias, *resets, *first;
     Kept* starts;
     float *ends, *decays;
@@ -287,16 +328,16 @@ struct Forward {
 
 #if KERNEL == 0
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forward(const Forward f) {
-    struct Shared {
-        float2 du[WARPS][SPAN][8];
-        float y[WARPS][SPAN][40];  // 4 parts of each sum; 40: so that they are read from all banks
-        Part BC[2][SPAN * OF_TOKEN];
+    struct OfWarp {
+        float delta[8][20];  // of a channel, by tokens; 20: so that those who write meet in no bank
+        float drive[8][20];  // delta x, tokens 0, 4, 8, 12, then 1, 5, 9, 13 and so on
+        float y[SPAN][12];
     };
-    Shared& shared = shared_as<Shared>();
-    const Place p = place_of(f.s);
-    float2(*du)[8] = shared.du[p.warp];
-    float* const own_y = &shared.y[p.warp][0][p.lane];
-    const float2* const own_du[2] = {&du[0][p.c], &du[0][p.c ^ 2]};  // of tokens 0, 1 and 2, 3 of each four
+    struct Shared {
+        OfWarp of[WARPS];
+    };
+    OfWarp& own = shared_as<Shared>().of[threadIdx.x >> 5];
+    const Place p = place_of(f.s, threadIdx.x & 3, threadIdx.x >> 2 & 7);
     float A2[4], h[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
     const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
@@ -317,10 +358,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     Number* const y = pinned(row_of(f.y, p));
     int end = p.end;
     pin(end);
-    const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
+    // what the thread holds of B, of token q of each four, and of C, of token c of each eight
+    const float* BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
+    int B_at = p.q * OF_TOKEN + p.c * 2, C_at = p.c * OF_TOKEN + OF_C + p.q * 4;
+    pin(B_at), pin(C_at);
     const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
-    int buffer = 0;
-    stage(shared.BC[0], next_BC);
+    float2 B[SPAN / 4];
+    float4 C[SPAN / 8];
+#pragma unroll
+    for (int i = 0; i < SPAN / 4; i++) B[i] = *reinterpret_cast<const float2*>(BC + B_at + i * 4 * OF_TOKEN);
+#pragma unroll
+    for (int i = 0; i < SPAN / 8; i++) C[i] = *reinterpret_cast<const float4*>(BC + C_at + i * 8 * OF_TOKEN);
     Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     float total = 0.f, any_reset = 0.f;
 
@@ -328,28 +376,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     Four next_dt = load4(at(dt, f.dt, t), inside), next_x = load4(at(x, f.x, t), inside), next_z = {};
     if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), inside);
     for (int span = p.begin; span < end; span += SPAN) {
-        staged();
-        const Part* BC = shared.BC[buffer] + p.q * 4;
-        buffer ^= 1;
-        next_BC += SPAN * OF_TOKEN;
-        if (span + SPAN < end) stage(shared.BC[buffer], next_BC);
         const bool mine = inside;
         float xv[4], zv[4];
         {
-            float raw[4], delta[4];
+            float raw[4];
             widen(next_dt, raw);
             widen(next_x, xv);
             widen(next_z, zv);
+            const int first = (p.lane & 1) * 4, place = (p.t & 3) * 4 + (p.t >> 2);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 raw[i] += bias[i];
-                delta[i] = SOFTPLUS ? softplus(raw[i]) : raw[i];
-                if (!mine) delta[i] = 0.f;
+                float delta = SOFTPLUS ? softplus(raw[i]) : raw[i];
+                if (!mine) delta = 0.f;
+                own.delta[first + i][p.t] = delta;
+                own.drive[first + i][place] = delta * xv[i];
             }
-            float drive[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) drive[i] = delta[i] * xv[i];
-            store_pairs(&du[p.t][(p.lane & 1) * 4], p.t, delta, drive);
         }
         __syncwarp();
         t += SPAN;
@@ -361,63 +403,72 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
 #endif
-#pragma unroll 2
-        for (int group = 0; group < SPAN; group += 4) {
+        float drives[4];
+        scaled4(drives, *reinterpret_cast<const float4*>(&own.drive[p.c][p.q * 4]), 1.f);
+        if (span + SPAN < end) BC += SPAN * OF_TOKEN;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 step = own_du[i >> 1][(group + i) * 8];
-                float b[4];
-                take(b, BC + i * OF_TOKEN);
+        for (int half = 0; half < SPAN / 8; half++) {
+            float y_even = 0.f, y_odd = 0.f;
+#pragma unroll
+            for (int group = half * 2; group < half * 2 + 2; group++) {
+                const float rough = high_part(drives[group]), rest = drives[group] - rough;
+                float delta[4];
+                scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++) {
+                    float even[4], odd[4], states[2][4];
+                    outer(even, odd, rough, rest, p.q == pair * 2, p.q == pair * 2 + 1, B[group]);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const float step = delta[pair * 2 + i];
+                        const float drive[4] = {even[i * 2], odd[i * 2], even[i * 2 + 1], odd[i * 2 + 1]};
 #if HAS_SEQ
-                const float reset = resets[i];
+                        const float reset = resets[group * 4 + pair * 2 + i];
 #endif
 #if LOCAL
-                total += step.x;
+                        total += step;
 #if HAS_SEQ
-                any_reset += reset;
+                        any_reset += reset;
 #endif
-#else
-                float c[4];
-                take(c, BC + i * OF_TOKEN + OF_C);
-                float part = 0.f;
 #endif
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
+                        for (int j = 0; j < 4; j++) {
 #if HAS_SEQ
-                    const float a = exp2_fast(fmaf(step.x, A2[j], reset));
+                            const float a = exp2_fast(fmaf(step, A2[j], reset));
 #else
-                    const float a = exp2_fast(step.x * A2[j]);
+                            const float a = exp2_fast(step * A2[j]);
 #endif
-                    h[j] = fmaf(a, h[j], step.y * b[j]);
+                            states[i][j] = h[j] = fmaf(a, h[j], drive[j]);
+                        }
+                    }
 #if !LOCAL
-                    part = fmaf(h[j], c[j], part);
+                    float sums[4];
+                    over_states(sums, states[0], states[1], C[half]);
+                    if (p.q == (group & 1) * 2 + pair) y_even = sums[0], y_odd = sums[3];
 #endif
                 }
-#if !LOCAL
-                own_y[(group + i) * 40] = part;
-#endif
+                B[group] = *reinterpret_cast<const float2*>(BC + B_at + group * 4 * OF_TOKEN);
             }
-            BC += 4 * OF_TOKEN;
-            resets += 4;
+#if !LOCAL
+            C[half] = *reinterpret_cast<const float4*>(BC + C_at + half * 8 * OF_TOKEN);
+            own.y[half * 8 + p.q * 2][p.c] = y_even;
+            own.y[half * 8 + p.q * 2 + 1][p.c] = y_odd;
+#endif
         }
+        resets += SPAN;
 #if !LOCAL
         __syncwarp();
-        float out[4] = {};
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-            float part[4];
-            scaled4(part, *reinterpret_cast<const float4*>(&shared.y[p.warp][p.t][q * 8 + (p.lane & 1) * 4]), 1.f);
-#pragma unroll
-            for (int i = 0; i < 4; i++) out[i] += part[i];
-        }
+        float out[4];
+        scaled4(out, *reinterpret_cast<const float4*>(&own.y[p.t][(p.lane & 1) * 4]), 1.f);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             out[i] = fmaf(skip[i], xv[i], out[i]);
             if (HAS_Z) out[i] *= zv[i] * sigmoid(zv[i]);
         }
         store4(at(y, f.y, t - SPAN), out, mine && p.active);
-#endif
+#else
         __syncwarp();
+#endif
     }
     if (!p.active) return;
 #if LOCAL
@@ -438,7 +489,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 struct Backward {
     Rows x, dt, z, grad_y, grad_x, grad_dt, grad_z;
     const float* A;
-    const Part* BC;
+    const float* BC;
     const float *D, *bias, *resets;
     const Kept* starts;
     const float* after;
@@ -451,10 +502,10 @@ struct Backward {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward_local(const Backward f) {
     struct Shared {
         float2 du[WARPS][SPAN][8];
-        Part BC[2][SPAN * OF_TOKEN];
+        float BC[2][SPAN * OF_TOKEN];
     };
     Shared& shared = shared_as<Shared>();
-    const Place p = place_of(f.s);
+    const Place p = place_of(f.s, threadIdx.x >> 3 & 3, threadIdx.x & 7);
     float2(*du)[8] = shared.du[p.warp];
     float A2[4], g[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
@@ -471,12 +522,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     bool inside = t < p.end;
     Four next_dt = load4(at(dt, f.dt, t), inside), next_g = load4(at(grad_y, f.grad_y, t), inside), next_z = {};
     if (HAS_Z) next_z = load4(at(z, f.z, t), inside);
-    const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
+    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
     int buffer = 0;
     stage(shared.BC[0], next_BC);
     for (int back = spans - 1; back >= 0; back--) {
         staged();
-        const Part* C_at = shared.BC[buffer] + OF_C + p.q * 4;
+        const float* C_at = shared.BC[buffer] + OF_C + p.q * 4;
         buffer ^= 1;
         next_BC -= SPAN * OF_TOKEN;
         if (back > 0) stage(shared.BC[buffer], next_BC);
@@ -544,7 +595,7 @@ struct OfWarp {
 };
 struct Shared {
     OfWarp of[WARPS];
-    Part BC[2][SPAN * OF_TOKEN];
+    float BC[2][SPAN * OF_TOKEN];
 };
 enum { X, DT, Z, GRAD_Y, GRAD_X, GRAD_DT, GRAD_Z };
 
@@ -569,7 +620,7 @@ __device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, 
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward(const Backward f) {
     Shared& shared = shared_as<Shared>();
-    const Place p = place_of(f.s);
+    const Place p = place_of(f.s, threadIdx.x >> 3 & 3, threadIdx.x & 7);
     OfWarp& own = shared.of[p.warp];
     const float2* const own_du[2] = {&own.du[0][p.c], &own.du[0][p.c ^ 2]};  // of tokens 0, 1 and 2, 3 of each four
     const float* const own_go = &own.go[0][p.c];
@@ -588,7 +639,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const bool rest[2] = {!of_low && !of_second, !of_low && of_second};
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
     int buffer = 0, adders = 0;
-    const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
+    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
     stage(shared.BC[0], next_BC);
     if (p.lane < 2) {
         const Rows* const all[7] = {&f.x, &f.dt, &f.z, &f.grad_y, &f.grad_x, &f.grad_dt, &f.grad_z};
@@ -646,7 +697,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             add_up(f, shared, p, 0, span + SPAN, adders);
             adders = adders + 64 < 32 * WARPS ? adders + 64 : 0;
         }
-        const Part* BC = shared.BC[buffer] + p.q * 4;
+        const float* BC = shared.BC[buffer] + p.q * 4;
         buffer ^= 1;
         next_BC -= SPAN * OF_TOKEN;
         if (back > 0) stage(shared.BC[buffer], next_BC);
@@ -657,7 +708,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         firsts[0] = first;
 #pragma unroll 1
         for (int group = 1; group < SPAN / 4; group++) {
-            const Part* const BC_at = BC + (group - 1) * 4 * OF_TOKEN;
+            const float* const BC_at = BC + (group - 1) * 4 * OF_TOKEN;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float2 step = own_du[i >> 1][((group - 1) * 4 + i) * 8];
@@ -678,7 +729,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll 1
         for (int group = SPAN / 4 - 1; group >= 0; group--) {
             const float* const go_at = own_go + group * 4 * 8;
-            const Part* const BC_at = BC + group * 4 * OF_TOKEN;
+            const float* const BC_at = BC + group * 4 * OF_TOKEN;
             float states[5][4], decays[4][4];
             scaled4(states[0], firsts[group * 32], 1.f);
 #pragma unroll
