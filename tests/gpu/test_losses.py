@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from numerics import relative_error
+from torch import nn
 
 from blackmamba.ops import (
     AdamWTensors,
@@ -15,6 +16,8 @@ from blackmamba.ops import (
     rms_norm,
     router_logits,
 )
+from blackmamba.train.mixed import MixedAdamW
+from blackmamba.train.muon import Muon
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,6 +135,25 @@ def test_adamw(has_master: bool):
         assert (actual.parameter == expected.parameter).float().mean() > 0.99
         if actual.master is not None and expected.master is not None:
             assert relative_error(actual.master, expected.master) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [MixedAdamW, Muon])
+def test_parameters_may_be_on_the_host(kind: type[MixedAdamW]):
+    def trained(where: str, told: str) -> list[torch.Tensor]:
+        ps = [nn.Parameter(normal(6, 5, dtype=torch.float32, seed=i).to(where)) for i in range(2)]
+        gradients = {p: torch.ones_like(p) * (1 + i) for i, p in enumerate(ps)}
+        groups = [{"params": ps, "weight_decay": 0.1, "is_muons": True}]
+        options = {"momentum": 0.9, "scale": "moonlight", "dtype": torch.float32}
+        optimizer = kind(groups, 0.02, (0.9, 0.95), 1e-8, {}, **options if kind is Muon else {})
+        for scale, go in ((0.5, True), (1.0, False), (0.25, True)):
+            told_scale, told_go = torch.tensor(scale, device=told), torch.tensor(go, device=told)
+            optimizer.update(gradients, gradient_scale=told_scale, go=told_go)
+        return [p.detach().cpu() for p in ps]
+
+    for there, here in zip(trained("cpu", "cuda"), trained("cpu", "cpu"), strict=True):
+        assert torch.equal(there, here)
+    for there, here in zip(trained("cuda", "cuda"), trained("cpu", "cpu"), strict=True):
+        assert relative_error(there, here) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

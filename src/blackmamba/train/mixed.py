@@ -14,6 +14,7 @@ from blackmamba.model import keeps_float32
 from blackmamba.ops import AdamWTensors, adamw_, adamw_factors
 
 
+
 def narrow_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Put the parameters that may be narrow in `dtype`, in place; what the trained ones were."""
     masters: dict[str, Tensor] = {}
@@ -70,11 +71,23 @@ class MixedAdamW(torch.optim.Optimizer):
 
         Args:
             gradients: of parameters of this optimizer, in any dtype.
-            gradient_scale: on the device, a scalar.
-            go: on the device; False: everything stays as it is.
+            gradient_scale: a scalar, on the device that computed the gradients.
+            go: on the same device; False: everything stays as it is. Where parameters are on
+                another, it waits for that one.
         """
-        if not gradients:
-            return
+        places: dict[torch.device, list[nn.Parameter]] = {}
+        for p in gradients:
+            places.setdefault(p.device, []).append(p)
+        for device, own in places.items():
+            scale = on_device(device, gradient_scale)
+            self._update({p: gradients[p] for p in own}, scale, on_device(device, go))
+
+    def _update(
+        self,
+        gradients: Mapping[nn.Parameter, Tensor],
+        gradient_scale: Tensor | float,
+        go: Tensor | bool,
+    ) -> None:
         steps = self._steps(gradients)
         for group in self.param_groups:
             own = [p for p in group["params"] if p in gradients]
@@ -103,7 +116,7 @@ class MixedAdamW(torch.optim.Optimizer):
         steps += go
 
     def _steps(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """How many updates there were: one number on the device, shared by all."""
+        """How many updates there were: one number on their device, shared by all."""
         shared: Tensor | None = None
         for parameter in parameters:
             state = self.state[parameter]
@@ -120,3 +133,8 @@ class MixedAdamW(torch.optim.Optimizer):
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
+
+
+def on_device(device: torch.device, value: Tensor | float) -> Any:
+    """A number as it is; a tensor there."""
+    return value.to(device) if isinstance(value, Tensor) else value

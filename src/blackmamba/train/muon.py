@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from blackmamba.train.mixed import MixedAdamW
+from blackmamba.train.mixed import MixedAdamW, on_device
 
 if TYPE_CHECKING:
     from blackmamba.train.parallel.shards import Shards
@@ -93,14 +93,17 @@ class Muon(MixedAdamW):
         own = {p for group in self._own_groups() for p in group["params"]}
         others = {p: g for p, g in gradients.items() if p not in own}
         super().update(others, gradient_scale=gradient_scale, go=go)
-        if not isinstance(go, Tensor) or go.device.type == "cpu":
+        moved = [p for p in own if p in gradients]
+        if not isinstance(go, Tensor) or any(p.device.type == "cpu" for p in moved):
             if not go:
                 return
             go = True
         for group in self._own_groups():
             given = [p for p in group["params"] if p in gradients]
             for members in self._together(given):
-                found = [gradients[p].float() * gradient_scale for p in members]
+                found = [
+                    gradients[p].float() * on_device(p.device, gradient_scale) for p in members
+                ]
                 self._move(members, found, group, go)
 
     def _together(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blackmamba.ops.backend import chosen_backend
+from blackmamba.ops.backend import available_backends, chosen_backend
 from blackmamba.train.average import WeightAverage
 from blackmamba.train.config import TrainConfig
 from blackmamba.train.mixed import MixedAdamW
@@ -68,9 +68,15 @@ def build_optimizer(
         )
     groups = _groups(named, config.weight_decay)
     is_plain = named[0][1].device.type == "cpu" and all(p.dtype == torch.float32 for _, p in named)
-    if is_plain and chosen_backend("adamw") == "reference":
+    if is_plain and not _is_native():
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
     return MixedAdamW(groups, config.lr, betas, config.adam_eps, _by_parameter(named, kept))
+
+
+def _is_native() -> bool:
+    """Whether a CPU's parameters are updated by the native kernel; there may be a GPU too."""
+    chosen = chosen_backend("adamw")
+    return chosen == "native" or (chosen == "triton" and "native" in available_backends("adamw"))
 
 
 def _groups(named: Sequence[tuple[str, nn.Parameter]], decay: float) -> list[dict[str, Any]]:
