@@ -116,6 +116,18 @@ def test_a_run_that_was_cut_goes_on(text: Path, tmp_path: Path):
     assert not (folder / "checkpoints").exists()
 
 
+def test_when_the_time_is_over_a_bench_is_cut(text: Path, tmp_path: Path):
+    data = DataConfig(text=(str(text),), vocab_size=300)
+    scale = dataclasses.replace(SCALES["toy"], lrs=(1e-2,))
+    lab = Lab(tmp_path, scale, data, 1, lambda _: None, seconds=0.01)
+    plan = lab.plan("mamba", (32, 1), 0)
+    with pytest.raises(KeyboardInterrupt, match="1 of 1 runs not finished"):
+        lab.bench.train([plan])
+    again = Lab(tmp_path, scale, data, 1, lambda _: None)
+    assert again.bench.curve(plan).tokens[-1] == 6 * 4 * 32
+    lab.bench.train([plan])  # nothing is left to be done
+
+
 def test_each_process_of_a_bench_is_given_the_next_gpu(monkeypatch: pytest.MonkeyPatch):
     taken: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
@@ -127,6 +139,18 @@ def test_each_process_of_a_bench_is_given_the_next_gpu(monkeypatch: pytest.Monke
     for _ in range(5):
         runs._begin(begun, 1)
     assert taken == [1, 2, 0, 1, 2]
+
+
+def test_a_seed_is_complete_before_the_next_begins(text: Path, tmp_path: Path):
+    scale = dataclasses.replace(SCALES["toy"], ladder=((32, 1), (64, 1)), seeds=(2, 2), lrs=(1e-2,))
+    told: list[str] = []
+    data = DataConfig(text=(str(text),), vocab_size=300)
+    lab = Lab(tmp_path, scale, data, 1, told.append)
+    plans = [lab.plan("mamba", rung, seed) for rung in scale.ladder for seed in (1, 0)]
+    lab.bench.train(plans)
+    assert [line.split(":")[0] for line in told] == [
+        f"training mamba-{rung}, seed {seed}" for seed in (0, 1) for rung in ("64x1", "32x1")
+    ]
 
 
 def test_wider_rungs_take_smaller_steps(tmp_path: Path):
@@ -296,6 +320,8 @@ def test_wrong_arguments(tmp_path: Path):
         reproduce(tmp_path, "cl")
     with pytest.raises(ConfigError, match="jobs=0: must be at least 1"):
         reproduce(tmp_path, "toy", jobs=0)
+    with pytest.raises(ConfigError, match="seconds=0: must be positive"):
+        reproduce(tmp_path, "toy", seconds=0)
     with pytest.raises(ConfigError, match="part 'laddr': did you mean 'ladder'"):
         reproduce(tmp_path, "toy", only=["laddr"])
 

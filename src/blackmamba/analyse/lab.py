@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -33,14 +34,21 @@ class Lab:
         data: what is trained on.
         jobs: training runs at once.
         tell: is given a line now and then.
+        seconds: see `Bench`.
     """
 
     def __init__(
-        self, out: Path, scale: Scale, data: DataConfig, jobs: int, tell: Callable[[str], None]
+        self,
+        out: Path,
+        scale: Scale,
+        data: DataConfig,
+        jobs: int,
+        tell: Callable[[str], None],
+        seconds: float = math.inf,
     ):
         self.out, self.scale, self.jobs, self.tell = out, scale, jobs, tell
         out.mkdir(parents=True, exist_ok=True)
-        self.bench = Bench(out / "runs", data, jobs, tell)
+        self.bench = Bench(out / "runs", data, jobs, tell, seconds)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._taken: dict[str, float] = {}
         # Networks so small are done before the host has started their kernels one by one.

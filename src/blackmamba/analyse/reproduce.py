@@ -4,6 +4,7 @@ What is known of the paper is in docs/paper.md with its sources. Start at `repro
 """
 
 import dataclasses
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def reproduce(
     prepared: str = "",
     only: Sequence[str] = PARTS,
     jobs: int | None = None,
+    seconds: float = math.inf,
     command: str = "",
     tell: Callable[[str], None] = lambda _: None,
 ) -> Path:
@@ -64,13 +66,15 @@ def reproduce(
         only: some of `PARTS`.
         jobs: training runs at once, each a process, on all GPUs together; None: one a core, or one
             a GPU, which small runs do not fill.
+        seconds: cut the training after so many; the same call goes on.
         command: shown in the report.
         tell: is given a line now and then.
     Returns:
         The report.
     Raises:
-        ConfigError: no such scale or part, or no jobs.
+        ConfigError: no such scale or part, no jobs, or no time.
         DataError: there is no such text or prepared folder.
+        KeyboardInterrupt: the time is over.
     """
     if scale not in SCALES:
         raise ConfigError(f"scale={scale!r}: {nearest(scale, SCALES)}")
@@ -81,6 +85,8 @@ def reproduce(
         jobs = torch.cuda.device_count() or torch.get_num_threads()
     if jobs < 1:
         raise ConfigError(f"jobs={jobs}: must be at least 1")
+    if not seconds > 0:
+        raise ConfigError(f"seconds={seconds:g}: must be positive")
     size = SCALES[scale]
     if prepared:
         source = SourceConfig(name="text", path=str(Path(prepared).absolute()), weight=1.0)
@@ -88,7 +94,7 @@ def reproduce(
         size = dataclasses.replace(size, vocab_size=open_prepared(prepared).tokenizer.n_tokens)
     else:
         data = DataConfig(text=tuple(text), vocab_size=size.vocab_size)
-    lab = Lab(Path(out), size, data, jobs, tell)
+    lab = Lab(Path(out), size, data, jobs, tell, seconds)
     chosen = {name: part for name, part in _PARTS.items() if name in only}
     lab.bench.train(lab.trials({name for part in chosen.values() for name in part.tuned}))
     lab.bench.train([plan for part in chosen.values() for plan in part.plans(lab)])

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,7 @@ class Bench:
         jobs: so many runs at once, each a process; 1: in this one, one after the other. Several
             share the GPUs that are visible, each process on one of them in turn.
         tell: is given a line when a run begins or, of several at once, ends.
+        seconds: from now on; runs that are not finished by then are cut. Infinity: none is.
     """
 
     def __init__(
@@ -87,20 +90,26 @@ class Bench:
         data: DataConfig,
         jobs: int = 1,
         tell: Callable[[str], None] = lambda _: None,
+        seconds: float = math.inf,
     ):
         self._folder, self._data, self._jobs, self._tell = folder, data, jobs, tell
+        self._seconds, self._end = seconds, time.monotonic() + seconds
 
     def train(self, plans: Iterable[Plan]) -> None:
-        """Make the runs that are not finished yet, those with the most work first."""
+        """Make the runs that are not finished yet: seed by seed, those with the most work first.
+
+        Raises:
+            KeyboardInterrupt: the time is over; a run that was cut goes on the next time.
+        """
         missing = {(p.name, p.seed): p for p in plans if not self._is_done(p)}
-        waiting = sorted(missing.values(), key=_work, reverse=True)
+        waiting = sorted(missing.values(), key=lambda plan: (plan.seed, -_work(plan)))
         if waiting and not self._data.sources:
             prepare(self._data, self._folder / _DATA)
         orders = [
             (self._run_config(p), self._of(p), self._folder / _DATA, p.keeps_checkpoints)
             for p in waiting
         ]
-        if self._jobs == 1 or not waiting:
+        if not waiting or (self._jobs == 1 and math.isinf(self._end)):
             for plan, order in zip(waiting, orders, strict=True):
                 self._tell(f"training {_words(plan)}")
                 _train(*order)
@@ -117,15 +126,28 @@ class Bench:
                 pool.submit(_train, *order): plan
                 for plan, order in zip(waiting, orders, strict=True)
             }
-            for done in as_completed(running):
+            left = None if math.isinf(self._end) else max(0.0, self._end - time.monotonic())
+            for done in as_completed(running, left):
                 self._tell(f"{_words(running[done])}: {done.result():.4f} nats a token")
+        except TimeoutError:
+            self._kill(others)
+            unfinished = sum(not self._is_done(plan) for plan in waiting)
+            raise KeyboardInterrupt(
+                f"stopped after {self._seconds:g} s with {unfinished} of {len(waiting)} runs not "
+                "finished; the same command goes on"
+            ) from None
         except BaseException:
-            for child in active_children():
-                if child not in others:
-                    child.kill()  # it goes on from its newest checkpoint the next time
+            self._kill(others)
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+    @staticmethod
+    def _kill(others: Collection[BaseProcess]) -> None:
+        """End this process's children but for `others`; their runs go on the next time."""
+        for child in active_children():
+            if child not in others:
+                child.kill()
 
     def curve(self, plan: Plan) -> Curve:
         """Of a run, which is made if it is not finished."""

@@ -95,6 +95,14 @@ SCALES: dict[str, Scale] = {
         contexts=(128, 1024, 8192, 32_768, 65_536), batch_sizes=(1,),
         sinkhorn_tokens=(2048, 16_384, 65_536), sinkhorn_experts=(8, 64), probes=4, cuts=10,
     ),
+    "gpu-half-hour": Scale(
+        ladder=((192, 4), (256, 8)), seeds=(2, 2), vocab_size=4096,
+        settings=_settings(9200, 32, 512, 3e-3, "auto"),
+        lrs=(4e-3,), muon_lrs=(1e-2,), tuning_steps=400,
+        ablation_seeds=1, experts=(1, 4, 16, 32), latency=(640, 16),
+        contexts=(128, 1024, 8192, 32_768, 65_536), batch_sizes=(1,),
+        sinkhorn_tokens=(2048, 16_384, 65_536), sinkhorn_experts=(8, 64), probes=4, cuts=4,
+    ),
     "gpu": Scale(
         ladder=((256, 8), (384, 12), (640, 16)), seeds=(3, 3, 2), vocab_size=16_384,
         settings=_settings(6000, 64, 512, 3e-3, "auto"),
@@ -105,4 +113,6 @@ SCALES: dict[str, Scale] = {
     ),
 }  # fmt: skip
 """By name. "toy" is for trying the program; its numbers mean nothing. "cpu-hour" has tiny networks
-and many tokens for each of their parameters, where the paper's claims are about such."""
+and many tokens for each of their parameters, where the paper's claims are about such.
+"gpu-half-hour" is "gpu-minutes" with four times the tokens, at learning rates that were found by
+it."""

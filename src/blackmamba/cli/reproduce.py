@@ -1,11 +1,13 @@
 """`blackmamba reproduce`: the paper's claims, checked at a scale, as one report."""
 
 import argparse
+import math
 import shlex
 import sys
 from pathlib import Path
 
 PARTS = ("sizes", "ladder", "latency", "experts", "sinkhorn", "ablations", "better")
+_SCALES = ("ci", "cpu-hour", "laptop", "gpu-minutes", "gpu-half-hour", "gpu", "toy")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,9 +19,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "the paper that can be made at the scale. What is in OUT already is not trained again.",
     )
     parser.add_argument(
-        "--scale", choices=("ci", "cpu-hour", "laptop", "gpu-minutes", "gpu", "toy"), default="ci",
+        "--scale", choices=_SCALES, default="ci",
         help="ci: minutes on two cores (default); cpu-hour: tiny networks, many tokens; "
-        "gpu-minutes: on a GPU; laptop, gpu: hours there; toy: to try it",
+        "gpu-minutes, gpu-half-hour: on a GPU; laptop, gpu: hours there; toy: to try it",
     )  # fmt: skip
     parser.add_argument(
         "--out", required=True, type=Path, metavar="OUT", help="folder of everything"
@@ -40,6 +42,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="training runs at once, on all GPUs together (default: one a core; where there are "
         "GPUs, one on each, though many small ones fit)",
     )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, metavar="S",
+        help="cut the training after so many; the same command goes on",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -54,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         prepared=args.prepared,
         only=args.only,
         jobs=args.jobs,
+        seconds=args.seconds,
         command=shlex.join(["blackmamba", *sys.argv[1:]]),
         tell=lambda line: print(line, flush=True),
     )
