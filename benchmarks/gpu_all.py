@@ -60,7 +60,7 @@ PARTS = {
         (
             sys.executable, "-m", "pytest", "-v", "-n", "8", "--dist", "loadgroup",
             *QUIET, *TESTS,
-        ), 240,
+        ), 300,
     ),
     "memcheck": sanitizer("memcheck"),
     "racecheck": sanitizer("racecheck"),
@@ -254,6 +254,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--logs", type=Path, default=Path(os.environ.get("OUT", "runs/gpu")))
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=400, help="most for all parts together")
+    parser.add_argument("--seconds", type=float, default=460, help="most for all parts together")
     options = parser.parse_args()
     main(options.logs, options.only, options.seconds)

@@ -33,8 +33,9 @@ from blackmamba.train.step import CapturedGradients
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
-    pytest.mark.xdist_group("curves"),  # one process, so that the reference is run once
 ]
+# Processes of their own, so that each reference, a minute or two, is run once.
+given_choices, free_choices = (pytest.mark.xdist_group(name) for name in ("given", "free"))
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
 STEPS = 200
@@ -115,6 +116,7 @@ def differences(losses: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Ten
     return (losses / expected - 1).abs(), (means / expected_means - 1).abs()
 
 
+@given_choices
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_float32_kernels_draw_the_references_curve(reference: Reference):
@@ -128,6 +130,7 @@ def test_float32_kernels_draw_the_references_curve(reference: Reference):
     assert single.max() < 1e-5
 
 
+@free_choices
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_float32_kernels_choose_as_the_reference_until_a_near_tie(free_reference: Reference):
@@ -149,6 +152,7 @@ def test_float32_kernels_choose_as_the_reference_until_a_near_tie(free_reference
     assert single.max() < 0.005
 
 
+@given_choices
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("weights", ["float32", "master"])
@@ -162,6 +166,7 @@ def test_bfloat16_kernels_draw_the_references_curve(weights: str, reference: Ref
     assert means.max() < 0.005
 
 
+@free_choices
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("weights", ["float32", "master"])
