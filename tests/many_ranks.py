@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 _PRELOADED = ["torch", "blackmamba.train", "blackmamba.train.parallel.spread",
-              "blackmamba.train.parallel.checkpoint"]  # fmt: skip
+              "blackmamba.train.parallel.checkpoint", "torch._dynamo"]  # fmt: skip
+# The last one is what torch imports for its first optimizer.
 _POLL_S, _DUMP_S = 0.5, 5.0
 _clock = time.monotonic
 _logger = logging.getLogger(__name__)
@@ -54,8 +55,7 @@ def on_ranks(
     Raises:
         AssertionError: a rank failed, died or was too slow; names it, with its traceback.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context = _forkserver()
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False
     )  # torchrun has one
@@ -106,6 +106,42 @@ def on_ranks(
                 process.join(timeout=5 if len(found) == size else 0)
                 process.kill()
     return [found[rank] for rank in range(size)]
+
+
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """What function(*args) gives in a process of its own, which is no rank; or its exit status.
+
+    Raises:
+        AssertionError: it failed; with its traceback.
+    """
+    context = _forkserver()
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_lone, args=(writer, function, args), daemon=True)
+    process.start()
+    writer.close()
+    try:
+        kind, value = reader.recv()
+    except EOFError:
+        process.join()
+        return process.exitcode
+    process.join()
+    assert kind == "good", value
+    return value
+
+
+def _lone(results: connection.Connection, function: Callable[..., Any], args: Any) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    try:
+        results.send(("good", function(*args)))
+    except BaseException:
+        results.send(("bad", traceback.format_exc()))
+
+
+def _forkserver() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def _reports(

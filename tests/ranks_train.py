@@ -15,7 +15,7 @@ from blackmamba.data import WindowSampler
 from blackmamba.errors import BlackMambaError
 from blackmamba.model import BlackMamba
 from blackmamba.model.balance import Losses
-from blackmamba.train import RunConfig, run, runner
+from blackmamba.train import Progress, RunConfig, load_recipe, run, runner, staging
 from blackmamba.train.parallel import watch
 
 Incident = tuple[str, int, int]
@@ -100,6 +100,25 @@ def _train(
         WindowSampler.batch = read
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "", ""
+
+
+def train_until_killed(recipe: Path, out: Path, step: int, place: str) -> None:
+    """Goes on with a run, and dies without any clean-up after the step or inside the checkpoint
+    that it is told."""
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Death(Progress):
+        def on_step(self, row: dict[str, Any]) -> None:
+            if row["step"] == step:
+                if place == "checkpoint":
+                    staging.settle = die  # weights and moments are written, the rest is not
+                else:
+                    die()
+
+    _draw_nothing()
+    run(load_recipe(recipe), out, resume=True, progress=Death())
 
 
 def outlive(config: RunConfig, out: Path, incident: Incident) -> tuple[str, str]:

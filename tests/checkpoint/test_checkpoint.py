@@ -5,14 +5,14 @@ import errno
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lone import load_from_cache, peak_of_loading
+from many_ranks import alone
 from numerics import largest_difference
 
 import blackmamba
@@ -325,25 +325,14 @@ def test_folders_that_are_not_there(tmp_path: Path):
 
 def test_hub_names(tmp_path: Path):
     """A local cache, laid out as the hub's client does, with the network off."""
-    code = (
-        "import blackmamba\n"
-        "from blackmamba.errors import CheckpointError\n"
-        "print(blackmamba.load('Somebody/Model').config.d_model)\n"
-        "try: blackmamba.load('Somebody/Else')\n"
-        "except CheckpointError as e: print(e)\n"
-    )
     repository = tmp_path / "hub" / "models--Somebody--Model"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots").mkdir()
     released_copy(repository / "snapshots" / ("0" * 40))
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    first, second = done.stdout.splitlines()
-    assert first == "72"
-    assert second.startswith("Somebody/Else: no such folder, and not to be had from the hub")
+    width, said = alone(load_from_cache, tmp_path, "Somebody/Model", "Somebody/Else")
+    assert width == 72
+    assert said.startswith("Somebody/Else: no such folder, and not to be had from the hub")
 
 
 @pytest.mark.parametrize("stop", ["while writing", "full disk"])
@@ -383,21 +372,6 @@ def test_a_stop_between_the_renames_never_leaves_a_mixture(
         load(tmp_path)
 
 
-MEASURE = """
-import sys, torch, blackmamba
-def peak():
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
-model = blackmamba.load(sys.argv[1], dtype=torch.float32)  # everything is imported and warm
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")  # begin a new peak
-before = peak()
-model = blackmamba.load(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
-size = sum(p.numel() * p.element_size() for p in model.parameters())
-print((peak() - before) / size)
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     ("stored", "wanted", "to"),
@@ -417,16 +391,8 @@ def test_loading_takes_little_more_memory_than_the_model(
     save(build(config, dtype=getattr(torch, stored)), tmp_path / "native")
     if to == "released":
         convert(tmp_path / "native", tmp_path / to, to="released")
-    command = [
-        sys.executable,
-        "-c",
-        MEASURE,
-        str(FIXTURES / "released-dev"),
-        str(tmp_path / to),
-        wanted,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.15
+    options = {"dtype": getattr(torch, wanted)}
+    assert alone(peak_of_loading, FIXTURES / "released-dev", tmp_path / to, options) < 1.15
 
 
 def test_load_and_save_are_the_packages_own():

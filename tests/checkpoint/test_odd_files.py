@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from lone import convert_on_full_disk, peak_of_loading, sum_of_copied
+from many_ranks import alone
 
 from blackmamba.checkpoint import convert, load, load_config, load_tokenizer, native, save
 from blackmamba.checkpoint.released import read_config
@@ -39,24 +40,10 @@ def copy_of_released(
     return folder
 
 
-def run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
-    """A process of its own: what is tested may end it, or sets limits for all of it."""
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_an_expanded_tensor_is_copied_and_no_other_memory_is_dropped(tmp_path: Path):
     """It claims 16 MB of a storage of four bytes: what lies behind the mapped file must stay."""
     torch.save({"wide": torch.ones(1).expand(2048, 2048)}, tmp_path / "pytorch_model.bin")
-    code = (
-        "import sys, torch, pathlib\n"
-        "from blackmamba.checkpoint.tensors import open_tensors\n"
-        "into = torch.zeros(2048, 2048)\n"
-        "open_tensors(pathlib.Path(sys.argv[1])).copy('wide', into)\n"
-        "print(int(into.sum()))\n"
-    )
-    done = run(code, tmp_path / "pytorch_model.bin")
-    assert (done.returncode, done.stdout.strip()) == (0, str(2048 * 2048)), done.stderr
+    assert alone(sum_of_copied, tmp_path / "pytorch_model.bin", "wide", (2048, 2048)) == 2048**2
 
 
 def test_a_transposed_tensor_is_copied(tmp_path: Path):
@@ -73,18 +60,9 @@ def test_a_full_disk_leaves_the_old_files(to: str, tmp_path: Path):
     pytest.importorskip("resource", reason="needs limits on a process")
     convert(SOURCE, tmp_path / to, to=to)  # pyright: ignore[reportArgumentType]
     before = {path.name: path.read_bytes() for path in (tmp_path / to).iterdir()}
-    code = (
-        "import resource, sys\n"
-        "from blackmamba.checkpoint import convert\n"
-        "from blackmamba.errors import CheckpointError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try: convert(sys.argv[1], sys.argv[2], to=sys.argv[3])\n"
-        "except CheckpointError as error: print(error)\n"
-    )
-    done = run(code, SOURCE, tmp_path / to, to)
-    assert done.returncode == 0, done.stderr
-    assert "cannot be written" in done.stdout
-    assert "File too large" in done.stdout
+    said = alone(convert_on_full_disk, SOURCE, tmp_path / to, to)
+    assert "cannot be written" in said
+    assert "File too large" in said
     assert {path.name: path.read_bytes() for path in (tmp_path / to).iterdir()} == before
 
 
@@ -97,22 +75,8 @@ def test_a_stored_copy_of_the_embedding_takes_no_memory(tmp_path: Path):
     file = tmp_path / "theirs" / "pytorch_model.bin"
     tensors = torch.load(file, weights_only=True)["model"]
     torch.save({"model": tensors | {HEAD: tensors[EMBEDDING].clone()}}, file)
-    code = (
-        "import sys, blackmamba\n"
-        "def kib(key):\n"
-        "    with open('/proc/self/status') as f:\n"
-        "        return next(int(line.split()[1]) for line in f if line.startswith(key))\n"
-        "blackmamba.load(sys.argv[1])\n"
-        "with open('/proc/self/clear_refs', 'w') as f: f.write('5')\n"
-        "before = kib('VmRSS')\n"
-        "model = blackmamba.load(sys.argv[2])\n"
-        "size = sum(p.numel() * p.element_size() for p in model.parameters())\n"
-        "assert model.config.tie_embeddings\n"
-        "print((kib('VmHWM') - before) * 1024 / size)\n"
-    )
-    done = run(code, SOURCE, tmp_path / "theirs")
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.15
+    assert alone(peak_of_loading, SOURCE, tmp_path / "theirs", {}) < 1.15
+    assert load(tmp_path / "theirs").config.tie_embeddings
 
 
 def test_an_output_layer_of_another_shape_is_an_error(tmp_path: Path):

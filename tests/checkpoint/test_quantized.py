@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lone import peak_of_loading
+from many_ranks import alone
 from safetensors.torch import load_file, save_file
 
 import blackmamba
@@ -129,20 +129,6 @@ def test_files_that_do_not_fit(tmp_path: Path):
         load(tmp_path)
 
 
-MEASURE = """
-import sys, torch, blackmamba
-def peak():
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
-model = blackmamba.load(sys.argv[1])  # everything is imported and warm
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")  # begin a new peak
-before = peak()
-model = blackmamba.load(sys.argv[2], dtype=torch.bfloat16)
-print((peak() - before) / sum(t.nbytes for t in model.state_dict().values()))
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_loading_takes_little_more_memory_than_the_model(tmp_path: Path):
     config = dataclasses.replace(
@@ -150,6 +136,5 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path: Path):
     )
     save(build(), tmp_path / "tiny")
     save(quantize(BlackMamba(config), 8, what="all"), tmp_path / "large")
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "tiny"), str(tmp_path / "large")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.15
+    options = {"dtype": torch.bfloat16}
+    assert alone(peak_of_loading, tmp_path / "tiny", tmp_path / "large", options) < 1.15

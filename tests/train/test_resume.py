@@ -6,14 +6,14 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from many_ranks import alone
+from ranks_train import train_until_killed
 
 import blackmamba
 from blackmamba.errors import CheckpointError, ConfigError, DataError
@@ -21,28 +21,6 @@ from blackmamba.train import Progress, RunConfig, load_recipe, run, write_recipe
 from blackmamba.train.metrics import read_metrics
 
 Small = Callable[..., RunConfig]
-
-# Trains, and dies without any clean-up after the step or inside the checkpoint that it is told.
-CHILD = """
-import os, signal, sys
-import torch
-from blackmamba.train import Progress, load_recipe, run, staging
-torch.set_num_threads(1)
-recipe, out, step, place = sys.argv[1:]
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-class Death(Progress):
-    def on_step(self, row):
-        if row["step"] == int(step):
-            if place == "checkpoint":
-                staging.settle = die  # weights and moments are written, the rest is not
-            else:
-                die()
-
-run(load_recipe(recipe), out, resume=True, progress=Death())
-"""
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -93,13 +71,8 @@ def test_killed_three_times(small: Small, tmp_path: Path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "killed"
     write_recipe(config, recipe)
     for step, place in [*moments, (0, "nowhere")]:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", CHILD, recipe, out, str(step), place],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == (-signal.SIGKILL if step else 0), (moments, done.stderr)
+        ended = alone(train_until_killed, recipe, out, step, place)
+        assert ended == (-signal.SIGKILL if step else None), moments
         if place == "checkpoint":
             assert list((out / "checkpoints").glob(".step-*")), moments
     run(config, tmp_path / "whole")
