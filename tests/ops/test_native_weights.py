@@ -1,9 +1,6 @@
 """The native products with weights of every kind, against float64 and against themselves."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -227,8 +224,8 @@ def test_compiles_to_one_graph():
     assert torch.equal(compiled(x), run(x))
 
 
-def main() -> None:
-    """Every kind of weights on the instruction set that the environment names."""
+def every_kind() -> None:
+    """Products with each kind; by lesser instruction sets, too: see `test_native_sets`."""
     for kind, make in WEIGHTS.items():
         for i in (1, 16, 31, 45, 128, 300):
             weight, x = make(normal(70, i)), normal(7, i, seed=1)
@@ -237,23 +234,3 @@ def main() -> None:
             assert torch.equal(product(x[:1], weight), y[:1]), (kind, i)
             rounded = relative_error(product(x, weight, narrow=True), y.double())
             assert rounded < 1e-4, (kind, i)
-    print(native.extension().target())  # noqa: T201
-
-
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
-def test_lesser_instruction_sets(name: str):
-    environment = {
-        **os.environ,
-        "BLACKMAMBA_CPU_TARGET": name,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    if done.stdout.strip() != name:
-        pytest.skip(f"this processor has {native.extension().target()}")
-
-
-if __name__ == "__main__":
-    main()
