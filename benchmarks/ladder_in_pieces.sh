@@ -3,10 +3,10 @@
 #
 #   benchmarks/ladder_in_pieces.sh CARRIED WORK BACK SECONDS [options of `blackmamba reproduce`]
 #
-# CARRIED  comes along: text/*.jsonl.xz, tokenizer.json and, after the first time, finished.tar.xz
+# CARRIED  comes along: text/*.jsonl.xz, tokenizer.json and, after the first time, finished.tar.gz
 # WORK     the prepared text and the runs; if it is still there from the time before, runs that were
 #          cut go on from their checkpoints, else they begin anew
-# BACK     finished.tar.xz is written there: what tables and pictures need of all finished runs
+# BACK     finished.tar.gz is written there: what tables and pictures need of all finished runs
 # SECONDS  for everything: training is cut so much earlier that there is time to pack
 set -euo pipefail
 carried=$(realpath -m "$1") work=$(realpath -m "$2") back=$(realpath -m "$3") whole=$4
@@ -17,8 +17,8 @@ mkdir -p "$work/reproduced" "$back"
 
 python3 -m blackmamba data prepare --text "$carried/text" --tokenizer "$carried/tokenizer.json" \
   --validation-fraction 0.01 --out "$work/prepared"
-if [ -e "$carried/finished.tar.xz" ]; then
-  tar -xJf "$carried/finished.tar.xz" -C "$work/reproduced"
+if [ -e "$carried/finished.tar.gz" ]; then
+  tar -xzf "$carried/finished.tar.gz" -C "$work/reproduced"
 fi
 echo "ready after $SECONDS s"
 
@@ -34,9 +34,9 @@ cd "$work/reproduced"
     run=${final%/*}
     if [ -e "$final" ]; then printf '%s\n' "$final" "$run/metrics.jsonl" "$run/recipe.yaml"; fi
   done
-} | tar -cJf "$back/.finished" -T -
-mv "$back/.finished" "$back/finished.tar.xz"
-tar -tJf "$back/finished.tar.xz" | grep final.json || echo "no run is finished"
-ls -l "$back/finished.tar.xz"
+} | tar -czf "$back/.finished" -T -
+mv "$back/.finished" "$back/finished.tar.gz"
+tar -tzf "$back/finished.tar.gz" | grep final.json || echo "no run is finished"
+ls -l "$back/finished.tar.gz"
 echo "packed after $SECONDS s"
 exit $((status == 130 ? 0 : status))

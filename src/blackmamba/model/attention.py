@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from blackmamba.config import ModelConfig
 from blackmamba.model.linear import Linear
 from blackmamba.model.state import AttentionState
+from blackmamba.ops import rotary
 
 
 class Attention(nn.Module):
@@ -65,13 +66,23 @@ class Attention(nn.Module):
         b, l, _ = u.shape
         fresh = state is None or state.keys.shape[2] == 0
         past = u.new_zeros(b, dtype=torch.int64) if state is None else state.lengths
-        positions_bl = past[:, None] + torch.arange(l, device=u.device)
+        positions_bl = torch.arange(l, device=u.device)[None]  # for all rows alike
+        if state is not None:
+            positions_bl = past[:, None] + positions_bl
         starts_bl = None if seq_idx is None else _starts(seq_idx)
         if starts_bl is not None:
             positions_bl = positions_bl - starts_bl
-        q = self._rotate(self._heads(self.q_proj(u), self.n_heads), positions_bl)
-        k = self._rotate(self._heads(self.k_proj(u), self.n_kv_heads), positions_bl)
-        v = self._heads(self.v_proj(u), self.n_kv_heads)
+        cos, sin = self._turns(positions_bl)
+        q, k, v = (
+            product(u).unflatten(-1, (n, self.d_head))
+            for product, n in (
+                (self.q_proj, self.n_heads),
+                (self.k_proj, self.n_kv_heads),
+                (self.v_proj, self.n_kv_heads),
+            )
+        )
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
 
         if fresh:
             keys, values, mask = k, v, None
@@ -99,18 +110,12 @@ class Attention(nn.Module):
         y, state = self.forward(u[:, None], state, None)
         return y[:, 0], state
 
-    def _heads(self, x: Tensor, n_heads: int) -> Tensor:
-        return x.unflatten(-1, (n_heads, self.d_head)).transpose(1, 2)
-
-    def _rotate(self, x: Tensor, positions_bl: Tensor) -> Tensor:
-        """Turn each pair (x[i], x[i + h/2]) by position * theta^(-2i/h); angles in float32."""
+    def _turns(self, positions_bl: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of position * theta^(-2i/h) for pair i: (b or 1, l, h/2), float32."""
         half = self.d_head // 2
-        powers = torch.arange(half, device=x.device, dtype=torch.float32) / half
-        angles = positions_bl[:, None, :, None] * self.rope_theta**-powers
-        wide = torch.promote_types(x.dtype, torch.float32)
-        first, second = x.to(wide).split(half, dim=-1)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+        powers = torch.arange(half, device=positions_bl.device, dtype=torch.float32) / half
+        angles = positions_bl[:, :, None] * self.rope_theta**-powers
+        return angles.cos(), angles.sin()
 
 
 def _starts(seq_idx: Tensor) -> Tensor:

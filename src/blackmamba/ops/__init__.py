@@ -20,6 +20,7 @@ from blackmamba.ops.quantized_linear import (
     quantized_linear,
 )
 from blackmamba.ops.rms_norm import add_rms_norm, rms_norm
+from blackmamba.ops.rotary import rotary
 from blackmamba.ops.router_logits import router_choice, router_logits
 from blackmamba.ops.selective_scan import selective_scan
 from blackmamba.ops.selective_state_update import selective_state_update
@@ -45,6 +46,7 @@ __all__ = [
     "quantized_expert_mlp",
     "quantized_linear",
     "rms_norm",
+    "rotary",
     "router_choice",
     "router_logits",
     "selective_scan",

@@ -14,7 +14,6 @@ from blackmamba.model import keeps_float32
 from blackmamba.ops import AdamWTensors, adamw_, adamw_factors
 
 
-
 def narrow_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Put the parameters that may be narrow in `dtype`, in place; what the trained ones were."""
     masters: dict[str, Tensor] = {}
