@@ -16,6 +16,8 @@ _SOURCE = Path(__file__).with_name("scan.cu")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KERNELS = ("scan_forward", "scan_backward_local", "scan_backward")
 _SPAN = 16
+VARIANT: dict[str, int] = {}
+"""More macros for scan.cu, for comparing ways to write it."""
 
 
 class _Rows(ctypes.Structure):
@@ -84,21 +86,23 @@ def launch(
             value = tensor.data_ptr()
         setattr(arguments, key, value)
     arguments.s = _Sizes(*sizes)
-    flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}
-    shared_bytes = _shared_bytes(name, warps)
+    flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines, **VARIANT}
+    shared_bytes = _shared_bytes(name, warps, present.dtype == torch.bfloat16)
     flags |= {"WARPS": warps, "SHARED": shared_bytes, "KERNEL": _KERNELS.index(name)}
     kernel = cuda.kernel(_SOURCE, name, tuple(sorted(flags.items())), present.device.index)
     kernel.launch(blocks, 32 * warps, arguments, shared_bytes)
 
 
-def _shared_bytes(name: str, warps: int) -> int:
-    """Of a block: what each warp has of its channels in a span; backward, B and C of two spans."""
+def _shared_bytes(name: str, warps: int, short: bool) -> int:
+    """Of a block: what each warp has of its channels in a span; in `scan_backward_local` also B and
+    C of two spans. `short`: for bfloat16."""
     if name == "scan_forward":
         return 4 * warps * (2 * 8 * 20 + _SPAN * 12)
-    floats = {"scan_backward_local": 16, "scan_backward": 48}[name] * _SPAN
-    if name == "scan_backward":
-        floats += _SPAN // 4 * 32 * 4 + 2 * 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
-    return 4 * warps * floats + 2 * _SPAN * 32 * 4
+    if name == "scan_backward_local":
+        return 4 * (warps * 16 * _SPAN + 2 * _SPAN * 32)
+    floats = 6 * 8 * 20 + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)
+    floats += 3 * _SPAN // 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
+    return 4 * warps * floats
 
 
 _DEFAULTS = {

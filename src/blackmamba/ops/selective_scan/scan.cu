@@ -15,6 +15,9 @@
 // Letters: b batch, l sequence, d d_inner, n d_state = 16.
 
 #define SPAN 16
+#ifndef UNITS_DRIVE
+#define UNITS_DRIVE 0
+#endif
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define FULL 0xffffffffu
@@ -81,6 +84,10 @@ __device__ __forceinline__ Four narrow(const float* in) {
 #endif
     return v;
 }
+__device__ __forceinline__ void keep4(float* p, const float* v) { *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]); }
+#if TYPE == 1
+__device__ __forceinline__ void keep4(u16* p, const float* v) { *reinterpret_cast<Four*>(p) = narrow(v); }
+#endif
 __device__ __forceinline__ Four load4(const Number* p, bool inside) {
     Four v = {};
     if (inside) v = *reinterpret_cast<const Four*>(p);
@@ -113,6 +120,13 @@ __device__ __forceinline__ void keep(Kept* p, const float* h) {
 }
 #endif
 
+// What no one writes while the kernel runs, so that it may be read whenever it suits.
+__device__ __forceinline__ float4 constant(const float* p) {
+    float4 v;
+    asm("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+    return v;
+}
+
 // The address `count` times `bytes` behind, in one instruction.
 template <typename T>
 __device__ __forceinline__ T* shifted(T* from, int count, int bytes) {
@@ -141,16 +155,6 @@ struct Sizes {
     int l, d, l_padded, n_chunks, chunk, n_blocks;
 };
 
-// Sums over the 4 threads of a channel of 4 numbers each; thread q gets the sum of the q-th.
-__device__ __forceinline__ float sum4(const float* v, bool odd, bool high) {
-    float a = odd ? v[1] : v[0], b = odd ? v[0] : v[1];
-    float c = odd ? v[3] : v[2], e = odd ? v[2] : v[3];
-    a += __shfl_xor_sync(FULL, b, 8);
-    c += __shfl_xor_sync(FULL, e, 8);
-    float keep = high ? c : a, send = high ? a : c;
-    return keep + __shfl_xor_sync(FULL, send, 16);
-}
-
 // D += A B by a warp's matrix units: a thread has of A (16 x 8) the numbers (g, k), (g + 8, k), (g, k + 4), (g + 8, k + 4),
 // of B (8 x 8) (k, g) and (k + 4, g), of D (16 x 8) (g, 2 k), (g, 2 k + 1), (g + 8, 2 k), (g + 8, 2 k + 1), where g is
 // lane / 4 and k lane % 4. They read 11 bits of a number of A or B.
@@ -170,8 +174,9 @@ __device__ __forceinline__ void multiply_add(float* d, float a0, float a1, float
 }
 
 // Products of a number u of each of 8 channels and B, for two tokens of four. Thread 4 c + q gives u of channel c and token
-// q, in two parts, and of that token B's numbers 2 c and 2 c + 1. It gets, of channel c and the first token, states 4 q and
+// q, in two parts if EXACT, and of that token B's numbers 2 c and 2 c + 1. It gets, of channel c and the first token, states 4 q and
 // 4 q + 2 in even[0..1], 4 q + 1 and 4 q + 3 in odd[0..1]; of the second in [2..3].
+template <bool EXACT>
 __device__ __forceinline__ void outer(float* even, float* odd, float rough, float rest, bool first, bool second, const float2& b) {
     const float u0 = first ? rough : 0.f, u1 = second ? rough : 0.f, rest0 = first ? rest : 0.f, rest1 = second ? rest : 0.f;
 #pragma unroll
@@ -180,8 +185,7 @@ __device__ __forceinline__ void outer(float* even, float* odd, float rough, floa
     multiply_add(even, u0, u1, b.x - high_part(b.x));
     multiply_add(odd, u0, u1, b.y - high_part(b.y));
 #endif
-    multiply_add(even, rest0, rest1, b.x);
-    multiply_add(odd, rest0, rest1, b.y);
+    if (EXACT) multiply_add(even, rest0, rest1, b.x), multiply_add(odd, rest0, rest1, b.y);
     multiply_add(even, u0, u1, b.x);
     multiply_add(odd, u0, u1, b.y);
 }
@@ -208,32 +212,6 @@ __device__ __forceinline__ void over_states(float* sums, const float* first, con
 #endif
 #endif
 }
-
-// Sums over a warp's 8 channels of v times a number of the channel, for each of the 16 states and two tokens: the threads'
-// v are A as they are, rows the four threads of a channel, their v[1] and v[3], and the channel's third bit; columns of
-// B are two tokens, v[2] and v[3], and the channel's third bit again. Half of D is of no use.
-struct Sums {
-    float d[4];
-    __device__ __forceinline__ void clear() { d[0] = d[1] = d[2] = d[3] = 0.f; }
-    // For the thread whose columns are of this token and of v[0] and v[1] (low), of this token and of the others (high).
-    __device__ __forceinline__ void add(const float* v, float by, bool low, bool high) {
-        const float b0 = low ? by : 0.f, b1 = high ? by : 0.f;
-#if TYPE == 0
-        float rough[4], rest[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) rough[j] = high_part(v[j]), rest[j] = v[j] - rough[j];
-        const float rough0 = high_part(b0), rough1 = high_part(b1);
-        multiply_add(d, rest, rough0, rough1);
-        multiply_add(d, rough, b0 - rough0, b1 - rough1);
-        multiply_add(d, rough, rough0, rough1);
-#else
-        multiply_add(d, v, b0, b1);
-#endif
-    }
-    // Of states 4 (lane / 8) + 2 (lane % 2) and the next, of token lane / 2 % 2, over half of the channels.
-    __device__ __forceinline__ float first(bool upper) const { return upper ? d[1] : d[0]; }
-    __device__ __forceinline__ float second(bool upper) const { return upper ? d[3] : d[2]; }
-};
 
 extern __shared__ __align__(16) char memory[];
 template <typename Shared>
@@ -363,10 +341,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     int B_at = p.q * OF_TOKEN + p.c * 2, C_at = p.c * OF_TOKEN + OF_C + p.q * 4;
     pin(B_at), pin(C_at);
     const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
-    float2 B[SPAN / 4];
     float4 C[SPAN / 8];
+#if UNITS_DRIVE
+    float2 B[SPAN / 4];
 #pragma unroll
     for (int i = 0; i < SPAN / 4; i++) B[i] = *reinterpret_cast<const float2*>(BC + B_at + i * 4 * OF_TOKEN);
+#endif
 #pragma unroll
     for (int i = 0; i < SPAN / 8; i++) C[i] = *reinterpret_cast<const float4*>(BC + C_at + i * 8 * OF_TOKEN);
     Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
@@ -383,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
             widen(next_dt, raw);
             widen(next_x, xv);
             widen(next_z, zv);
-            const int first = (p.lane & 1) * 4, place = (p.t & 3) * 4 + (p.t >> 2);
+            const int first = (p.lane & 1) * 4, place = UNITS_DRIVE ? (p.t & 3) * 4 + (p.t >> 2) : p.t;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 raw[i] += bias[i];
@@ -403,25 +383,40 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
 #endif
+#if UNITS_DRIVE
         float drives[4];
         scaled4(drives, *reinterpret_cast<const float4*>(&own.drive[p.c][p.q * 4]), 1.f);
-        if (span + SPAN < end) BC += SPAN * OF_TOKEN;
+#endif
+        const int ahead = span + SPAN < end ? SPAN * OF_TOKEN : 0;
 #pragma unroll
         for (int half = 0; half < SPAN / 8; half++) {
             float y_even = 0.f, y_odd = 0.f;
 #pragma unroll
             for (int group = half * 2; group < half * 2 + 2; group++) {
-                const float rough = high_part(drives[group]), rest = drives[group] - rough;
                 float delta[4];
                 scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
+#if UNITS_DRIVE
+                const float rough = high_part(drives[group]), rest = drives[group] - rough;
+#else
+                float u[4];
+                scaled4(u, *reinterpret_cast<const float4*>(&own.drive[p.c][group * 4]), 1.f);
+#endif
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
-                    float even[4], odd[4], states[2][4];
-                    outer(even, odd, rough, rest, p.q == pair * 2, p.q == pair * 2 + 1, B[group]);
+                    float states[2][4];
+#if UNITS_DRIVE
+                    float even[4], odd[4];
+                    outer<true>(even, odd, rough, rest, p.q == pair * 2, p.q == pair * 2 + 1, B[group]);
+#endif
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         const float step = delta[pair * 2 + i];
+#if UNITS_DRIVE
                         const float drive[4] = {even[i * 2], odd[i * 2], even[i * 2 + 1], odd[i * 2 + 1]};
+#else
+                        float drive[4];
+                        scaled4(drive, constant(BC + (group * 4 + pair * 2 + i) * OF_TOKEN + p.q * 4), u[pair * 2 + i]);
+#endif
 #if HAS_SEQ
                         const float reset = resets[group * 4 + pair * 2 + i];
 #endif
@@ -447,15 +442,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
                     if (p.q == (group & 1) * 2 + pair) y_even = sums[0], y_odd = sums[3];
 #endif
                 }
-                B[group] = *reinterpret_cast<const float2*>(BC + B_at + group * 4 * OF_TOKEN);
+#if UNITS_DRIVE
+                B[group] = *reinterpret_cast<const float2*>(BC + ahead + B_at + group * 4 * OF_TOKEN);
+#endif
             }
 #if !LOCAL
-            C[half] = *reinterpret_cast<const float4*>(BC + C_at + half * 8 * OF_TOKEN);
+            C[half] = *reinterpret_cast<const float4*>(BC + ahead + C_at + half * 8 * OF_TOKEN);
             own.y[half * 8 + p.q * 2][p.c] = y_even;
             own.y[half * 8 + p.q * 2 + 1][p.c] = y_odd;
 #endif
         }
-        resets += SPAN;
+        resets += SPAN, BC += ahead;
 #if !LOCAL
         __syncwarp();
         float out[4];
@@ -583,64 +580,165 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 // in shared memory. Moves x, dt, z, the gradients of y, x, dt and z once, and the states before every span once. Bound by
 // instructions.
 #if KERNEL == 2
+#if TYPE == 1
+typedef u16 Short;
+#else
+typedef float Short;
+#endif
+
+// D += A B with bfloat16, a pair to a register: of A (16 x 16) a thread has (g, 2 k), (g + 8, 2 k), (g, 2 k + 8),
+// (g + 8, 2 k + 8), each with the next column, of B (16 x 8) (2 k, g) and (2 k + 8, g), each with the next row.
+__device__ __forceinline__ void multiply_add_pairs(float* d, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Four matrices of 8 x 8 bfloat16 numbers, transposed: of the i-th, whose rows of 16 bytes are named by lanes 8 i to
+// 8 i + 7, a thread gets column g, rows 2 k and 2 k + 1.
+__device__ __forceinline__ void load_transposed(u32* r, const void* row) {
+    const u32 address = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// Sums over a warp's 8 channels, for each of 4 tokens and 16 states, of g times one number of the channel and of h times
+// another: gradients of B and of C. What threads 4 c + q give is turned by way of shared memory, so that states are rows of
+// A and channels its columns; columns of B are the tokens, for g and for h. Thread 4 r + k gets those of token k: of g if
+// r < 4, else of h; states r % 4, and 4, 8 and 12 behind. Bfloat16 numbers are summed as such, others are read in parts.
+struct Turned {
+#if TYPE == 1
+    uint4 rows[4][8][4];  // of a token, a channel: states 4 q to 4 q + 3 of g and of h, in place q ^ c / 2 % 4 for all banks
+#else
+    float rows[4][2][8][20];  // of a token, g or h, a channel
+#endif
+    __device__ __forceinline__ void put(int token, int c, int q, const float* g, const float* h) {
+#if TYPE == 1
+        const uint2 low = narrow(g), high = narrow(h);
+        rows[token][c][q ^ (c >> 1 & 3)] = make_uint4(low.x, low.y, high.x, high.y);
+#else
+        *reinterpret_cast<float4*>(&rows[token][0][c][q * 4]) = make_float4(g[0], g[1], g[2], g[3]);
+        *reinterpret_cast<float4*>(&rows[token][1][c][q * 4]) = make_float4(h[0], h[1], h[2], h[3]);
+#endif
+    }
+    __device__ __forceinline__ float4 sums(const Short (*by)[2][8], int lane) const {
+        const int r = lane >> 2, k = lane & 3;
+        float d[2][4] = {};
+#if TYPE == 1
+        const u32 pair = *reinterpret_cast<const u32*>(&by[r >> 1][r & 1][k * 2]);
+        const int row = lane & 7, matrix = lane >> 3;
+#pragma unroll
+        for (int token = 0; token < 4; token += 2) {
+            const u32 b0 = r >> 1 == token ? pair : 0, b1 = r >> 1 == token + 1 ? pair : 0;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                u32 a[4];
+                load_transposed(a, &rows[token + (matrix >> 1)][row][(half * 2 + (matrix & 1)) ^ (row >> 1 & 3)]);
+                multiply_add_pairs(d[half], a, b0, b1);
+            }
+        }
+#else
+        const float low = by[r >> 1][r & 1][k], high = by[r >> 1][r & 1][k + 4];
+#pragma unroll
+        for (int token = 0; token < 4; token++) {
+            const float b0 = r >> 1 == token ? low : 0.f, b1 = r >> 1 == token ? high : 0.f;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float(*const of)[20] = &rows[token][r >> 2][0];
+                const int state = half * 8 + (r & 3);
+                const float a[4] = {of[k][state], of[k][state + 4], of[k + 4][state], of[k + 4][state + 4]};
+#if TYPE == 0
+                float rest[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) rest[i] = a[i] - high_part(a[i]);
+                multiply_add(d[half], rest, b0, b1);
+                multiply_add(d[half], a, b0 - high_part(b0), b1 - high_part(b1));
+#endif
+                multiply_add(d[half], a, b0, b1);
+            }
+        }
+#endif
+        const bool first = r < 4;
+        return make_float4(first ? d[0][0] : d[0][1], first ? d[0][2] : d[0][3], first ? d[1][0] : d[1][1], first ? d[1][2] : d[1][3]);
+    }
+};
+
 struct OfWarp {
-    float2 du[SPAN][8];
-    float go[SPAN][8];  // gradient of y before the gate
-    float sums[3][SPAN][8];
+    float delta[8][20];  // as in the forward pass
+    float drive[8][20];
+    float to_y[8][20];  // gradient of y before the gate, of a channel, by tokens
+    float sums[3][8][20];
+    Short by[SPAN][2][8];  // drive and to_y, of a token
+    Turned turned;
     float4 first[SPAN / 4][32];
-    float4 of_BC[2][4][32];  // of the halves of a span, by pairs of tokens: two numbers for B and two for C
+    float4 of_BC[2][SPAN / 4][32];  // of this span and the one before
     // What a thread would else have no registers for, of its own four channels: `bias` and D, where its row is.
     float4 wide[2][2];
     Number* rows[7][2];
 };
 struct Shared {
     OfWarp of[WARPS];
-    float BC[2][SPAN * OF_TOKEN];
 };
 enum { X, DT, Z, GRAD_Y, GRAD_X, GRAD_DT, GRAD_Z };
+enum { OF_Y, OF_DRIVE, OF_DECAY };
 
-// The sums of half a span over the warps and the halves of their channels, always in the same order, by 64 threads.
-__device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, const Place& p, int half, int span, int first) {
-    static_assert(WARPS % 2 == 0, "64 threads in a row");
-    const int task = (int)threadIdx.x - first;
-    if (task < 0 || task >= 64) return;
-    const int pair = task >> 4, at = task & 15, lane = (at >> 2) * 8 + (at & 3);
-    const int turn = at & 4;  // so that neighbours read other banks
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+// The sums of a span over the warps, always in the same order, by 128 threads from the `first` on or by those before it.
+__device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, const Place& p, int buffer, int span, int first) {
+    int task = (int)threadIdx.x - first;
+    if (task < 0) task += 32 * WARPS;
+    for (; task < 128; task += 32 * WARPS) {
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-    for (int w = 0; w < WARPS; w++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            const float4 v = shared.of[w].of_BC[half][pair][lane + (turn ^ k * 4)];
+        for (int w = 0; w < WARPS; w++) {
+            const float4 v = shared.of[w].of_BC[buffer][task >> 5][task & 31];
             sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
         }
-    const int tile = ((int)p.row * (f.s.l_padded / 4) + span / 4 + half * 2 + (pair >> 1)) * f.s.n_blocks + p.block;
-    shifted(reinterpret_cast<float4*>(f.partial), tile, 512)[(pair & 1) * 16 + at] = sum;
+        const int tile = ((int)p.row * (f.s.l_padded / 4) + span / 4 + (task >> 5)) * f.s.n_blocks + p.block;
+        shifted(reinterpret_cast<float4*>(f.partial), tile, 512)[task & 31] = sum;
+    }
+}
+
+// The decays and states of four tokens: states[0] is given.
+__device__ __forceinline__ void recompute(
+    float (*states)[4], float (*decays)[4], const float* A2, const float* delta, float drive, const float2& B, int q,
+    const float* resets) {
+    constexpr bool exact = TYPE != 1;  // 11 bits do where the states that begin a span have 8
+    const float rough = exact ? high_part(drive) : drive, rest = drive - rough;
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++) {
+        float even[4], odd[4];
+        outer<exact>(even, odd, rough, rest, q == pair * 2, q == pair * 2 + 1, B);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int i = pair * 2 + e;
+            const float drives[4] = {even[e * 2], odd[e * 2], even[e * 2 + 1], odd[e * 2 + 1]};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+#if HAS_SEQ
+                decays[i][j] = exp2_fast(fmaf(delta[i], A2[j], resets[i]));
+#else
+                decays[i][j] = exp2_fast(delta[i] * A2[j]);
+#endif
+                states[i + 1][j] = fmaf(decays[i][j], states[i][j], drives[j]);
+            }
+        }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward(const Backward f) {
     Shared& shared = shared_as<Shared>();
-    const Place p = place_of(f.s, threadIdx.x >> 3 & 3, threadIdx.x & 7);
+    const Place p = place_of(f.s, threadIdx.x & 3, threadIdx.x >> 2 & 7);
     OfWarp& own = shared.of[p.warp];
-    const float2* const own_du[2] = {&own.du[0][p.c], &own.du[0][p.c ^ 2]};  // of tokens 0, 1 and 2, 3 of each four
-    const float* const own_go = &own.go[0][p.c];
-    float* const own_sums = &own.sums[0][p.q][p.c];
-    float4* const firsts = &own.first[0][p.lane];
-    float4* const own_BC = &own.of_BC[0][0][p.lane];
-    float A2[4], g[4], h[4], sum_A[4] = {0.f, 0.f, 0.f, 0.f};
+    float A2[4], g[4], sum_A[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
     const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
     scaled4(g, *reinterpret_cast<const float4*>(f.after + state), 1.f);
     if (!p.active) g[0] = g[1] = g[2] = g[3] = 0.f;  // nothing of it goes into the block's sums
     float sum_D[4] = {}, sum_bias[4] = {};
-    const bool odd = p.q & 1, high = p.q & 2;
-    const bool upper = p.lane & 4, of_low = !(p.lane & 8), of_second = p.lane & 16;  // see `Sums`
-    const bool low[2] = {of_low && !of_second, of_low && of_second};
-    const bool rest[2] = {!of_low && !of_second, !of_low && of_second};
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
     int buffer = 0, adders = 0;
-    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
-    stage(shared.BC[0], next_BC);
+    const float* BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
+    int B_at = p.q * OF_TOKEN + p.c * 2, token_at = p.c * OF_TOKEN + p.q * 4;
+    pin(B_at), pin(token_at);
     if (p.lane < 2) {
         const Rows* const all[7] = {&f.x, &f.dt, &f.z, &f.grad_y, &f.grad_x, &f.grad_dt, &f.grad_z};
 #pragma unroll
@@ -681,6 +779,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             widen(raw_x, xv);
             widen(raw_g, gy);
             widen(raw_z, zv);
+            const int place = (p.t & 3) * 4 + (p.t >> 2);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 delta[i] += bias[i];
@@ -688,104 +787,87 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (!inside) delta[i] = 0.f;
                 xv[i] *= delta[i];
                 if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
+                own.delta[four * 4 + i][p.t] = delta[i];
+                own.drive[four * 4 + i][place] = xv[i];
+                own.to_y[four * 4 + i][p.t] = gy[i];
             }
-            store_pairs(&own.du[p.t][four * 4], p.t, delta, xv);
-            *reinterpret_cast<float4*>(&own.go[p.t][four * 4]) = make_float4(gy[0], gy[1], gy[2], gy[3]);
-        }
-        staged();
-        if (back < spans - 1) {
-            add_up(f, shared, p, 0, span + SPAN, adders);
-            adders = adders + 64 < 32 * WARPS ? adders + 64 : 0;
-        }
-        const float* BC = shared.BC[buffer] + p.q * 4;
-        buffer ^= 1;
-        next_BC -= SPAN * OF_TOKEN;
-        if (back > 0) stage(shared.BC[buffer], next_BC);
-#if HAS_SEQ
-        const float* resets = f.resets + p.row * f.s.l_padded + span;
-#endif
-        scaled4(h, first, 1.f);
-        firsts[0] = first;
-#pragma unroll 1
-        for (int group = 1; group < SPAN / 4; group++) {
-            const float* const BC_at = BC + (group - 1) * 4 * OF_TOKEN;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 step = own_du[i >> 1][((group - 1) * 4 + i) * 8];
-                float b[4];
-                take(b, BC_at + i * OF_TOKEN);
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-#if HAS_SEQ
-                    const float a = exp2_fast(fmaf(step.x, A2[j], resets[(group - 1) * 4 + i]));
-#else
-                    const float a = exp2_fast(step.x * A2[j]);
-#endif
-                    h[j] = fmaf(a, h[j], step.y * b[j]);
-                }
-            }
-            firsts[group * 32] = make_float4(h[0], h[1], h[2], h[3]);
-        }
-#pragma unroll 1
-        for (int group = SPAN / 4 - 1; group >= 0; group--) {
-            const float* const go_at = own_go + group * 4 * 8;
-            const float* const BC_at = BC + group * 4 * OF_TOKEN;
-            float states[5][4], decays[4][4];
-            scaled4(states[0], firsts[group * 32], 1.f);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 step = own_du[i >> 1][(group * 4 + i) * 8];
-                float b[4];
-                take(b, BC_at + i * OF_TOKEN);
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-#if HAS_SEQ
-                    decays[i][j] = exp2_fast(fmaf(step.x, A2[j], resets[group * 4 + i]));
-#else
-                    decays[i][j] = exp2_fast(step.x * A2[j]);
-#endif
-                    states[i + 1][j] = fmaf(decays[i][j], states[i][j], step.y * b[j]);
-                }
-            }
-            float part_y[4], part_drive[4], part_decay[4];
-            Sums of_B, of_C;
-#pragma unroll
-            for (int i = 3; i >= 0; i--) {
-                const float2 step = own_du[i >> 1][(group * 4 + i) * 8];
-                const float to_y = go_at[i * 8];
-                float b[4], c[4];
-                take(b, BC_at + i * OF_TOKEN);
-                take(c, BC_at + i * OF_TOKEN + OF_C);
-                part_y[i] = part_drive[i] = part_decay[i] = 0.f;
-                if (i & 1) of_B.clear(), of_C.clear();
-#pragma unroll
-                for (int j = 0; j < 4; j++) g[j] = fmaf(c[j], to_y, g[j]);
-                of_B.add(g, step.y, low[i & 1], rest[i & 1]);
-                of_C.add(states[i + 1], to_y, low[i & 1], rest[i & 1]);
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    if (HAS_Z) part_y[i] = fmaf(c[j], states[i + 1][j], part_y[i]);
-                    part_drive[i] = fmaf(g[j], b[j], part_drive[i]);
-                    g[j] *= decays[i][j];
-                    const float w = g[j] * states[i][j];  // the gradient of delta A
-                    part_decay[i] = fmaf(w, A2[j], part_decay[i]);
-                    sum_A[j] = fmaf(w, step.x, sum_A[j]);
-                }
-                if (!(i & 1))
-                    own_BC[(group * 2 + (i >> 1)) * 32] =
-                        make_float4(of_B.first(upper), of_B.second(upper), of_C.first(upper), of_C.second(upper));
-            }
-            const float y = HAS_Z ? sum4(part_y, odd, high) : 0.f;
-            const float drive = sum4(part_drive, odd, high), decay = sum4(part_decay, odd, high);
-            float* const sums = own_sums + group * 4 * 8;
-            if (HAS_Z) sums[0] = y;
-            sums[SPAN * 8] = drive, sums[2 * SPAN * 8] = decay;
-            if (group != SPAN / 8) continue;
-            __syncthreads();
-            add_up(f, shared, p, 1, span, adders);
-            adders = adders + 64 < 32 * WARPS ? adders + 64 : 0;
+            keep4(&own.by[p.t][0][four * 4], xv);
+            keep4(&own.by[p.t][1][four * 4], gy);
         }
         __syncwarp();
+#if HAS_SEQ
+        const float* const resets = f.resets + p.row * f.s.l_padded + span;
+#else
+        const float* const resets = nullptr;
+#endif
+        {
+            float h[5][4], decays[4][4], drives[4];
+            scaled4(drives, *reinterpret_cast<const float4*>(&own.drive[p.c][p.q * 4]), 1.f);
+            scaled4(h[0], first, 1.f);
+            own.first[0][p.lane] = first;
+#pragma unroll
+            for (int group = 0; group < SPAN / 4 - 1; group++) {
+                float delta[4];
+                scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
+                const float2 B = *reinterpret_cast<const float2*>(BC + B_at + group * 4 * OF_TOKEN);
+                recompute(h, decays, A2, delta, drives[group], B, p.q, resets + group * 4);
+                own.first[group + 1][p.lane] = make_float4(h[4][0], h[4][1], h[4][2], h[4][3]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) h[0][j] = h[4][j];
+            }
+        }
+#pragma unroll 1
+        for (int half = 1; half >= 0; half--) {
+            const float* const BC_of = BC + half * 8 * OF_TOKEN;
+            const float4 B = *reinterpret_cast<const float4*>(BC_of + token_at);
+            const float4 C = *reinterpret_cast<const float4*>(BC_of + token_at + OF_C);
+            const float2 drives = *reinterpret_cast<const float2*>(&own.drive[p.c][p.q * 4 + half * 2]);
+#pragma unroll
+            for (int part = 1; part >= 0; part--) {
+                const int group = half * 2 + part;
+                float states[5][4], decays[4][4], delta[4], to_y[4];
+                scaled4(states[0], own.first[group][p.lane], 1.f);
+                scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
+                scaled4(to_y, *reinterpret_cast<const float4*>(&own.to_y[p.c][group * 4]), 1.f);
+                const float2 B_pair = *reinterpret_cast<const float2*>(BC_of + B_at + part * 4 * OF_TOKEN);
+                recompute(states, decays, A2, delta, part ? drives.y : drives.x, B_pair, p.q, resets + group * 4);
+                __syncwarp();
+#pragma unroll
+                for (int pair = 1; pair >= 0; pair--) {
+                    float after[2][4], of_decay[2][4], sums[3][4];
+#pragma unroll
+                    for (int e = 1; e >= 0; e--) {
+                        const int i = pair * 2 + e;
+                        float c[4];
+                        take(c, BC_of + (part * 4 + i) * OF_TOKEN + OF_C + p.q * 4);
+#pragma unroll
+                        for (int j = 0; j < 4; j++) after[e][j] = g[j] = fmaf(c[j], to_y[i], g[j]);
+                        own.turned.put(i, p.c, p.q, after[e], states[i + 1]);
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            g[j] *= decays[i][j];
+                            const float w = g[j] * states[i][j];  // the gradient of delta A
+                            of_decay[e][j] = w * A2[j];
+                            sum_A[j] = fmaf(w, delta[i], sum_A[j]);
+                        }
+                    }
+                    if (HAS_Z) over_states(sums[OF_Y], states[pair * 2 + 1], states[pair * 2 + 2], C);
+                    over_states(sums[OF_DRIVE], after[0], after[1], B);
+                    over_states(sums[OF_DECAY], of_decay[0], of_decay[1], make_float4(1.f, 1.f, 1.f, 1.f));
+                    if (p.q == part * 2 + pair)
+#pragma unroll
+                        for (int k = HAS_Z ? OF_Y : OF_DRIVE; k <= OF_DECAY; k++)
+                            *reinterpret_cast<float2*>(&own.sums[k][p.c][group * 4 + pair * 2]) = make_float2(sums[k][0], sums[k][3]);
+                }
+                __syncwarp();
+                own.of_BC[buffer][group][p.lane] = own.turned.sums(&own.by[group * 4], p.lane);
+            }
+        }
+        __syncthreads();
+        add_up(f, shared, p, buffer, span, adders);
+        adders = adders + 128 < 32 * WARPS ? adders + 128 : adders + 128 - 32 * WARPS;
+        buffer ^= 1;
+        BC -= SPAN * OF_TOKEN;
         {
             float dtv[4], xv[4], gy[4], zv[4], g_x[4], g_dt[4], g_z[4], bias[4] = {}, skip[4] = {};
             if (HAS_BIAS) scaled4(bias, own.wide[0][four], 1.f);
@@ -794,24 +876,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             widen(raw_x, xv);
             widen(raw_g, gy);
             widen(raw_z, zv);
-            const int c = four * 4;
-            float delta[4], to_y[4], y[4] = {}, drive[4], decay[4];
-            first_of_pairs(&own.du[p.t][c], p.t, delta);
-            scaled4(to_y, *reinterpret_cast<const float4*>(&own.go[p.t][c]), 1.f);
-            if (HAS_Z) scaled4(y, *reinterpret_cast<const float4*>(&own.sums[0][p.t][c]), 1.f);
-            scaled4(drive, *reinterpret_cast<const float4*>(&own.sums[1][p.t][c]), 1.f);
-            scaled4(decay, *reinterpret_cast<const float4*>(&own.sums[2][p.t][c]), 1.f);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                g_x[i] = fmaf(drive[i], delta[i], skip[i] * to_y[i]);
-                g_dt[i] = fmaf(decay[i], LN2, drive[i] * xv[i]);
-                if (SOFTPLUS) g_dt[i] *= sigmoid(dtv[i] + bias[i]);
+                const int c = four * 4 + i;
+                const float delta = own.delta[c][p.t], drive = own.sums[OF_DRIVE][c][p.t], decay = own.sums[OF_DECAY][c][p.t];
+                float to_y = gy[i];
                 if (HAS_Z) {
-                    y[i] = fmaf(skip[i], xv[i], y[i]);
-                    const float s = sigmoid(zv[i]);
-                    g_z[i] = gy[i] * y[i] * fmaf(zv[i] * s, 1.f - s, s);
+                    const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], own.sums[OF_Y][c][p.t]);
+                    to_y *= zv[i] * s;
+                    g_z[i] = gy[i] * y * fmaf(zv[i] * s, 1.f - s, s);
                 }
-                if (HAS_D) sum_D[i] = fmaf(to_y[i], xv[i], sum_D[i]);
+                g_x[i] = fmaf(drive, delta, skip[i] * to_y);
+                g_dt[i] = fmaf(decay, LN2, drive * xv[i]);
+                if (SOFTPLUS) g_dt[i] *= sigmoid(dtv[i] + bias[i]);
+                if (HAS_D) sum_D[i] = fmaf(to_y, xv[i], sum_D[i]);
                 if (HAS_BIAS && inside) sum_bias[i] += g_dt[i];
             }
             const bool write = inside && p.active;
@@ -821,8 +899,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         }
         __syncwarp();
     }
-    __syncthreads();
-    add_up(f, shared, p, 0, p.begin, adders);
     const i64 part = p.row * f.s.n_chunks + p.piece;
     // over tokens: lanes of the same parity hold the same channels
 #pragma unroll
