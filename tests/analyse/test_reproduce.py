@@ -165,15 +165,37 @@ def test_wider_rungs_take_smaller_steps(tmp_path: Path):
     assert (muon.optimizer, muon.lr, muon.steps) == ("muon", 1e-2, 3)
 
 
-def test_a_run_on_prepared_text_is_the_same_in_a_process_of_its_own(text: Path, tmp_path: Path):
-    pieces, words = tmp_path / "pieces", text.read_text().split()
+def shards(text: Path, folder: Path, tokenizer: str = "train") -> Path:
+    """A prepared folder of 20 documents, some held out."""
+    pieces, words = folder.with_suffix(".pieces"), text.read_text().split()
     pieces.mkdir()
     for i in range(20):
         (pieces / f"{i}.txt").write_text(" ".join(words[i * 200 : i * 200 + 200]))
-    prepared = tmp_path / "prepared"
     prepare_shards(
-        ShardConfig(text=(str(pieces),), vocab_size=300, validation_fraction=0.3), prepared
+        ShardConfig(
+            text=(str(pieces),), tokenizer=tokenizer, vocab_size=300, validation_fraction=0.3
+        ),
+        folder,
     )
+    return folder
+
+
+def test_experts_are_looked_at_by_source(text: Path, tmp_path: Path):
+    prose = shards(text, tmp_path / "prose")
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"{i % 7} = {i % 11};" for i in range(3000)))
+    code = shards(other, tmp_path / "code", tokenizer=str(prose))
+    folders = [str(prose), str(code)]
+    reproduce(tmp_path / "out", "toy", prepared=folders, only=["experts"])
+    rows = csv.DictReader((tmp_path / "out" / "experts-shares.csv").read_text().splitlines())
+    shares = {row["domain"]: [float(v) for k, v in row.items() if "expert" in k] for row in rows}
+    assert list(shares) == ["prose", "code"]
+    assert shares["prose"] != shares["code"]
+    assert all(sum(share) == pytest.approx(1, abs=1e-3) for share in shares.values())
+
+
+def test_a_run_on_prepared_text_is_the_same_in_a_process_of_its_own(text: Path, tmp_path: Path):
+    prepared = shards(text, tmp_path / "prepared")
     data = DataConfig(sources=(SourceConfig(name="text", path=str(prepared), weight=1.0),))
     ends: list[float] = []
     for jobs in (1, 2):
@@ -190,7 +212,7 @@ def test_prepared_text_brings_its_vocabulary(
     size = dataclasses.replace(SCALES["toy"], vocab_size=999)
     monkeypatch.setitem(SCALES, "toy", size)
     prepared = report.parent / "runs" / "data"  # 300 tokens
-    reproduce(tmp_path / "out", "toy", prepared=str(prepared), only=["sizes"])
+    reproduce(tmp_path / "out", "toy", prepared=[str(prepared)], only=["sizes"])
     rows = list(csv.DictReader((tmp_path / "out" / "sizes.csv").read_text().splitlines()))
     config = four_architectures(32, 1, 300)["transformer"]
     assert rows[0]["parameters"] == f"{parameters(config).total:,}"

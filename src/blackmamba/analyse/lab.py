@@ -18,6 +18,7 @@ from blackmamba.analyse.scales import Scale
 from blackmamba.config import ModelConfig
 from blackmamba.data import DataConfig, MixtureData, PreparedData, ValidationStreams
 from blackmamba.data.corpora import find_corpus
+from blackmamba.data.packing import Sliceable
 from blackmamba.model import BlackMamba
 from blackmamba.train import TrainConfig
 
@@ -139,10 +140,22 @@ class Lab:
         self, data: PreparedData | MixtureData, number: int = 6
     ) -> list[tuple[Tensor, Tensor]]:
         """Of the held-out text, without what is not predicted."""
+        return self._read(data.validation.tokens, data.tokenizer.eot_id, number)
+
+    def domains(self, data: PreparedData | MixtureData) -> dict[str, list[Tensor]]:
+        """Text by kind: what each source holds out; of one source, that and what is foreign."""
+        if isinstance(data, MixtureData) and len(data.held_out) > 1:
+            return {
+                name: [ids for ids, _ in self._read(tokens, data.tokenizer.eot_id, 6)]
+                for name, tokens in data.held_out.items()
+            }
+        own = [ids for ids, _ in self.batches(data)]
+        return {"held-out text": own, "program source": self.other_text(data)}
+
+    def _read(self, tokens: Sliceable, eot_id: int, number: int) -> list[tuple[Tensor, Tensor]]:
         settings = self.scale.settings
-        streams = ValidationStreams(
-            data.validation.tokens, settings.batch_size, settings.seq_len, data.tokenizer.eot_id
-        )
+        rows = max(1, min(settings.batch_size, len(tokens) // settings.seq_len))
+        streams = ValidationStreams(tokens, rows, settings.seq_len, eot_id)
         pairs = itertools.islice((pair for pair in streams if not (pair[1] == -100).any()), number)
         return [(ids.to(self.device), labels.to(self.device)) for ids, labels in pairs]
 

@@ -48,7 +48,7 @@ def reproduce(
     scale: str = "ci",
     *,
     text: Sequence[str] = ("corpus:bible",),
-    prepared: str = "",
+    prepared: Sequence[str] = (),
     only: Sequence[str] = PARTS,
     jobs: int | None = None,
     seconds: float = math.inf,
@@ -61,8 +61,9 @@ def reproduce(
         out: folder of everything; made if it is missing.
         scale: one of `SCALES`.
         text: what to train on, see `DataConfig.text`.
-        prepared: a prepared folder to train on, in the place of `text`; its tokenizer decides the
-            vocabulary.
+        prepared: prepared folders to train on, in the place of `text`, each as often as it has
+            tokens; of different names and one tokenizer, which decides the vocabulary. Of several
+            the experts are looked at one by one.
         only: some of `PARTS`.
         jobs: training runs at once, each a process, on all GPUs together; None: one a core, or one
             a GPU, which small runs do not fill.
@@ -89,9 +90,18 @@ def reproduce(
         raise ConfigError(f"seconds={seconds:g}: must be positive")
     size = SCALES[scale]
     if prepared:
-        source = SourceConfig(name="text", path=str(Path(prepared).absolute()), weight=1.0)
-        data = DataConfig(sources=(source,))
-        size = dataclasses.replace(size, vocab_size=open_prepared(prepared).tokenizer.n_tokens)
+        opened = [open_prepared(folder) for folder in prepared]
+        data = DataConfig(
+            sources=tuple(
+                SourceConfig(
+                    name=Path(folder).name if len(opened) > 1 else "text",
+                    path=str(Path(folder).absolute()),
+                    weight=float(found.train.n_tokens),
+                )
+                for folder, found in zip(prepared, opened, strict=True)
+            )
+        )
+        size = dataclasses.replace(size, vocab_size=opened[0].tokenizer.n_tokens)
     else:
         data = DataConfig(text=tuple(text), vocab_size=size.vocab_size)
     lab = Lab(Path(out), size, data, jobs, tell, seconds)
@@ -105,7 +115,7 @@ def reproduce(
     facts = [
         *_machine(),
         ("scale", scale),
-        ("text", prepared or ", ".join(text)),
+        ("text", ", ".join(prepared or text)),
         ("command", command),
     ]
     return write_report(lab.out, "BlackMamba, reproduced", facts, [*sections, _NOT_HERE])

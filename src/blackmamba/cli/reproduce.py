@@ -34,8 +34,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--text", action="append", default=[], metavar="PATH", help="train on this; repeatable"
     )
     source.add_argument(
-        "--prepared", default="", metavar="FOLDER",
-        help="train on what `blackmamba data prepare` made",
+        "--prepared", action="append", default=[], metavar="FOLDER",
+        help="train on what `blackmamba data prepare` made; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, metavar="N",

@@ -191,6 +191,12 @@ class MixtureData:
             raise DataError("no source of the mixture has anything held out for validation")
 
     @property
+    def held_out(self) -> dict[str, Sliceable]:
+        """The tokens that each source holds out for validation, of those that do."""
+        splits = {name: data.validation for name, data in self._opened.items()}
+        return {name: split.tokens for name, split in splits.items() if split.n_tokens}
+
+    @property
     def fingerprint(self) -> str:
         """Of what all sources were made from."""
         parts = [[name, data.fingerprint] for name, data in self._opened.items()]

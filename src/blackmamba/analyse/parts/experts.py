@@ -20,11 +20,7 @@ def experts(lab: Lab) -> Section:
     data = lab.bench.opened(curve)
     last = models[max(models)]
     held_out = lab.batches(data)
-    domains = {
-        "held-out text": [ids for ids, _ in held_out],
-        "program source": lab.other_text(data),
-    }
-    uses = expert_use(last.to(lab.device), domains)
+    uses = expert_use(last.to(lab.device), lab.domains(data))
     heat, through = lab.out / "experts.png", lab.out / "experts-training.png"
     figures.draw_experts(heat, uses)
     steps, gaps = (
@@ -32,7 +28,9 @@ def experts(lab: Lab) -> Section:
         [rule_gap(models[s].to(lab.device), held_out) for s in sorted(models)],
     )
     agreement = [
-        statistics.fmean(u.agreement for u in expert_use(models[s], {"": domains["held-out text"]}))
+        statistics.fmean(
+            u.agreement for u in expert_use(models[s], {"": [ids for ids, _ in held_out]})
+        )
         for s in steps
     ]
     figures.draw_through_training(
