@@ -97,7 +97,7 @@ def _shared_bytes(name: str, warps: int, short: bool) -> int:
     """Of a block: what each warp has of its channels in a span; in `scan_backward_local` also B and
     C of two spans. `short`: for bfloat16."""
     if name == "scan_forward":
-        return 4 * warps * (2 * 8 * 20 + _SPAN * 12)
+        return 4 * warps * (2 * (2 * 8 * 20 + _SPAN * 12) + 4)
     if name == "scan_backward_local":
         return 4 * (warps * 16 * _SPAN + 2 * _SPAN * 32)
     floats = 6 * 8 * 20 + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)

@@ -18,6 +18,12 @@
 #ifndef UNITS_DRIVE
 #define UNITS_DRIVE 0
 #endif
+#ifndef POLYNOMIALS
+#define POLYNOMIALS 0
+#endif
+#ifndef COALESCED
+#define COALESCED 1
+#endif
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define FULL 0xffffffffu
@@ -38,6 +44,18 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+// The same to 1e-7 of itself by multiply-adds, from -126 (as which all below is taken) to 127: a polynomial fitted on a half
+// to either side of the nearest whole number.
+__device__ __forceinline__ float exp2_by_polynomial(float x) {
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(-126.f));
+    const float whole = x + 12582912.f, rest = x - (whole - 12582912.f);
+    float p = fmaf(0.00132647f, rest, 0.00967151f);
+    p = fmaf(p, rest, 0.05550734f);
+    p = fmaf(p, rest, 0.24022242f);
+    p = fmaf(p, rest, 0.69314698f);
+    p = fmaf(p, rest, 1.f);
+    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(whole) << 23));
 }
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
@@ -305,17 +323,51 @@ struct Forward {
 };
 
 #if KERNEL == 0
+struct OfWarp {
+    float delta[2][8][20];  // of this span and the next: of a channel, by tokens; 20: so that who writes meets in few banks
+    float drive[2][8][20];  // delta x
+    float y[2][SPAN][12];
+    float unused[4];  // so that neighbours' arrays begin in other banks
+};
+struct Shared {
+    OfWarp of[WARPS];
+};
+
+// Softplus and delta x of four channels of one token, for the threads that scan them.
+__device__ __forceinline__ void prepare(
+    OfWarp& of, int buffer, int c, int t, const Four& raw_dt, const Four& raw_x, const float* bias, bool inside) {
+    float delta[4], x[4];
+    widen(raw_dt, delta);
+    widen(raw_x, x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        delta[i] += bias[i];
+        if (SOFTPLUS) delta[i] = softplus(delta[i]);
+        if (!inside) delta[i] = 0.f;
+        of.delta[buffer][c + i][t] = delta[i];
+        of.drive[buffer][c + i][UNITS_DRIVE ? (t & 3) * 4 + (t >> 2) : t] = delta[i] * x[i];
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forward(const Forward f) {
-    struct OfWarp {
-        float delta[8][20];  // of a channel, by tokens; 20: so that those who write meet in no bank
-        float drive[8][20];  // delta x, tokens 0, 4, 8, 12, then 1, 5, 9, 13 and so on
-        float y[SPAN][12];
-    };
-    struct Shared {
-        OfWarp of[WARPS];
-    };
-    OfWarp& own = shared_as<Shared>().of[threadIdx.x >> 5];
+    Shared& shared = shared_as<Shared>();
+    OfWarp& own = shared.of[threadIdx.x >> 5];
     const Place p = place_of(f.s, threadIdx.x & 3, threadIdx.x >> 2 & 7);
+#if COALESCED
+    // what a thread reads and writes of x, dt, z and y: neighbours' four channels lie side by side
+    const int t_of_span = (int)threadIdx.x / (2 * WARPS), part = (int)threadIdx.x % (2 * WARPS);
+    OfWarp& other = shared.of[part >> 1];
+    int c4 = p.block * WARPS * 8 + part * 4;
+    const bool writes = c4 < f.s.d;
+    if (!writes) c4 = 0;
+#define MEET __syncthreads
+#else
+    const int t_of_span = p.t, part = p.lane & 1, c4 = p.c4;
+    OfWarp& other = own;
+    const bool writes = p.active;
+#define MEET __syncwarp
+#endif
+    const int c_of_warp = (part & 1) * 4;
     float A2[4], h[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
     const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
@@ -324,68 +376,57 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #endif
     float bias[4] = {}, skip[4] = {};
 #if HAS_BIAS
-    scaled4(bias, *reinterpret_cast<const float4*>(f.bias + p.c4), 1.f);
+    scaled4(bias, *reinterpret_cast<const float4*>(f.bias + c4), 1.f);
 #endif
 #if HAS_D
-    scaled4(skip, *reinterpret_cast<const float4*>(f.D + p.c4), 1.f);
+    scaled4(skip, *reinterpret_cast<const float4*>(f.D + c4), 1.f);
 #endif
-    int t = p.begin + p.t;
-    Number* const x = pinned(row_of(f.x, p));
-    Number* const dt = pinned(row_of(f.dt, p));
-    Number* const z = pinned(row_of(f.z, p));
-    Number* const y = pinned(row_of(f.y, p));
+    Number* const x = pinned(f.x.data + p.row * f.x.row + c4);
+    Number* const dt = pinned(f.dt.data + p.row * f.dt.row + c4);
+    Number* const z = pinned(f.z.data + p.row * f.z.row + c4);
+    Number* const y = pinned(f.y.data + p.row * f.y.row + c4);
     int end = p.end;
     pin(end);
-    // what the thread holds of B, of token q of each four, and of C, of token c of each eight
     const float* BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
-    int B_at = p.q * OF_TOKEN + p.c * 2, C_at = p.c * OF_TOKEN + OF_C + p.q * 4;
-    pin(B_at), pin(C_at);
+    int C_at = p.c * OF_TOKEN + OF_C + p.q * 4;  // of C the thread holds four states of token c of each eight
+    pin(C_at);
     const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
     float4 C[SPAN / 8];
+#pragma unroll
+    for (int i = 0; i < SPAN / 8; i++) C[i] = constant(BC + C_at + i * 8 * OF_TOKEN);
 #if UNITS_DRIVE
+    int B_at = p.q * OF_TOKEN + p.c * 2;  // of B two states of token q of each four
+    pin(B_at);
     float2 B[SPAN / 4];
 #pragma unroll
     for (int i = 0; i < SPAN / 4; i++) B[i] = *reinterpret_cast<const float2*>(BC + B_at + i * 4 * OF_TOKEN);
 #endif
-#pragma unroll
-    for (int i = 0; i < SPAN / 8; i++) C[i] = *reinterpret_cast<const float4*>(BC + C_at + i * 8 * OF_TOKEN);
     Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     float total = 0.f, any_reset = 0.f;
 
-    bool inside = t < end;
-    Four next_dt = load4(at(dt, f.dt, t), inside), next_x = load4(at(x, f.x, t), inside), next_z = {};
-    if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), inside);
+    int t = p.begin + t_of_span, buffer = 0;
+    Four raw_x = load4(at(x, f.x, t), t < end), raw_z = {};
+    if (HAS_Z && !LOCAL) raw_z = load4(at(z, f.z, t), t < end);
+    prepare(other, 0, c_of_warp, t_of_span, load4(at(dt, f.dt, t), t < end), raw_x, bias, t < end);
+    t += SPAN;
+    Four next_dt = load4(at(dt, f.dt, t), t < end), next_x = load4(at(x, f.x, t), t < end), next_z = {};
+    if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), t < end);
+    MEET();
     for (int span = p.begin; span < end; span += SPAN) {
-        const bool mine = inside;
-        float xv[4], zv[4];
-        {
-            float raw[4];
-            widen(next_dt, raw);
-            widen(next_x, xv);
-            widen(next_z, zv);
-            const int first = (p.lane & 1) * 4, place = UNITS_DRIVE ? (p.t & 3) * 4 + (p.t >> 2) : p.t;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                raw[i] += bias[i];
-                float delta = SOFTPLUS ? softplus(raw[i]) : raw[i];
-                if (!mine) delta = 0.f;
-                own.delta[first + i][p.t] = delta;
-                own.drive[first + i][place] = delta * xv[i];
-            }
-        }
-        __syncwarp();
+        prepare(other, buffer ^ 1, c_of_warp, t_of_span, next_dt, next_x, bias, t < end);
+        const Four now_x = raw_x, now_z = raw_z;
+        raw_x = next_x, raw_z = next_z;
         t += SPAN;
-        inside = t < end;
-        next_dt = load4(at(dt, f.dt, t), inside);
-        next_x = load4(at(x, f.x, t), inside);
-        if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), inside);
+        next_dt = load4(at(dt, f.dt, t), t < end);
+        next_x = load4(at(x, f.x, t), t < end);
+        if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), t < end);
 #if KEEP && !LOCAL
         if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
 #endif
 #if UNITS_DRIVE
         float drives[4];
-        scaled4(drives, *reinterpret_cast<const float4*>(&own.drive[p.c][p.q * 4]), 1.f);
+        scaled4(drives, *reinterpret_cast<const float4*>(&own.drive[buffer][p.c][p.q * 4]), 1.f);
 #endif
         const int ahead = span + SPAN < end ? SPAN * OF_TOKEN : 0;
 #pragma unroll
@@ -394,12 +435,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #pragma unroll
             for (int group = half * 2; group < half * 2 + 2; group++) {
                 float delta[4];
-                scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
+                scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[buffer][p.c][group * 4]), 1.f);
 #if UNITS_DRIVE
                 const float rough = high_part(drives[group]), rest = drives[group] - rough;
 #else
                 float u[4];
-                scaled4(u, *reinterpret_cast<const float4*>(&own.drive[p.c][group * 4]), 1.f);
+                scaled4(u, *reinterpret_cast<const float4*>(&own.drive[buffer][p.c][group * 4]), 1.f);
 #endif
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
@@ -431,7 +472,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #if HAS_SEQ
                             const float a = exp2_fast(fmaf(step, A2[j], reset));
 #else
-                            const float a = exp2_fast(step * A2[j]);
+                            // special units take 8 clocks for a warp's exponentials, so others do some
+                            const bool special = j + 4 * i < 8 - POLYNOMIALS;
+                            const float a = special ? exp2_fast(step * A2[j]) : exp2_by_polynomial(step * A2[j]);
 #endif
                             states[i][j] = h[j] = fmaf(a, h[j], drive[j]);
                         }
@@ -447,25 +490,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #endif
             }
 #if !LOCAL
-            C[half] = *reinterpret_cast<const float4*>(BC + ahead + C_at + half * 8 * OF_TOKEN);
-            own.y[half * 8 + p.q * 2][p.c] = y_even;
-            own.y[half * 8 + p.q * 2 + 1][p.c] = y_odd;
+            C[half] = constant(BC + ahead + C_at + half * 8 * OF_TOKEN);
+            own.y[buffer][half * 8 + p.q * 2][p.c] = y_even;
+            own.y[buffer][half * 8 + p.q * 2 + 1][p.c] = y_odd;
 #endif
         }
         resets += SPAN, BC += ahead;
+        MEET();
 #if !LOCAL
-        __syncwarp();
-        float out[4];
-        scaled4(out, *reinterpret_cast<const float4*>(&own.y[p.t][(p.lane & 1) * 4]), 1.f);
+        float out[4], xv[4], zv[4];
+        scaled4(out, *reinterpret_cast<const float4*>(&other.y[buffer][t_of_span][c_of_warp]), 1.f);
+        widen(now_x, xv);
+        widen(now_z, zv);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             out[i] = fmaf(skip[i], xv[i], out[i]);
             if (HAS_Z) out[i] *= zv[i] * sigmoid(zv[i]);
         }
-        store4(at(y, f.y, t - SPAN), out, mine && p.active);
-#else
-        __syncwarp();
+        const int now = t - 2 * SPAN;
+        store4(at(y, f.y, now), out, now < end && writes);
 #endif
+        buffer ^= 1;
     }
     if (!p.active) return;
 #if LOCAL
