@@ -36,9 +36,9 @@ def lines(path: Path) -> dict[str, list[list[figures.Point]]]:
     found: dict[str, dict[str, list[figures.Point]]] = {}
     network, seed, *numbers = figures.CURVES_HEAD
     for row in _rows(path):
-        flops, seconds, loss = (float(row[key]) for key in numbers)
+        flops, seconds, loss, tokens = (float(row[key]) for key in numbers)
         run = found.setdefault(row[network], {}).setdefault(row[seed], [])
-        run.append((flops, seconds, loss))
+        run.append((flops, seconds, loss, tokens))
     return {name: list(runs.values()) for name, runs in found.items()}
 
 

@@ -39,10 +39,15 @@ def test_pictures_are_drawn_from_their_numbers(script, tmp_path):
     ]  # fmt: skip
     head = ",".join(f'"{name}"' for name in script.figures.CURVES_HEAD)
     curves = tmp_path / "ladder-curves.csv"
-    curves.write_text(f"{head}\na/64,0,1e9,1,3\na/64,0,2e9,2,2.5\na/64,1,1e9,1,4\nb/64,0,1e9,2,5\n")
-    assert script.lines(curves) == {
-        "a/64": [[(1e9, 1, 3), (2e9, 2, 2.5)], [(1e9, 1, 4)]], "b/64": [[(1e9, 2, 5)]],
-    }  # fmt: skip
+    rows = ("mamba/64,0,1e9,1,3,8", "mamba/64,0,2e9,2,2.5,16", "mamba/64,1,1e9,1,4,8",
+            "b/64,0,1e9,2,5,8", "b/64,0,2e9,2,2,12")  # fmt: skip
+    curves.write_text("\n".join([head, *rows, ""]))
+    found = {
+        "mamba/64": [[(1e9, 1, 3, 8), (2e9, 2, 2.5, 16)], [(1e9, 1, 4, 8)]],
+        "b/64": [[(1e9, 2, 5, 8), (2e9, 2, 2, 12)]],
+    }
+    assert script.lines(curves) == found
+    assert script.figures._gaps(found) == {("b/64", 0): [(8e-6, 2.0)]}
     script.main(tmp_path)
     for name in ("latency-1", "ladder-curves"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

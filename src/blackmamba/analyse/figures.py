@@ -23,9 +23,10 @@ _OTHERS = ("#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#ff7f0e")
 _SMOOTHED = 0.05  # of a curve's steps are averaged
 _PLACES = 200  # of a line, at most
 
-Point = tuple[float, float, float]
-"""Of a line: training FLOPs, seconds, loss."""
-CURVES_HEAD = ("network", "seed", "training FLOPs", "seconds", "loss, smoothed")
+Point = tuple[float, float, float, float]
+"""Of a line: training FLOPs, seconds, loss, tokens."""
+CURVES_HEAD = ("network", "seed", "training FLOPs", "seconds", "loss, smoothed", "tokens")
+_BASE = "mamba"  # what the others' losses are compared with
 
 
 @contextmanager
@@ -57,7 +58,10 @@ def line(run: Curve) -> list[Point]:
     smooth = _smooth(np.array(run.losses))
     step = -(-len(smooth) // _PLACES)
     places = range(max(0, len(smooth) - 2), len(smooth) // 10 - 1, -step)
-    return [(run.flops[i], run.seconds[i], float(smooth[i])) for i in reversed(places)]
+    return [
+        (run.flops[i], run.seconds[i], float(smooth[i]), float(run.tokens[i]))
+        for i in reversed(places)
+    ]
 
 
 def lines(curves: Mapping[str, Sequence[Curve]]) -> dict[str, list[list[Point]]]:
@@ -66,7 +70,8 @@ def lines(curves: Mapping[str, Sequence[Curve]]) -> dict[str, list[list[Point]]]
 
 
 def draw_ladder(path: Path, curves: Mapping[str, Sequence[Sequence[Point]]], jobs: int = 1) -> None:
-    """Smoothed training loss against FLOPs and against time; a line a run.
+    """Smoothed training loss against FLOPs and against time; a line a run. If dense Mamba is there,
+    also by how much it is above that of dense Mamba after the same tokens, of the same seed.
 
     A colour is a network, a kind of line a rung.
 
@@ -75,17 +80,20 @@ def draw_ladder(path: Path, curves: Mapping[str, Sequence[Sequence[Point]]], job
         curves: by network, or network/rung.
         jobs: runs that shared the machine, which stretches the time.
     """
-    with figure(path, columns=2) as axes:
+    gaps = _gaps(curves)
+    with figure(path, columns=3 if gaps else 2) as axes:
         rungs = list(dict.fromkeys(name.partition("/")[2] for name in curves))
         for i, (name, runs) in enumerate(curves.items()):
             network, _, width = name.partition("/")
             for j, run in enumerate(runs):
-                flops, seconds, loss = zip(*run, strict=True)
+                flops, seconds, loss, _ = zip(*run, strict=True)
                 label = (f"{network}, {width} wide" if width else name) if j == 0 else None
                 style: dict[str, Any] = {"color": colour(network, i), "lw": 1.2, "alpha": 0.85}
                 style["ls"] = ("-", "--", ":")[rungs.index(width) % 3]
                 axes[0, 0].plot(flops, loss, label=label, **style)
                 axes[0, 1].plot(seconds, loss, **style)
+                if gap := gaps.get((name, j)):
+                    axes[0, 2].plot(*zip(*gap, strict=True), **style)
         axes[0, 0].set(xlabel="training FLOPs", ylabel="loss (nats per token)", xscale="log")
         axes[0, 0].minorticks_off()  # their labels would lie on each other
         low, high = axes[0, 0].get_xlim()
@@ -93,7 +101,30 @@ def draw_ladder(path: Path, curves: Mapping[str, Sequence[Sequence[Point]]], job
         axes[0, 0].set_xticks(ticks, [f"{tick:.0e}".replace("+", "") for tick in ticks])
         among = f", {jobs} runs at once" if jobs > 1 else ""
         axes[0, 1].set(xlabel=f"seconds on this machine{among}", ylabel="loss (nats per token)")
+        if gaps:
+            late = [abs(y) for gap in gaps.values() for _, y in gap[len(gap) // 3 :]]
+            axes[0, 2].axhline(0, color="black", lw=0.8, ls=":")
+            axes[0, 2].set(
+                xlabel="million tokens", ylabel="loss less dense Mamba's, by seed",
+                ylim=(-1.2 * max(late), 1.2 * max(late)),
+            )  # fmt: skip
         _legend_above(axes[0, 0], 4)
+
+
+def _gaps(
+    curves: Mapping[str, Sequence[Sequence[Point]]],
+) -> dict[tuple[str, int], list[tuple[float, float]]]:
+    """By network/rung and place of the seed: million tokens, and loss less dense Mamba's there."""
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for name, runs in curves.items():
+        network, slash, rung = name.partition("/")
+        bases = curves.get(_BASE + slash + rung, ())
+        for j, (run, base) in enumerate(zip(runs, bases, strict=False)):
+            losses = {tokens: loss for *_, loss, tokens in base}
+            gap = [(n / 1e6, loss - losses[n]) for *_, loss, n in run if n in losses]
+            if network != _BASE and gap:
+                found[name, j] = gap
+    return found
 
 
 def draw_latency(path: Path, rows: Sequence[Latency]) -> None:

@@ -24,10 +24,10 @@ def plans(lab: Lab) -> list[Plan]:
 def curves_table(curves: Mapping[str, Sequence[Curve]]) -> Table:
     """The lines of the picture."""
     rows = tuple(
-        (name, f"{run.seed}", f"{flops:.5g}", f"{seconds:.2f}", f"{loss:.4f}")
+        (name, f"{run.seed}", f"{flops:.5g}", f"{seconds:.2f}", f"{loss:.4f}", f"{tokens:.0f}")
         for name, runs in curves.items()
         for run in runs
-        for flops, seconds, loss in figures.line(run)
+        for flops, seconds, loss, tokens in figures.line(run)
     )
     return Table("ladder-curves", figures.CURVES_HEAD, rows)
 
