@@ -18,11 +18,11 @@
 #ifndef UNITS_DRIVE
 #define UNITS_DRIVE 0
 #endif
-#ifndef POLYNOMIALS
-#define POLYNOMIALS 0
-#endif
 #ifndef COALESCED
 #define COALESCED 1
+#endif
+#ifndef POLYNOMIALS
+#define POLYNOMIALS 0
 #endif
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -266,6 +266,27 @@ __device__ __forceinline__ Place place_of(const Sizes& s, int q, int c) {
     return p;
 }
 
+struct Reader {  // what a thread reads and writes of x, dt, z and others: four channels of one token, its neighbour the next four
+    int t, warp, c, c4;  // who scans the channels, as that warp's c-th to c + 3-rd
+    bool active;
+};
+__device__ __forceinline__ Reader reader_of(const Sizes& s, const Place& p) {
+    Reader r;
+#if COALESCED
+    r.t = (int)threadIdx.x / (2 * WARPS);
+    const int part = (int)threadIdx.x % (2 * WARPS);
+#else
+    r.t = p.lane >> 1;
+    const int part = p.warp * 2 + (p.lane & 1);
+#endif
+    r.warp = part >> 1;
+    r.c = (part & 1) * 4;
+    r.c4 = p.block * WARPS * 8 + part * 4;
+    r.active = r.c4 < s.d;
+    if (!r.active) r.c4 = 0;
+    return r;
+}
+
 // Where the four numbers are that a thread loads of the row: of its first token, and of token t.
 __device__ __forceinline__ Number* row_of(const Rows& tensor, const Place& p) {
     return tensor.data + p.row * tensor.row + p.c4;
@@ -353,21 +374,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     Shared& shared = shared_as<Shared>();
     OfWarp& own = shared.of[threadIdx.x >> 5];
     const Place p = place_of(f.s, threadIdx.x & 3, threadIdx.x >> 2 & 7);
-#if COALESCED
-    // what a thread reads and writes of x, dt, z and y: neighbours' four channels lie side by side
-    const int t_of_span = (int)threadIdx.x / (2 * WARPS), part = (int)threadIdx.x % (2 * WARPS);
-    OfWarp& other = shared.of[part >> 1];
-    int c4 = p.block * WARPS * 8 + part * 4;
-    const bool writes = c4 < f.s.d;
-    if (!writes) c4 = 0;
-#define MEET __syncthreads
-#else
-    const int t_of_span = p.t, part = p.lane & 1, c4 = p.c4;
-    OfWarp& other = own;
-    const bool writes = p.active;
-#define MEET __syncwarp
-#endif
-    const int c_of_warp = (part & 1) * 4;
+    const Reader r = reader_of(f.s, p);
+    OfWarp& other = shared.of[r.warp];
     float A2[4], h[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
     const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
@@ -376,15 +384,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #endif
     float bias[4] = {}, skip[4] = {};
 #if HAS_BIAS
-    scaled4(bias, *reinterpret_cast<const float4*>(f.bias + c4), 1.f);
+    scaled4(bias, *reinterpret_cast<const float4*>(f.bias + r.c4), 1.f);
 #endif
 #if HAS_D
-    scaled4(skip, *reinterpret_cast<const float4*>(f.D + c4), 1.f);
+    scaled4(skip, *reinterpret_cast<const float4*>(f.D + r.c4), 1.f);
 #endif
-    Number* const x = pinned(f.x.data + p.row * f.x.row + c4);
-    Number* const dt = pinned(f.dt.data + p.row * f.dt.row + c4);
-    Number* const z = pinned(f.z.data + p.row * f.z.row + c4);
-    Number* const y = pinned(f.y.data + p.row * f.y.row + c4);
+    Number* const x = pinned(f.x.data + p.row * f.x.row + r.c4);
+    Number* const dt = pinned(f.dt.data + p.row * f.dt.row + r.c4);
+    Number* const z = pinned(f.z.data + p.row * f.z.row + r.c4);
+    Number* const y = pinned(f.y.data + p.row * f.y.row + r.c4);
     int end = p.end;
     pin(end);
     const float* BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
@@ -404,16 +412,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     float total = 0.f, any_reset = 0.f;
 
-    int t = p.begin + t_of_span, buffer = 0;
+    int t = p.begin + r.t, buffer = 0;
     Four raw_x = load4(at(x, f.x, t), t < end), raw_z = {};
     if (HAS_Z && !LOCAL) raw_z = load4(at(z, f.z, t), t < end);
-    prepare(other, 0, c_of_warp, t_of_span, load4(at(dt, f.dt, t), t < end), raw_x, bias, t < end);
+    prepare(other, 0, r.c, r.t, load4(at(dt, f.dt, t), t < end), raw_x, bias, t < end);
     t += SPAN;
     Four next_dt = load4(at(dt, f.dt, t), t < end), next_x = load4(at(x, f.x, t), t < end), next_z = {};
     if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), t < end);
-    MEET();
+    __syncthreads();
     for (int span = p.begin; span < end; span += SPAN) {
-        prepare(other, buffer ^ 1, c_of_warp, t_of_span, next_dt, next_x, bias, t < end);
+        prepare(other, buffer ^ 1, r.c, r.t, next_dt, next_x, bias, t < end);
         const Four now_x = raw_x, now_z = raw_z;
         raw_x = next_x, raw_z = next_z;
         t += SPAN;
@@ -496,10 +504,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #endif
         }
         resets += SPAN, BC += ahead;
-        MEET();
+        __syncthreads();
 #if !LOCAL
         float out[4], xv[4], zv[4];
-        scaled4(out, *reinterpret_cast<const float4*>(&other.y[buffer][t_of_span][c_of_warp]), 1.f);
+        scaled4(out, *reinterpret_cast<const float4*>(&other.y[buffer][r.t][r.c]), 1.f);
         widen(now_x, xv);
         widen(now_z, zv);
 #pragma unroll
@@ -508,7 +516,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
             if (HAS_Z) out[i] *= zv[i] * sigmoid(zv[i]);
         }
         const int now = t - 2 * SPAN;
-        store4(at(y, f.y, now), out, now < end && writes);
+        store4(at(y, f.y, now), out, now < end && r.active);
 #endif
         buffer ^= 1;
     }
@@ -715,7 +723,7 @@ struct OfWarp {
     Short by[SPAN][2][8];  // drive and to_y, of a token
     Turned turned;
     float4 first[SPAN / 4][32];
-    float4 of_BC[2][SPAN / 4][32];  // of this span and the one before
+    float4 of_BC[SPAN / 4][32];
     // What a thread would else have no registers for, of its own four channels: `bias` and D, where its row is.
     float4 wide[2][2];
     Number* rows[7][2];
@@ -727,14 +735,14 @@ enum { X, DT, Z, GRAD_Y, GRAD_X, GRAD_DT, GRAD_Z };
 enum { OF_Y, OF_DRIVE, OF_DECAY };
 
 // The sums of a span over the warps, always in the same order, by 128 threads from the `first` on or by those before it.
-__device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, const Place& p, int buffer, int span, int first) {
+__device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, const Place& p, int span, int first) {
     int task = (int)threadIdx.x - first;
     if (task < 0) task += 32 * WARPS;
     for (; task < 128; task += 32 * WARPS) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            const float4 v = shared.of[w].of_BC[buffer][task >> 5][task & 31];
+            const float4 v = shared.of[w].of_BC[task >> 5][task & 31];
             sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
         }
         const int tile = ((int)p.row * (f.s.l_padded / 4) + span / 4 + (task >> 5)) * f.s.n_blocks + p.block;
@@ -778,9 +786,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
     scaled4(g, *reinterpret_cast<const float4*>(f.after + state), 1.f);
     if (!p.active) g[0] = g[1] = g[2] = g[3] = 0.f;  // nothing of it goes into the block's sums
+    const Reader r = reader_of(f.s, p);
+    OfWarp& other = shared.of[r.warp];
     float sum_D[4] = {}, sum_bias[4] = {};
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
-    int buffer = 0, adders = 0;
+    int adders = 0;
     const float* BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
     int B_at = p.q * OF_TOKEN + p.c * 2, token_at = p.c * OF_TOKEN + p.q * 4;
     pin(B_at), pin(token_at);
@@ -791,22 +801,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         if (HAS_BIAS) own.wide[0][p.lane] = *reinterpret_cast<const float4*>(f.bias + p.c4);
         if (HAS_D) own.wide[1][p.lane] = *reinterpret_cast<const float4*>(f.D + p.c4);
     }
-    __syncwarp();
-    const int four = p.lane & 1;  // which of the warp's
+    __syncthreads();
+    const int four = r.c >> 2;  // which of the warp's
     const Kept* const starts =
         f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     const int of_span = f.s.d * 16 * (int)sizeof(Kept);
     for (int back = spans - 1; back >= 0; back--) {
         const int span = p.begin + back * SPAN;
-        const int t = span + p.t;
+        const int t = span + r.t;
         const bool inside = t < p.end;
-        const Number* const dt_at = at(own.rows[DT][four], f.dt, t);
-        const Number* const x_at = at(own.rows[X][four], f.x, t);
-        const Number* const gy_at = at(own.rows[GRAD_Y][four], f.grad_y, t);
-        const Number* const z_at = at(own.rows[Z][four], f.z, t);
+        const Number* const dt_at = at(other.rows[DT][four], f.dt, t);
+        const Number* const x_at = at(other.rows[X][four], f.x, t);
+        const Number* const gy_at = at(other.rows[GRAD_Y][four], f.grad_y, t);
+        const Number* const z_at = at(other.rows[Z][four], f.z, t);
         const Kept* const first_at = shifted(starts, back, of_span);
         const Four raw_dt = load4(dt_at, inside), raw_x = load4(x_at, inside);
-        const Four raw_g = load4(gy_at, inside && p.active);
+        const Four raw_g = load4(gy_at, inside && r.active);
         Four raw_z = {};
         if (HAS_Z) raw_z = load4(z_at, inside);
         const float4 first = kept(first_at);
@@ -819,12 +829,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         }
         {
             float delta[4], xv[4], gy[4], zv[4], bias[4] = {};
-            if (HAS_BIAS) scaled4(bias, own.wide[0][four], 1.f);
+            if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
             widen(raw_dt, delta);
             widen(raw_x, xv);
             widen(raw_g, gy);
             widen(raw_z, zv);
-            const int place = (p.t & 3) * 4 + (p.t >> 2);
+            const int place = (r.t & 3) * 4 + (r.t >> 2);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 delta[i] += bias[i];
@@ -832,14 +842,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (!inside) delta[i] = 0.f;
                 xv[i] *= delta[i];
                 if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
-                own.delta[four * 4 + i][p.t] = delta[i];
-                own.drive[four * 4 + i][place] = xv[i];
-                own.to_y[four * 4 + i][p.t] = gy[i];
+                other.delta[r.c + i][r.t] = delta[i];
+                other.drive[r.c + i][place] = xv[i];
+                other.to_y[r.c + i][r.t] = gy[i];
             }
-            keep4(&own.by[p.t][0][four * 4], xv);
-            keep4(&own.by[p.t][1][four * 4], gy);
+            keep4(&other.by[r.t][0][r.c], xv);
+            keep4(&other.by[r.t][1][r.c], gy);
         }
-        __syncwarp();
+        __syncthreads();
 #if HAS_SEQ
         const float* const resets = f.resets + p.row * f.s.l_padded + span;
 #else
@@ -905,29 +915,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                             *reinterpret_cast<float2*>(&own.sums[k][p.c][group * 4 + pair * 2]) = make_float2(sums[k][0], sums[k][3]);
                 }
                 __syncwarp();
-                own.of_BC[buffer][group][p.lane] = own.turned.sums(&own.by[group * 4], p.lane);
+                own.of_BC[group][p.lane] = own.turned.sums(&own.by[group * 4], p.lane);
             }
         }
         __syncthreads();
-        add_up(f, shared, p, buffer, span, adders);
+        add_up(f, shared, p, span, adders);
         adders = adders + 128 < 32 * WARPS ? adders + 128 : adders + 128 - 32 * WARPS;
-        buffer ^= 1;
         BC -= SPAN * OF_TOKEN;
         {
             float dtv[4], xv[4], gy[4], zv[4], g_x[4], g_dt[4], g_z[4], bias[4] = {}, skip[4] = {};
-            if (HAS_BIAS) scaled4(bias, own.wide[0][four], 1.f);
-            if (HAS_D) scaled4(skip, own.wide[1][four], 1.f);
+            if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
+            if (HAS_D) scaled4(skip, other.wide[1][four], 1.f);
             widen(raw_dt, dtv);
             widen(raw_x, xv);
             widen(raw_g, gy);
             widen(raw_z, zv);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int c = four * 4 + i;
-                const float delta = own.delta[c][p.t], drive = own.sums[OF_DRIVE][c][p.t], decay = own.sums[OF_DECAY][c][p.t];
+                const int c = r.c + i;
+                const float delta = other.delta[c][r.t], drive = other.sums[OF_DRIVE][c][r.t], decay = other.sums[OF_DECAY][c][r.t];
                 float to_y = gy[i];
                 if (HAS_Z) {
-                    const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], own.sums[OF_Y][c][p.t]);
+                    const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], other.sums[OF_Y][c][r.t]);
                     to_y *= zv[i] * s;
                     g_z[i] = gy[i] * y * fmaf(zv[i] * s, 1.f - s, s);
                 }
@@ -937,33 +946,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (HAS_D) sum_D[i] = fmaf(to_y, xv[i], sum_D[i]);
                 if (HAS_BIAS && inside) sum_bias[i] += g_dt[i];
             }
-            const bool write = inside && p.active;
-            store4(at(own.rows[GRAD_X][four], f.grad_x, t), g_x, write);
-            store4(at(own.rows[GRAD_DT][four], f.grad_dt, t), g_dt, write);
-            if (HAS_Z) store4(at(own.rows[GRAD_Z][four], f.grad_z, t), g_z, write);
+            const bool write = inside && r.active;
+            store4(at(other.rows[GRAD_X][four], f.grad_x, t), g_x, write);
+            store4(at(other.rows[GRAD_DT][four], f.grad_dt, t), g_dt, write);
+            if (HAS_Z) store4(at(other.rows[GRAD_Z][four], f.grad_z, t), g_z, write);
         }
-        __syncwarp();
     }
     const i64 part = p.row * f.s.n_chunks + p.piece;
-    // over tokens: lanes of the same parity hold the same channels
+    // over tokens: a channel's sums are in 16 threads, then in 4
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 4; i++) other.delta[r.c + i][r.t] = sum_D[i], other.drive[r.c + i][r.t] = sum_bias[i];
+    __syncthreads();
+    float all_D = 0.f, all_bias = 0.f;
 #pragma unroll
-        for (int k = 2; k < 32; k *= 2) {
-            sum_D[i] += __shfl_xor_sync(FULL, sum_D[i], k);
-            sum_bias[i] += __shfl_xor_sync(FULL, sum_bias[i], k);
-        }
+    for (int i = 0; i < 4; i++) all_D += own.delta[p.c][p.q * 4 + i], all_bias += own.drive[p.c][p.q * 4 + i];
+#pragma unroll
+    for (int k = 1; k < 4; k *= 2) {
+        all_D += __shfl_xor_sync(FULL, all_D, k);
+        all_bias += __shfl_xor_sync(FULL, all_bias, k);
+    }
     if (!p.active) return;
     *reinterpret_cast<float4*>(f.grad_A + (part * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(sum_A[0], sum_A[1], sum_A[2], sum_A[3]);
     if (p.piece == 0)
         *reinterpret_cast<float4*>(f.grad_first + (p.row * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(g[0], g[1], g[2], g[3]);
-    if (p.lane < 2) {
-#if HAS_D
-        *reinterpret_cast<float4*>(f.grad_D + part * f.s.d + p.c4) = make_float4(sum_D[0], sum_D[1], sum_D[2], sum_D[3]);
-#endif
-#if HAS_BIAS
-        *reinterpret_cast<float4*>(f.grad_bias + part * f.s.d + p.c4) = make_float4(sum_bias[0], sum_bias[1], sum_bias[2], sum_bias[3]);
-#endif
-    }
+    if (HAS_D && p.q == 0) f.grad_D[part * f.s.d + p.channel] = all_D;
+    if (HAS_BIAS && p.q == 0) f.grad_bias[part * f.s.d + p.channel] = all_bias;
 }
 #endif
