@@ -101,7 +101,7 @@ def _shared_bytes(name: str, warps: int, short: bool) -> int:
     if name == "scan_backward_local":
         return 4 * (warps * 16 * _SPAN + 2 * _SPAN * 32)
     floats = 6 * 8 * 20 + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)
-    floats += 2 * _SPAN // 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
+    floats += (_SPAN // VARIANT.get("EVERY", 4) + _SPAN // 4) * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
     return 4 * warps * floats
 
 

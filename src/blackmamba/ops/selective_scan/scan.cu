@@ -18,6 +18,9 @@
 #ifndef UNITS_DRIVE
 #define UNITS_DRIVE 0
 #endif
+#ifndef EVERY
+#define EVERY 4
+#endif
 #ifndef COALESCED
 #define COALESCED 1
 #endif
@@ -629,7 +632,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #endif
 
 // Every gradient; those of B and C as sums over the channels of a block, in `partial` (b, l / 4, blocks, 32, 4): see `add_up`.
-// Keeps the states of 4 tokens and the gradients of state and A in registers, the states before each 4 tokens of a span
+// Keeps the states of 2 tokens and the gradients of state and A in registers, the states before each 2 tokens of a span
 // in shared memory. Moves x, dt, z, the gradients of y, x, dt and z once, and the states before every span once. Bound by
 // instructions.
 #if KERNEL == 2
@@ -722,7 +725,7 @@ struct OfWarp {
     float sums[3][8][20];
     Short by[SPAN][2][8];  // drive and to_y, of a token
     Turned turned;
-    float4 first[SPAN / 4][32];
+    float4 first[SPAN / EVERY][32];
     float4 of_BC[SPAN / 4][32];
     // What a thread would else have no registers for, of its own four channels: `bias` and D, where its row is.
     float4 wide[2][2];
@@ -750,29 +753,25 @@ __device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, 
     }
 }
 
-// The decays and states of four tokens: states[0] is given.
+// The decays and states of two tokens, the first or last of four: states[0] is given.
 __device__ __forceinline__ void recompute(
-    float (*states)[4], float (*decays)[4], const float* A2, const float* delta, float drive, const float2& B, int q,
+    float (*states)[4], float (*decays)[4], const float* A2, const float* delta, float drive, const float2& B, int q, int pair,
     const float* resets) {
     constexpr bool exact = TYPE != 1;  // 11 bits do where the states that begin a span have 8
     const float rough = exact ? high_part(drive) : drive, rest = drive - rough;
+    float even[4], odd[4];
+    outer<exact>(even, odd, rough, rest, q == pair * 2, q == pair * 2 + 1, B);
 #pragma unroll
-    for (int pair = 0; pair < 2; pair++) {
-        float even[4], odd[4];
-        outer<exact>(even, odd, rough, rest, q == pair * 2, q == pair * 2 + 1, B);
+    for (int e = 0; e < 2; e++) {
+        const float drives[4] = {even[e * 2], odd[e * 2], even[e * 2 + 1], odd[e * 2 + 1]};
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int i = pair * 2 + e;
-            const float drives[4] = {even[e * 2], odd[e * 2], even[e * 2 + 1], odd[e * 2 + 1]};
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < 4; j++) {
 #if HAS_SEQ
-                decays[i][j] = exp2_fast(fmaf(delta[i], A2[j], resets[i]));
+            decays[e][j] = exp2_fast(fmaf(delta[e], A2[j], resets[e]));
 #else
-                decays[i][j] = exp2_fast(delta[i] * A2[j]);
+            decays[e][j] = exp2_fast(delta[e] * A2[j]);
 #endif
-                states[i + 1][j] = fmaf(decays[i][j], states[i][j], drives[j]);
-            }
+            states[e + 1][j] = fmaf(decays[e][j], states[e][j], drives[j]);
         }
     }
 }
@@ -856,19 +855,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         const float* const resets = nullptr;
 #endif
         {
-            float h[5][4], decays[4][4], drives[4];
+            float h[3][4], decays[2][4], drives[4];
             scaled4(drives, *reinterpret_cast<const float4*>(&own.drive[p.c][p.q * 4]), 1.f);
             scaled4(h[0], first, 1.f);
             own.first[0][p.lane] = first;
 #pragma unroll
-            for (int group = 0; group < SPAN / 4 - 1; group++) {
+            for (int group = 0; group < SPAN / 4; group++) {
                 float delta[4];
                 scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
                 const float2 B = *reinterpret_cast<const float2*>(BC + B_at + group * 4 * OF_TOKEN);
-                recompute(h, decays, A2, delta, drives[group], B, p.q, resets + group * 4);
-                own.first[group + 1][p.lane] = make_float4(h[4][0], h[4][1], h[4][2], h[4][3]);
 #pragma unroll
-                for (int j = 0; j < 4; j++) h[0][j] = h[4][j];
+                for (int pair = 0; pair < 2; pair++) {
+                    if (group == SPAN / 4 - 1 && (pair == 1 || EVERY == 4)) break;
+                    recompute(h, decays, A2, delta + pair * 2, drives[group], B, p.q, pair, resets + group * 4 + pair * 2);
+                    if (EVERY == 2 || pair == 1)
+                        own.first[(group * 4 + pair * 2 + 2) / EVERY][p.lane] = make_float4(h[2][0], h[2][1], h[2][2], h[2][3]);
+#pragma unroll
+                    for (int j = 0; j < 4; j++) h[0][j] = h[2][j];
+                }
             }
         }
 #pragma unroll 1
@@ -880,16 +884,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
             for (int part = 1; part >= 0; part--) {
                 const int group = half * 2 + part;
-                float states[5][4], decays[4][4], delta[4], to_y[4];
-                scaled4(states[0], own.first[group][p.lane], 1.f);
+                float delta[4], to_y[4];
                 scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
                 scaled4(to_y, *reinterpret_cast<const float4*>(&own.to_y[p.c][group * 4]), 1.f);
                 const float2 B_pair = *reinterpret_cast<const float2*>(BC_of + B_at + part * 4 * OF_TOKEN);
-                recompute(states, decays, A2, delta, part ? drives.y : drives.x, B_pair, p.q, resets + group * 4);
                 __syncwarp();
+#if EVERY == 4
+                float all_states[5][4], all_decays[4][4];
+                scaled4(all_states[0], own.first[group][p.lane], 1.f);
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++)
+                    recompute(
+                        all_states + pair * 2, all_decays + pair * 2, A2, delta + pair * 2, part ? drives.y : drives.x, B_pair, p.q,
+                        pair, resets + group * 4 + pair * 2);
+#endif
 #pragma unroll
                 for (int pair = 1; pair >= 0; pair--) {
                     float after[2][4], of_decay[2][4], sums[3][4];
+#if EVERY == 4
+                    float(*const states)[4] = all_states + pair * 2, (*const decays)[4] = all_decays + pair * 2;
+#else
+                    float states[3][4], decays[2][4];
+                    scaled4(states[0], own.first[group * 2 + pair][p.lane], 1.f);
+                    recompute(
+                        states, decays, A2, delta + pair * 2, part ? drives.y : drives.x, B_pair, p.q, pair,
+                        resets + group * 4 + pair * 2);
+#endif
 #pragma unroll
                     for (int e = 1; e >= 0; e--) {
                         const int i = pair * 2 + e;
@@ -897,16 +917,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                         take(c, BC_of + (part * 4 + i) * OF_TOKEN + OF_C + p.q * 4);
 #pragma unroll
                         for (int j = 0; j < 4; j++) after[e][j] = g[j] = fmaf(c[j], to_y[i], g[j]);
-                        own.turned.put(i, p.c, p.q, after[e], states[i + 1]);
+                        own.turned.put(i, p.c, p.q, after[e], states[e + 1]);
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
-                            g[j] *= decays[i][j];
-                            const float w = g[j] * states[i][j];  // the gradient of delta A
+                            g[j] *= decays[e][j];
+                            const float w = g[j] * states[e][j];  // the gradient of delta A
                             of_decay[e][j] = w * A2[j];
                             sum_A[j] = fmaf(w, delta[i], sum_A[j]);
                         }
                     }
-                    if (HAS_Z) over_states(sums[OF_Y], states[pair * 2 + 1], states[pair * 2 + 2], C);
+                    if (HAS_Z) over_states(sums[OF_Y], states[1], states[2], C);
                     over_states(sums[OF_DRIVE], after[0], after[1], B);
                     over_states(sums[OF_DECAY], of_decay[0], of_decay[1], make_float4(1.f, 1.f, 1.f, 1.f));
                     if (p.q == part * 2 + pair)
