@@ -72,7 +72,7 @@ def test_one_rank_is_one_process(
     config: RunConfig, tmp_path: Path, dtype: str, parallel: dict[str, object], tolerance: float
 ):
     train = dataclasses.replace(config.train, dtype=dtype, weights="float32")
-    # Rounded otherwise, tokens near a tie go elsewhere, and Sinkhorn's balance moves others in turn.
+    # Rounded otherwise, tokens near a tie go elsewhere, and Sinkhorn's balance moves others too.
     router = "softmax" if dtype == "bfloat16" else config.model.router
     model = dataclasses.replace(config.model, router=router)
     alone = dataclasses.replace(config, model=model, train=train)
@@ -140,8 +140,8 @@ def test_two_ranks_are_one_process(
         one, _ = alone(dtype, weights)
         train = dataclasses.replace(one.train, accumulate=2 if "sequence" in parallel else 1)
         spread = dataclasses.replace(one, train=train, parallel=ParallelConfig(**parallel))
-        # Processes of their own, as torchrun starts them: torch 2.11 crashes in `split_group` of the
-        # second default group of a process.
+        # Processes of their own, as torchrun starts them: torch 2.11 crashes in `split_group` of
+        # the second default group of a process.
         on_ranks(2, train_all, [(spread, tmp_path / name, False)], timeout_s=SILENT_S)
     apart: dict[str, float] = {}
     for name, (dtype, weights, _, tolerance) in TWO[group].items():
