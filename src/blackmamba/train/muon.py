@@ -101,9 +101,7 @@ class Muon(MixedAdamW):
         for group in self._own_groups():
             given = [p for p in group["params"] if p in gradients]
             for members in self._together(given):
-                found = [
-                    gradients[p].float() * on_device(p.device, gradient_scale) for p in members
-                ]
+                found = [_scaled(gradients[p], gradient_scale) for p in members]
                 self._move(members, found, group, go)
 
     def _together(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -138,9 +136,10 @@ class Muon(MixedAdamW):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(g, memory_format=torch.contiguous_format)
         momenta = [state["momentum"] for state in states]
-        moved = momenta if go is True else [m.clone() for m in momenta]
-        torch._foreach_lerp_(moved, gradients, 1 - self._momentum)
-        torch._foreach_lerp_(gradients, moved, self._momentum)
+        if go is not True:  # only the device knows: towards itself no momentum moves
+            gradients = [g.where(go, m) for g, m in zip(gradients, momenta, strict=True)]
+        torch._foreach_lerp_(momenta, gradients, 1 - self._momentum)
+        torch._foreach_lerp_(gradients, momenta, self._momentum)
         wholes = gradients
         if self.shards is not None:
             wholes = list(map(self.shards.gather, members, gradients))
@@ -153,17 +152,24 @@ class Muon(MixedAdamW):
         if go is True:
             torch._foreach_mul_(weights, kept)
             torch._foreach_add_(weights, directions, alpha=-size)
-        else:  # only the device knows
-            changed = torch._foreach_mul(weights, kept)
-            torch._foreach_add_(changed, directions, alpha=-size)
-            for old, new in zip([*momenta, *weights], [*moved, *changed], strict=True):
-                old.copy_(new.where(go, old))
+        else:
+            taken = go.float()  # 1 or 0
+            torch._foreach_mul_(weights, (kept - 1) * taken + 1)
+            for weight, direction in zip(weights, directions, strict=True):
+                weight.addcmul_(direction, -size * taken)
         for p, weight in zip(members, weights, strict=True):
             if weight is not p.data:
                 p.data.copy_(weight)
 
     def _own_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["is_muons"]]
+
+
+def _scaled(gradient: Tensor, scale: Tensor | float) -> Tensor:
+    """A new one in float32; in one pass, a scalar on the device has a dimension for that."""
+    if not isinstance(scale, Tensor):
+        return gradient.float() * scale
+    return gradient * on_device(gradient.device, scale).float().view(1)
 
 
 def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,14 +183,14 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     x_erc = x.reshape(-1, *x.shape[-2:])
     is_tall = x_erc.shape[1] > x_erc.shape[2]
-    x_erc = x_erc.mT if is_tall else x_erc
     x_erc = x_erc / torch.linalg.matrix_norm(x_erc, keepdim=True).clamp(min=_EPS)
     x_erc = x_erc.to(dtype)
-    for _ in range(_ITERATIONS):
-        gram_err = x_erc @ x_erc.mT
-        factor_err = torch.baddbmm(gram_err, gram_err, gram_err, beta=_B, alpha=_C)
-        x_erc = torch.baddbmm(x_erc, factor_err, x_erc, beta=_A)
-    return (x_erc.mT if is_tall else x_erc).float().reshape(x.shape)
+    for _ in range(_ITERATIONS):  # (X X^T) X = X (X^T X): by the smaller square, nothing turned
+        gram = x_erc.mT @ x_erc if is_tall else x_erc @ x_erc.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        pair = (x_erc, factor) if is_tall else (factor, x_erc)
+        x_erc = torch.baddbmm(x_erc, *pair, beta=_A)
+    return x_erc.float().reshape(x.shape)
 
 
 def orthogonal_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
