@@ -16,7 +16,7 @@ PROMPT ?= And it came to pass
 NATIVE_SOURCES := $(wildcard src/blackmamba/ops/*/*.cpp src/blackmamba/ops/*/*.hpp)
 NATIVE_BUILD := build/native
 
-.PHONY: install demo test check fix bench native sanitize clean
+.PHONY: install demo test check fix bench native sanitized sanitize clean
 
 install: $(INSTALLED)
 
@@ -57,21 +57,23 @@ native: $(INSTALLED)
 	$(BIN)/cmake --build $(NATIVE_BUILD)
 	cp $(NATIVE_BUILD)/_native.*.so "$$($(BIN)/python -c 'from blackmamba import _native; print(_native.__file__)')"
 
-# A copy of the package with a sanitized extension, its tests in one process. Memory that Python and
-# torch keep until the end counts as leaked, so leaks are not looked for.
+# A copy of the package with a sanitized extension, and its tests. Memory that Python and torch keep
+# until the end counts as leaked, so leaks are not looked for.
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= $(wildcard tests/ops/test_native*.py) tests/generate/test_decoder.py
-sanitize: $(INSTALLED)
+sanitized: $(INSTALLED)
 	$(BIN)/cmake -S . -B $(SANITIZED) -DBLACKMAMBA_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
 	$(BIN)/cmake --build $(SANITIZED) -j 2
 	rm -rf $(SANITIZED)/package && mkdir $(SANITIZED)/package
 	cp -r src/blackmamba $(SANITIZED)/package/ && rm -f $(SANITIZED)/package/blackmamba/*.so
 	cp $(SANITIZED)/_native.*.so $(SANITIZED)/package/blackmamba/
 	cp tests/sanitized/sitecustomize.py $(SANITIZED)/package/
+
+sanitize: sanitized
 	PYTHONPATH=$(SANITIZED)/package OMP_NUM_THREADS=2 HYPOTHESIS_PROFILE=small \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	$(BIN)/python -m pytest -q -p no:cacheprovider $(SANITIZE_TESTS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -p no:cacheprovider $(SANITIZE_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .coverage*
