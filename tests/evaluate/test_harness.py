@@ -2,7 +2,7 @@
 
 import json
 import math
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,7 +236,13 @@ def test_on_the_command_line(
     assert f"{written['scores'][0]['value']:.4f}" in shown[0]
 
 
-def test_the_harness_s_own_command_line(tmp_path: Path, model: BlackMamba, tokenizer: Tokenizer):
+def test_the_harness_s_own_command_line(
+    tmp_path: Path,
+    model: BlackMamba,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
     folder = tmp_path / "model"
     save(model, folder, tokenizer=tokenizer)
     (tmp_path / "docs.jsonl").write_text('{"q": "where is the", "a": " lamp"}\n')
@@ -247,14 +253,10 @@ def test_the_harness_s_own_command_line(tmp_path: Path, model: BlackMamba, token
         'doc_to_target: "{{a}}"\nmetric_list:\n  - metric: acc\n'
     )
     words = f"--model blackmamba --model_args pretrained={folder} --tasks own --include_path"
-    done = subprocess.run(
-        [sys.executable, "-m", "blackmamba.evaluate.harness", *words.split(), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "|own" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words.split(), str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "blackmamba.evaluate.harness", raising=False)
+    runpy.run_module("blackmamba.evaluate.harness", run_name="__main__")
+    assert "|own" in capsys.readouterr().out
 
 
 def test_without_the_harness(
