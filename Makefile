@@ -20,9 +20,11 @@ NATIVE_BUILD := build/native
 
 install: $(INSTALLED)
 
+# pip would compile all modules to bytecode on one core. A few that are for other versions cannot be.
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE_SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	touch $@
 
 $(BENCH_INSTALLED): $(INSTALLED)
