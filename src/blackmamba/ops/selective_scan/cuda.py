@@ -94,15 +94,16 @@ def launch(
 
 
 def _shared_bytes(name: str, warps: int, short: bool) -> int:
-    """Of a block: what each warp has of its channels in a span; in `scan_backward_local` also B and
-    C of two spans. `short`: for bfloat16."""
+    """Of a block: what each warp has of its channels in a span, and B and C of two spans. `short`:
+    for bfloat16."""
+    staged = 2 * _SPAN * (24 + 16)
     if name == "scan_forward":
-        return 4 * warps * (2 * (2 * 8 * 20 + _SPAN * 12) + 4)
+        return 4 * (warps * (2 * (2 * 8 * 20 + _SPAN * 12) + 4) + staged)
     if name == "scan_backward_local":
-        return 4 * (warps * 16 * _SPAN + 2 * _SPAN * 32)
+        return 4 * (warps * 16 * _SPAN + staged)
     floats = 6 * 8 * 20 + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)
     floats += (_SPAN // VARIANT.get("EVERY", 4) + _SPAN // 4) * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
-    return 4 * warps * floats
+    return 4 * (warps * floats + staged)
 
 
 _DEFAULTS = {

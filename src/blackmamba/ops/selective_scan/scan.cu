@@ -16,7 +16,7 @@
 
 #define SPAN 16
 #ifndef UNITS_DRIVE
-#define UNITS_DRIVE 0
+#define UNITS_DRIVE 1
 #endif
 #ifndef EVERY
 #define EVERY 4
@@ -119,7 +119,6 @@ __device__ __forceinline__ void store4(Number* p, const float* in, bool inside) 
 }
 
 #define OF_TOKEN 32  // numbers of B and C
-#define OF_C 16      // where C begins
 
 __device__ __forceinline__ void take(float* out, const float* p) {
     const float4 v = *reinterpret_cast<const float4*>(p);
@@ -140,13 +139,6 @@ __device__ __forceinline__ void keep(Kept* p, const float* h) {
     *reinterpret_cast<float4*>(p) = make_float4(h[0], h[1], h[2], h[3]);
 }
 #endif
-
-// What no one writes while the kernel runs, so that it may be read whenever it suits.
-__device__ __forceinline__ float4 constant(const float* p) {
-    float4 v;
-    asm("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
-    return v;
-}
 
 // The address `count` times `bytes` behind, in one instruction.
 template <typename T>
@@ -315,15 +307,21 @@ __device__ __forceinline__ void first_of_pairs(const float2* from, int t, float*
     a[0] = v.x, a[1] = v.z, a[2] = w.x, a[3] = w.z;
 }
 
-// B and C of a span, on their way to shared memory, 16 bytes a thread.
-__device__ __forceinline__ void stage(float* to, const float* from) {
-    constexpr int each = 4, threads = 32 * WARPS;
+// B and C of a span. 24: so that threads who read two numbers of four tokens meet in no bank.
+struct Staged {
+    float B[SPAN][24];
+    float C[SPAN][16];
+};
+// They are on their way to shared memory, 16 bytes a thread.
+__device__ __forceinline__ void stage(Staged& to, const float* from) {
 #pragma unroll
-    for (int first = 0; first < SPAN * OF_TOKEN; first += each * threads) {
-        const int at = first + threadIdx.x * each;
-        if (at >= SPAN * OF_TOKEN) return;
-        const u32 address = (u32)__cvta_generic_to_shared(to + at);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from + at) : "memory");
+    for (int first = 0; first < SPAN * 8; first += 32 * WARPS) {
+        const int i = first + threadIdx.x, token = i >> 3, four = (i & 7) * 4;
+        if (i >= SPAN * 8) return;
+        const float* const source = from + i * 4;
+        float* const target = four < 16 ? &to.B[token][four] : &to.C[token][four - 16];
+        const u32 address = (u32)__cvta_generic_to_shared(target);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
     }
 }
 __device__ __forceinline__ void staged() {  // what was staged is there, and the block is done with what was before
@@ -355,6 +353,7 @@ struct OfWarp {
 };
 struct Shared {
     OfWarp of[WARPS];
+    Staged BC[2];
 };
 
 // Softplus and delta x of four channels of one token, for the threads that scan them.
@@ -398,20 +397,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     Number* const y = pinned(f.y.data + p.row * f.y.row + r.c4);
     int end = p.end;
     pin(end);
-    const float* BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
-    int C_at = p.c * OF_TOKEN + OF_C + p.q * 4;  // of C the thread holds four states of token c of each eight
-    pin(C_at);
+    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
+    stage(shared.BC[0], next_BC);
     const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
-    float4 C[SPAN / 8];
-#pragma unroll
-    for (int i = 0; i < SPAN / 8; i++) C[i] = constant(BC + C_at + i * 8 * OF_TOKEN);
-#if UNITS_DRIVE
-    int B_at = p.q * OF_TOKEN + p.c * 2;  // of B two states of token q of each four
-    pin(B_at);
-    float2 B[SPAN / 4];
-#pragma unroll
-    for (int i = 0; i < SPAN / 4; i++) B[i] = *reinterpret_cast<const float2*>(BC + B_at + i * 4 * OF_TOKEN);
-#endif
     Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     float total = 0.f, any_reset = 0.f;
 
@@ -422,8 +410,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     t += SPAN;
     Four next_dt = load4(at(dt, f.dt, t), t < end), next_x = load4(at(x, f.x, t), t < end), next_z = {};
     if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), t < end);
-    __syncthreads();
+    staged();
     for (int span = p.begin; span < end; span += SPAN) {
+        const Staged& BC = shared.BC[buffer];
+        next_BC += SPAN * OF_TOKEN;
+        if (span + SPAN < end) stage(shared.BC[buffer ^ 1], next_BC);
         prepare(other, buffer ^ 1, r.c, r.t, next_dt, next_x, bias, t < end);
         const Four now_x = raw_x, now_z = raw_z;
         raw_x = next_x, raw_z = next_z;
@@ -439,16 +430,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         float drives[4];
         scaled4(drives, *reinterpret_cast<const float4*>(&own.drive[buffer][p.c][p.q * 4]), 1.f);
 #endif
-        const int ahead = span + SPAN < end ? SPAN * OF_TOKEN : 0;
 #pragma unroll
         for (int half = 0; half < SPAN / 8; half++) {
             float y_even = 0.f, y_odd = 0.f;
+            // of C a thread takes four states of token c of each eight; of B, two of token q of each four
+            const float4 C = *reinterpret_cast<const float4*>(&BC.C[half * 8 + p.c][p.q * 4]);
 #pragma unroll
             for (int group = half * 2; group < half * 2 + 2; group++) {
                 float delta[4];
                 scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[buffer][p.c][group * 4]), 1.f);
 #if UNITS_DRIVE
                 const float rough = high_part(drives[group]), rest = drives[group] - rough;
+                const float2 B = *reinterpret_cast<const float2*>(&BC.B[group * 4 + p.q][p.c * 2]);
 #else
                 float u[4];
                 scaled4(u, *reinterpret_cast<const float4*>(&own.drive[buffer][p.c][group * 4]), 1.f);
@@ -458,7 +451,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
                     float states[2][4];
 #if UNITS_DRIVE
                     float even[4], odd[4];
-                    outer<true>(even, odd, rough, rest, p.q == pair * 2, p.q == pair * 2 + 1, B[group]);
+                    outer<true>(even, odd, rough, rest, p.q == pair * 2, p.q == pair * 2 + 1, B);
 #endif
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
@@ -467,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
                         const float drive[4] = {even[i * 2], odd[i * 2], even[i * 2 + 1], odd[i * 2 + 1]};
 #else
                         float drive[4];
-                        scaled4(drive, constant(BC + (group * 4 + pair * 2 + i) * OF_TOKEN + p.q * 4), u[pair * 2 + i]);
+                        scaled4(drive, *reinterpret_cast<const float4*>(&BC.B[group * 4 + pair * 2 + i][p.q * 4]), u[pair * 2 + i]);
 #endif
 #if HAS_SEQ
                         const float reset = resets[group * 4 + pair * 2 + i];
@@ -492,22 +485,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
                     }
 #if !LOCAL
                     float sums[4];
-                    over_states(sums, states[0], states[1], C[half]);
+                    over_states(sums, states[0], states[1], C);
                     if (p.q == (group & 1) * 2 + pair) y_even = sums[0], y_odd = sums[3];
 #endif
                 }
-#if UNITS_DRIVE
-                B[group] = *reinterpret_cast<const float2*>(BC + ahead + B_at + group * 4 * OF_TOKEN);
-#endif
             }
 #if !LOCAL
-            C[half] = constant(BC + ahead + C_at + half * 8 * OF_TOKEN);
             own.y[buffer][half * 8 + p.q * 2][p.c] = y_even;
             own.y[buffer][half * 8 + p.q * 2 + 1][p.c] = y_odd;
 #endif
         }
-        resets += SPAN, BC += ahead;
-        __syncthreads();
+        resets += SPAN;
+        staged();
 #if !LOCAL
         float out[4], xv[4], zv[4];
         scaled4(out, *reinterpret_cast<const float4*>(&other.y[buffer][r.t][r.c]), 1.f);
@@ -555,7 +544,7 @@ struct Backward {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward_local(const Backward f) {
     struct Shared {
         float2 du[WARPS][SPAN][8];
-        float BC[2][SPAN * OF_TOKEN];
+        Staged BC[2];
     };
     Shared& shared = shared_as<Shared>();
     const Place p = place_of(f.s, threadIdx.x >> 3 & 3, threadIdx.x & 7);
@@ -580,7 +569,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     stage(shared.BC[0], next_BC);
     for (int back = spans - 1; back >= 0; back--) {
         staged();
-        const float* C_at = shared.BC[buffer] + OF_C + p.q * 4;
+        const float* C_at = &shared.BC[buffer].C[0][p.q * 4];
         buffer ^= 1;
         next_BC -= SPAN * OF_TOKEN;
         if (back > 0) stage(shared.BC[buffer], next_BC);
@@ -609,7 +598,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         for (int i = SPAN - 1; i >= 0; i--) {
             const float2 step = du[i][p.c ^ (i & 2)];
             float c[4];
-            take(c, C_at + i * OF_TOKEN);
+            take(c, C_at + i * 16);
             total += step.x;
             float reset = 0.f;
 #if HAS_SEQ
@@ -733,6 +722,7 @@ struct OfWarp {
 };
 struct Shared {
     OfWarp of[WARPS];
+    Staged BC[2];
 };
 enum { X, DT, Z, GRAD_Y, GRAD_X, GRAD_DT, GRAD_Z };
 enum { OF_Y, OF_DRIVE, OF_DECAY };
@@ -790,9 +780,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     float sum_D[4] = {}, sum_bias[4] = {};
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
     int adders = 0;
-    const float* BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
-    int B_at = p.q * OF_TOKEN + p.c * 2, token_at = p.c * OF_TOKEN + p.q * 4;
-    pin(B_at), pin(token_at);
+    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
+    stage(shared.BC[0], next_BC);
+    int buffer = 0;
     if (p.lane < 2) {
         const Rows* const all[7] = {&f.x, &f.dt, &f.z, &f.grad_y, &f.grad_x, &f.grad_dt, &f.grad_z};
 #pragma unroll
@@ -848,7 +838,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             keep4(&other.by[r.t][0][r.c], xv);
             keep4(&other.by[r.t][1][r.c], gy);
         }
-        __syncthreads();
+        staged();
+        const Staged& BC = shared.BC[buffer];
+        buffer ^= 1;
+        next_BC -= SPAN * OF_TOKEN;
+        if (back > 0) stage(shared.BC[buffer], next_BC);
 #if HAS_SEQ
         const float* const resets = f.resets + p.row * f.s.l_padded + span;
 #else
@@ -863,7 +857,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             for (int group = 0; group < SPAN / 4; group++) {
                 float delta[4];
                 scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
-                const float2 B = *reinterpret_cast<const float2*>(BC + B_at + group * 4 * OF_TOKEN);
+                const float2 B = *reinterpret_cast<const float2*>(&BC.B[group * 4 + p.q][p.c * 2]);
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
                     if (group == SPAN / 4 - 1 && (pair == 1 || EVERY == 4)) break;
@@ -877,9 +871,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         }
 #pragma unroll 1
         for (int half = 1; half >= 0; half--) {
-            const float* const BC_of = BC + half * 8 * OF_TOKEN;
-            const float4 B = *reinterpret_cast<const float4*>(BC_of + token_at);
-            const float4 C = *reinterpret_cast<const float4*>(BC_of + token_at + OF_C);
+            const float4 B = *reinterpret_cast<const float4*>(&BC.B[half * 8 + p.c][p.q * 4]);
+            const float4 C = *reinterpret_cast<const float4*>(&BC.C[half * 8 + p.c][p.q * 4]);
             const float2 drives = *reinterpret_cast<const float2*>(&own.drive[p.c][p.q * 4 + half * 2]);
 #pragma unroll
             for (int part = 1; part >= 0; part--) {
@@ -887,7 +880,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 float delta[4], to_y[4];
                 scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
                 scaled4(to_y, *reinterpret_cast<const float4*>(&own.to_y[p.c][group * 4]), 1.f);
-                const float2 B_pair = *reinterpret_cast<const float2*>(BC_of + B_at + part * 4 * OF_TOKEN);
+                const float2 B_pair = *reinterpret_cast<const float2*>(&BC.B[group * 4 + p.q][p.c * 2]);
                 __syncwarp();
 #if EVERY == 4
                 float all_states[5][4], all_decays[4][4];
@@ -914,7 +907,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     for (int e = 1; e >= 0; e--) {
                         const int i = pair * 2 + e;
                         float c[4];
-                        take(c, BC_of + (part * 4 + i) * OF_TOKEN + OF_C + p.q * 4);
+                        take(c, &BC.C[group * 4 + i][p.q * 4]);
 #pragma unroll
                         for (int j = 0; j < 4; j++) after[e][j] = g[j] = fmaf(c[j], to_y[i], g[j]);
                         own.turned.put(i, p.c, p.q, after[e], states[e + 1]);
@@ -941,7 +934,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         __syncthreads();
         add_up(f, shared, p, span, adders);
         adders = adders + 128 < 32 * WARPS ? adders + 128 : adders + 128 - 32 * WARPS;
-        BC -= SPAN * OF_TOKEN;
         {
             float dtv[4], xv[4], gy[4], zv[4], g_x[4], g_dt[4], g_z[4], bias[4] = {}, skip[4] = {};
             if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
