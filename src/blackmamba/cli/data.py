@@ -85,7 +85,7 @@ def _add_prepare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def run_prepare(args: argparse.Namespace) -> int:
     """Prepare with a line of progress and print the counts."""
     from blackmamba.data import prepare_shards
-    from blackmamba.data.build import ShardConfig
+    from blackmamba.data.config import ShardConfig
 
     part, n_parts = _part(args.part)
     config = ShardConfig(

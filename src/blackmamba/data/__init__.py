@@ -5,9 +5,9 @@ batch = WindowSampler(data.train.tokens, seq_len=256, batch_size=8, seed=0).batc
 batch.input_ids, batch.labels
 """
 
-from blackmamba.data.build import ShardConfig, join_parts, prepare_shards
+from blackmamba.data.build import join_parts, prepare_shards
 from blackmamba.data.chat import ChatTemplate, Message
-from blackmamba.data.config import DataConfig, SourceConfig
+from blackmamba.data.config import DataConfig, ShardConfig, SourceConfig
 from blackmamba.data.conversations import ChatData, prepare_conversations
 from blackmamba.data.mixture import MixtureData, MixtureSampler, Share
 from blackmamba.data.packing import Batch, Packing, PackingKind, Window

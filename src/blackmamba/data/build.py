@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from blackmamba.config import to_mapping
+from blackmamba.data.config import ShardConfig
 from blackmamba.data.encoding import BlockEncoder, Encoded
 from blackmamba.data.holdout import document_hash
 from blackmamba.data.shards import (
@@ -32,7 +33,7 @@ from blackmamba.data.shards import (
     temporary_of,
 )
 from blackmamba.data.text import Source, find_sources
-from blackmamba.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
+from blackmamba.data.tokenizer import Tokenizer
 from blackmamba.data.tokens import Counts, dtype_for
 from blackmamba.data.workers import in_order
 from blackmamba.errors import ConfigError, DataError
@@ -42,61 +43,6 @@ _LOCK = ".lock"
 _SIDES = ("train", "validation")
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ShardConfig:
-    """Which text, how it becomes tokens, and what the shards are like."""
-
-    text: tuple[str, ...]
-    """As `iter_documents` takes them."""
-    field: str = "text"
-    """What rows of JSON Lines, parquet and data sets call their text."""
-    tokenizer: str = "train"
-    """"train": learnt from a sample of the text; else as in `DataConfig`."""
-    vocab_size: int = 4096
-    """Tokens of a trained tokenizer."""
-    sample_mb: float = 64.0
-    """Million characters that a tokenizer is trained on."""
-    validation_fraction: float = 0.01
-    """Expected share of the documents that is held out; 0: none."""
-    split_seed: int = 0
-    """Another seed holds out other documents."""
-    shard_mb: float = 256.0
-    """Million bytes of ids after which a shard ends."""
-    part: int = 0
-    """Which share of the text this is, counted from 0 ..."""
-    n_parts: int = 1
-    """... of how many: file number i is in part i % n_parts."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.text, str) or not self.text or not all(self.text):
-            raise ConfigError(f"text={self.text!r}: must be a list of files, folders, URLs, ...")
-        if not self.tokenizer or not self.field:
-            raise ConfigError("tokenizer and field: must not be empty")
-        if self.tokenizer == "train" and self.vocab_size < MIN_VOCAB_SIZE:
-            raise ConfigError(f"vocab_size={self.vocab_size}: must be at least {MIN_VOCAB_SIZE}")
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(
-                f"validation_fraction={self.validation_fraction}: must be at least 0 and below 1"
-            )
-        for name in ("sample_mb", "shard_mb"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name}={getattr(self, name)}: must be positive and finite")
-        if self.split_seed < 0:
-            raise ConfigError(f"split_seed={self.split_seed}: must be at least 0")
-        if not 0 <= self.part < self.n_parts:
-            raise ConfigError(f"part {self.part} of {self.n_parts}: must be 0 .. n_parts - 1")
-        if self.n_parts > 1 and self.tokenizer == "train":
-            raise ConfigError(
-                f"part {self.part} of {self.n_parts}: each would train a tokenizer of its own; "
-                "give all the same one"
-            )
-
-    @property
-    def part_folder(self) -> str:
-        """Where in the whole's folder this part belongs."""
-        return "." if self.n_parts == 1 else f"part-{self.part:05}-of-{self.n_parts:05}"
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Which data a run trains on: texts, or a mixture of named sources."""
+"""Which data a run trains on: texts, or a mixture of named sources; and what shards are made of."""
 
 import dataclasses
 import math
@@ -94,3 +94,58 @@ class DataConfig:
                 "data.tokenizer='train': a mixture of texts needs a given tokenizer, or a source "
                 "that is prepared"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ShardConfig:
+    """Which text, how it becomes tokens, and what the shards are like."""
+
+    text: tuple[str, ...]
+    """As `iter_documents` takes them."""
+    field: str = "text"
+    """What rows of JSON Lines, parquet and data sets call their text."""
+    tokenizer: str = "train"
+    """"train": learnt from a sample of the text; else as in `DataConfig`."""
+    vocab_size: int = 4096
+    """Tokens of a trained tokenizer."""
+    sample_mb: float = 64.0
+    """Million characters that a tokenizer is trained on."""
+    validation_fraction: float = 0.01
+    """Expected share of the documents that is held out; 0: none."""
+    split_seed: int = 0
+    """Another seed holds out other documents."""
+    shard_mb: float = 256.0
+    """Million bytes of ids after which a shard ends."""
+    part: int = 0
+    """Which share of the text this is, counted from 0 ..."""
+    n_parts: int = 1
+    """... of how many: file number i is in part i % n_parts."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text, str) or not self.text or not all(self.text):
+            raise ConfigError(f"text={self.text!r}: must be a list of files, folders, URLs, ...")
+        if not self.tokenizer or not self.field:
+            raise ConfigError("tokenizer and field: must not be empty")
+        if self.tokenizer == "train" and self.vocab_size < MIN_VOCAB_SIZE:
+            raise ConfigError(f"vocab_size={self.vocab_size}: must be at least {MIN_VOCAB_SIZE}")
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(
+                f"validation_fraction={self.validation_fraction}: must be at least 0 and below 1"
+            )
+        for name in ("sample_mb", "shard_mb"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)}: must be positive and finite")
+        if self.split_seed < 0:
+            raise ConfigError(f"split_seed={self.split_seed}: must be at least 0")
+        if not 0 <= self.part < self.n_parts:
+            raise ConfigError(f"part {self.part} of {self.n_parts}: must be 0 .. n_parts - 1")
+        if self.n_parts > 1 and self.tokenizer == "train":
+            raise ConfigError(
+                f"part {self.part} of {self.n_parts}: each would train a tokenizer of its own; "
+                "give all the same one"
+            )
+
+    @property
+    def part_folder(self) -> str:
+        """Where in the whole's folder this part belongs."""
+        return "." if self.n_parts == 1 else f"part-{self.part:05}-of-{self.n_parts:05}"
