@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from blackmamba.config import ModelConfig, QuantizationConfig
 from blackmamba.errors import ConfigError, InputError
 from blackmamba.model.balance import Losses, Reduce, RouterLoad, losses
+from blackmamba.model.checks import check_ids, check_range, check_state
 from blackmamba.model.embedding import Embedding
 from blackmamba.model.init import initialise
 from blackmamba.model.layer import Layer, Trace
@@ -203,7 +204,7 @@ class BlackMamba(nn.Module):
                 f"labels of shape {tuple(labels.shape)}: must be that of input_ids, "
                 f"{tuple(input_ids.shape)}"
             )
-        self._check_range("labels", labels.where(counted, labels.new_zeros(())))
+        check_range(self.config, "labels", labels.where(counted, labels.new_zeros(())))
         x, loads = self._features(input_ids, seq_idx, trace, sequence_group)
         n_counted = counted.sum()
         if sequence_group is not None:  # a piece may have none where its row has some
@@ -276,9 +277,9 @@ class BlackMamba(nn.Module):
             InputError: shapes do not fit, an empty batch, an id or length out of range, or
                 "last" with a row of length 0.
         """
-        self._check_ids(input_ids)
+        check_ids(self.config, input_ids)
         b, l = input_ids.shape
-        self._check_state(state, b)
+        check_state(self.config, state, b)
         if lengths is not None:
             if lengths.shape != (b,) or lengths.dtype != torch.int64:
                 raise InputError(
@@ -307,8 +308,8 @@ class BlackMamba(nn.Module):
         """
         if next_ids.dim() != 1:
             raise InputError(f"next_ids of shape {tuple(next_ids.shape)}: must be (batch,)")
-        self._check_ids(next_ids[:, None])
-        self._check_state(state, len(next_ids))
+        check_ids(self.config, next_ids[:, None])
+        check_state(self.config, state, len(next_ids))
         x = self._embed(next_ids)
         layers = list(state.layers)
         for i, layer in enumerate(self._stack()):
@@ -352,7 +353,7 @@ class BlackMamba(nn.Module):
         trace: Trace | None,
         sequence_group: ProcessGroup | None,
     ) -> tuple[Tensor, list[RouterLoad]]:
-        self._check_ids(input_ids)
+        check_ids(self.config, input_ids)
         if seq_idx is not None:
             check_any_integers("model", "seq_idx", seq_idx)
             check_shapes("model", seq_idx=(seq_idx, input_ids.shape))
@@ -435,35 +436,3 @@ class BlackMamba(nn.Module):
 
     def _head_bias(self) -> Tensor | None:
         return None if self.head_bias is None else self.head_bias.to(self.compute_dtype)
-
-    # ---- checks -----------------------------------------------------------------------------
-
-    def _check_ids(self, input_ids: Tensor) -> None:
-        if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-            raise InputError(
-                f"input_ids of shape {tuple(input_ids.shape)}, {input_ids.dtype}: "
-                "must be (batch, length), torch.int64"
-            )
-        if input_ids.numel() == 0:
-            raise InputError(
-                f"input_ids of shape {tuple(input_ids.shape)}: needs at least one row and one token"
-            )
-        self._check_range("input_ids", input_ids)
-
-    def _check_range(self, name: str, ids: Tensor) -> None:
-        if ids.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # looking would wait for the device, which has a check of its own
-        low, high = ids.aminmax()
-        if low < 0 or high >= self.config.vocab_size:
-            bad = int(low if low < 0 else high)
-            raise InputError(f"{name} holds {bad}: must be 0 .. {self.config.vocab_size - 1}")
-
-    def _check_state(self, state: State | None, batch_size: int) -> None:
-        if state is None:
-            return
-        if len(state.layers) != self.config.n_layers:
-            raise InputError(
-                f"state of {len(state.layers)} layers: this model has {self.config.n_layers}"
-            )
-        if state.batch_size != batch_size:
-            raise InputError(f"state of {state.batch_size} rows: the input has {batch_size}")
