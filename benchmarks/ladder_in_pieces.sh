@@ -16,7 +16,7 @@ export PYTHONPATH="$sources${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$work/reproduced" "$back"
 
 python3 -m blackmamba data prepare --text "$carried/text" --tokenizer "$carried/tokenizer.json" \
-  --validation-fraction 0.01 --out "$work/prepared"
+  --validation-fraction 0.01 --workers 8 --out "$work/prepared"
 if [ -e "$carried/finished.tar.gz" ]; then
   tar -xzf "$carried/finished.tar.gz" -C "$work/reproduced"
 fi
@@ -24,7 +24,7 @@ echo "ready after $SECONDS s"
 
 status=0
 python3 -m blackmamba reproduce --prepared "$work/prepared" --out "$work/reproduced" \
-  --seconds $((whole - SECONDS - 20)) "$@" || status=$?
+  --seconds $((whole - SECONDS - 10)) "$@" || status=$?
 echo "trained after $SECONDS s"
 
 cd "$work/reproduced"

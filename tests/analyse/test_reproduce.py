@@ -240,11 +240,14 @@ def test_validation_reads_windows_from_an_empty_memory(report: Path, text: Path)
         for start in range(0, len(ids) - 32, 32):
             window = ids[start : start + 33]
             losses.append(float(model.loss(window[None, :-1], window[None, 1:])))
-    nats, bits = windowed_loss(run, DataConfig(text=(str(text),)), 32)
-    assert nats == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    assert bits == pytest.approx(
-        nats / math.log(2) * data.validation.n_tokens / data.validation.n_bytes
+    found = windowed_loss(run, DataConfig(text=(str(text),)), 32)
+    assert found.nats == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert found.training_nats == found.nats  # no experts
+    assert found.bits == pytest.approx(
+        found.nats / math.log(2) * data.validation.n_tokens / data.validation.n_bytes
     )
+    moe = windowed_loss(run.with_name("blackmamba-32x1-seed0"), DataConfig(text=(str(text),)), 32)
+    assert moe.training_nats != moe.nats
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser is installed here")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from blackmamba.analyse.experts import rule_gap
 from blackmamba.checkpoint import load
 from blackmamba.config import ModelConfig
 from blackmamba.data import DataConfig, MixtureData, PreparedData, prepare
@@ -49,6 +50,9 @@ class Curve:
     memory: attention was not trained to look back further, so that it would lose by more."""
     final_bits: float
     """The same, bits per byte."""
+    final_training_nats: float | None
+    """The same by training's rule of routing over 64 windows, where experts are; None: of a run
+    that was made before that was looked at."""
 
     @property
     def flops(self) -> tuple[float, ...]:
@@ -96,13 +100,13 @@ class Bench:
         self._seconds, self._end = seconds, time.monotonic() + seconds
 
     def train(self, plans: Iterable[Plan]) -> None:
-        """Make the runs that are not finished yet: seed by seed, those with the most work first.
+        """Make the runs that are not finished yet: seed by seed, of each the widest networks first.
 
         Raises:
             KeyboardInterrupt: the time is over; a run that was cut goes on the next time.
         """
         missing = {(p.name, p.seed): p for p in plans if not self._is_done(p)}
-        waiting = sorted(missing.values(), key=lambda plan: (plan.seed, -_work(plan)))
+        waiting = sorted(missing.values(), key=lambda plan: (plan.seed, -plan.config.d_model))
         if waiting and not self._data.sources:
             prepare(self._data, self._folder / _DATA)
         orders = [
@@ -194,12 +198,6 @@ def _words(plan: Plan) -> str:
     return f"{plan.name}, seed {plan.seed}: {plan.settings.steps} steps"
 
 
-def _work(plan: Plan) -> int:
-    settings = plan.settings
-    tokens = settings.steps * settings.batch_size * settings.seq_len
-    return tokens * training_flops_per_token(plan.config, settings.seq_len)
-
-
 def _train(config: RunConfig, folder: Path, prepared: Path, keeps_checkpoints: bool) -> float:
     """Make one run, from its newest checkpoint if it was cut; its validation loss.
 
@@ -213,11 +211,11 @@ def _train(config: RunConfig, folder: Path, prepared: Path, keeps_checkpoints: b
     run(config, folder, resume=goes_on)
     if not keeps_checkpoints:
         shutil.rmtree(folder / _CHECKPOINTS)
-    nats, bits = windowed_loss(folder, config.data, config.train.seq_len)
-    write_text(folder / _FINAL, json.dumps({"nats": nats, "bits": bits}) + "\n")
+    loss = windowed_loss(folder, config.data, config.train.seq_len)
+    write_text(folder / _FINAL, json.dumps(dataclasses.asdict(loss)) + "\n")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the next run of this process may be of another size
-    return nats
+    return loss.nats
 
 
 def _opened(data: DataConfig, folder: Path) -> PreparedData | MixtureData:
@@ -240,19 +238,29 @@ def _read(name: str, seed: int, folder: Path, config: ModelConfig, seq_len: int)
         seconds=tuple(row["seconds"] for row in rows),
         final_nats=final["nats"],
         final_bits=final["bits"],
+        final_training_nats=final.get("training_nats"),
     )
 
 
-@torch.inference_mode()
-def windowed_loss(folder: Path, data: DataConfig, seq_len: int) -> tuple[float, float]:
-    """Of a run's model on its held-out text, in windows read from an empty memory.
+@dataclasses.dataclass(frozen=True)
+class WindowedLoss:
+    """On held-out text, in windows read from an empty memory."""
+
+    nats: float
+    """Per token, by the inference rule of routing."""
+    bits: float
+    """Per byte, by the same."""
+    training_nats: float
+    """Per token, by the training rule over 64 windows, which sees tokens that come later."""
+
+
+def windowed_loss(folder: Path, data: DataConfig, seq_len: int) -> WindowedLoss:
+    """Of a run's model.
 
     Args:
         folder: of a finished run.
         data: what it was told to read.
         seq_len: tokens of a window; what is left over at the end is not read.
-    Returns:
-        Nats per token by the inference rule of routing, and bits per byte.
     """
     validation = _opened(data, folder).validation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -261,12 +269,10 @@ def windowed_loss(folder: Path, data: DataConfig, seq_len: int) -> tuple[float, 
     seq_len = min(seq_len, len(ids) - 1)
     windows = (len(ids) - 1) // seq_len
     inputs, labels = (
-        ids[first : first + windows * seq_len].view(windows, seq_len) for first in (0, 1)
+        ids[first : first + windows * seq_len].view(windows, seq_len).split(_ROWS)
+        for first in (0, 1)
     )
-    total = sum(
-        float(model.loss(i, l)) * l.numel()
-        for i, l in zip(inputs.split(_ROWS), labels.split(_ROWS), strict=True)
-    )
-    nats = total / labels.numel()
+    found = rule_gap(model, zip(inputs, labels, strict=True))
     tokens_per_byte = validation.n_tokens / validation.n_bytes
-    return nats, nats * tokens_per_byte / math.log(2)
+    nats = found.inference_nats
+    return WindowedLoss(nats, nats * tokens_per_byte / math.log(2), found.training_nats)

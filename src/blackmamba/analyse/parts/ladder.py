@@ -12,11 +12,11 @@ from blackmamba.model.size import parameters
 
 
 def plans(lab: Lab) -> list[Plan]:
-    """All runs but the trials of learning rates, which must be done."""
+    """All runs but the trials of learning rates, which must be done; first what it is about."""
     return [
         lab.plan(name, rung, seed)
         for rung, seeds in zip(lab.scale.ladder, lab.scale.seeds, strict=True)
-        for name in NAMES
+        for name in reversed(NAMES)
         for seed in range(seeds)
     ]
 
@@ -30,6 +30,13 @@ def curves_table(curves: Mapping[str, Sequence[Curve]]) -> Table:
         for flops, seconds, loss, tokens in figures.line(run)
     )
     return Table("ladder-curves", figures.CURVES_HEAD, rows)
+
+
+def _training_rule(runs: Sequence[Curve]) -> str:
+    """The validation loss with the experts that training would choose; empty: it has none."""
+    losses = [run.final_training_nats for run in runs if run.final_training_nats is not None]
+    has_experts = any(spec.feed_forward == "moe" for spec in runs[0].config.layer_specs)
+    return str(mean(losses)) if has_experts and losses else ""
 
 
 def ladder(lab: Lab) -> Section:
@@ -51,13 +58,14 @@ def ladder(lab: Lab) -> Section:
             rows.append((
                 f"{name}, {rung[0]} wide", f"{parameters(runs[0].config).active:,}",
                 f"{lab.plan(name, rung, 0).settings.lr:.3g}", f"{runs[0].flops[-1]:.3g}",
-                str(ends[name]), f"{beyond:+}" if name != "mamba" else "",
+                str(ends[name]), f"{beyond:+}" if name != "mamba" else "", _training_rule(runs),
                 str(mean([run.final_bits for run in runs])), f"{seeds}",
             ))  # fmt: skip
     picture = lab.out / "ladder.png"
     figures.draw_ladder(picture, figures.lines(curves), lab.jobs)
     head = ("network", "active parameters", "learning rate", "training FLOPs",
-            "validation, nats a token", "less dense Mamba's, by seed", "bits a byte",
+            "validation, nats a token", "less dense Mamba's, by seed",
+            "by the training rule", "bits a byte",
             "seeds")  # fmt: skip
     wins = best.count("blackmamba")
     return section(
@@ -67,7 +75,8 @@ def ladder(lab: Lab) -> Section:
         + f" {settings_words(scale.settings)}; ± is the 95 % interval of so few seeds. Same text, "
         "order, tokens and optimizer for all, and for each network the learning rate that was best "
         "in its own short runs at the first rung, divided by the width beyond it. Validation is "
-        "in windows as long as in training.",
+        "in windows as long as in training, by the inference rule of routing; the training rule, "
+        "which sees later tokens, has a column of its own.",
         tables=(Table("ladder", head, tuple(rows)), lab.rates_table(NAMES)),
         pictures=(("Training loss, one line a run", picture),),
         numbers=(curves_table(curves),),
