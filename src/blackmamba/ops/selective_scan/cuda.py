@@ -101,7 +101,7 @@ def _shared_bytes(name: str, warps: int, short: bool) -> int:
         return 4 * (warps * (2 * (2 * 8 * 20 + _SPAN * 12) + 4) + staged)
     if name == "scan_backward_local":
         return 4 * (warps * 16 * _SPAN + staged)
-    floats = 6 * 8 * 20 + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)
+    floats = 3 * 8 * 20 + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)
     floats += (_SPAN // VARIANT.get("EVERY", 4) + _SPAN // 4) * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
     return 4 * (warps * floats + staged)
 

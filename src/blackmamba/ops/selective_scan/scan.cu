@@ -711,10 +711,9 @@ struct OfWarp {
     float delta[8][20];  // as in the forward pass
     float drive[8][20];
     float to_y[8][20];  // gradient of y before the gate, of a channel, by tokens
-    float sums[3][8][20];
     Short by[SPAN][2][8];  // drive and to_y, of a token
     Turned turned;
-    float4 first[SPAN / EVERY][32];
+    float4 first[SPAN / EVERY][32];  // states before tokens; then, by channels, what has been summed over those tokens' states
     float4 of_BC[SPAN / 4][32];
     // What a thread would else have no registers for, of its own four channels: `bias` and D, where its row is.
     float4 wide[2][2];
@@ -726,6 +725,9 @@ struct Shared {
 };
 enum { X, DT, Z, GRAD_Y, GRAD_X, GRAD_DT, GRAD_Z };
 enum { OF_Y, OF_DRIVE, OF_DECAY };
+__device__ __forceinline__ float* sum_at(OfWarp& of, int which, int c, int token) {
+    return reinterpret_cast<float*>(of.first[token / EVERY]) + (which * 8 + c) * EVERY + token % EVERY;
+}
 
 // The sums of a span over the warps, always in the same order, by 128 threads from the `first` on or by those before it.
 __device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, const Place& p, int span, int first) {
@@ -885,6 +887,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #if EVERY == 4
                 float all_states[5][4], all_decays[4][4];
                 scaled4(all_states[0], own.first[group][p.lane], 1.f);
+                __syncwarp();
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++)
                     recompute(
@@ -899,6 +902,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #else
                     float states[3][4], decays[2][4];
                     scaled4(states[0], own.first[group * 2 + pair][p.lane], 1.f);
+                    __syncwarp();
                     recompute(
                         states, decays, A2, delta + pair * 2, part ? drives.y : drives.x, B_pair, p.q, pair,
                         resets + group * 4 + pair * 2);
@@ -925,7 +929,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     if (p.q == part * 2 + pair)
 #pragma unroll
                         for (int k = HAS_Z ? OF_Y : OF_DRIVE; k <= OF_DECAY; k++)
-                            *reinterpret_cast<float2*>(&own.sums[k][p.c][group * 4 + pair * 2]) = make_float2(sums[k][0], sums[k][3]);
+                            *reinterpret_cast<float2*>(sum_at(own, k, p.c, group * 4 + pair * 2)) = make_float2(sums[k][0], sums[k][3]);
                 }
                 __syncwarp();
                 own.of_BC[group][p.lane] = own.turned.sums(&own.by[group * 4], p.lane);
@@ -945,10 +949,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int c = r.c + i;
-                const float delta = other.delta[c][r.t], drive = other.sums[OF_DRIVE][c][r.t], decay = other.sums[OF_DECAY][c][r.t];
+                const float delta = other.delta[c][r.t], drive = *sum_at(other, OF_DRIVE, c, r.t), decay = *sum_at(other, OF_DECAY, c, r.t);
                 float to_y = gy[i];
                 if (HAS_Z) {
-                    const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], other.sums[OF_Y][c][r.t]);
+                    const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], *sum_at(other, OF_Y, c, r.t));
                     to_y *= zv[i] * s;
                     g_z[i] = gy[i] * y * fmaf(zv[i] * s, 1.f - s, s);
                 }
