@@ -160,8 +160,10 @@ _MEANINGS = (
      "transposed(r, row);"),
     (r'const u32 address = [^;]*;\s*asm volatile\("cp\.async\.cg.*?: "memory"\);',
      "memcpy(target, source, 16);"),
+    (r'const u32 address = [^;]*;\s*(constexpr int bytes[^;]*;\s*static_assert[^;]*;)\s*'
+     r'asm volatile\("cp\.async\.ca.*?: "memory"\);',
+     r"\1 if (inside) memcpy(to, from, bytes); else memset(to, 0, bytes);"),
     (r'asm volatile\("cp\.async\.wait_all;" ::: "memory"\);', ""),
-    (r'asm volatile\("prefetch[^;]*;" ::"l"\(p\)\);', ""),
     (r"extern __shared__ __align__\(16\) char memory\[\];", ""),
 )  # fmt: skip
 _ARGUMENTS = {"scan_forward": "Forward"}

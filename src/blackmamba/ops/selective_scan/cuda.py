@@ -87,15 +87,15 @@ def launch(
         setattr(arguments, key, value)
     arguments.s = _Sizes(*sizes)
     flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines, **VARIANT}
-    shared_bytes = _shared_bytes(name, warps, present.dtype == torch.bfloat16)
+    shared_bytes = _shared_bytes(name, warps, present.dtype)
     flags |= {"WARPS": warps, "SHARED": shared_bytes, "KERNEL": _KERNELS.index(name)}
     kernel = cuda.kernel(_SOURCE, name, tuple(sorted(flags.items())), present.device.index)
     kernel.launch(blocks, 32 * warps, arguments, shared_bytes)
 
 
-def _shared_bytes(name: str, warps: int, short: bool) -> int:
-    """Of a block: what each warp has of its channels in a span, and B and C of two spans. `short`:
-    for bfloat16."""
+def _shared_bytes(name: str, warps: int, dtype: torch.dtype) -> int:
+    """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
+    short = dtype == torch.bfloat16
     staged = 2 * _SPAN * (24 + 16)
     if name == "scan_forward":
         return 4 * (warps * (2 * (2 * 8 * 20 + _SPAN * 12) + 4) + staged)
@@ -103,6 +103,7 @@ def _shared_bytes(name: str, warps: int, short: bool) -> int:
         return 4 * (warps * 16 * _SPAN + staged)
     floats = 3 * 8 * 20 + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)
     floats += (_SPAN // VARIANT.get("EVERY", 4) + _SPAN // 4) * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
+    floats += 2 * 32 * (4 * dtype.itemsize + (2 if short else 4))
     return 4 * (warps * floats + staged)
 
 

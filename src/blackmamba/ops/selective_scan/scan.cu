@@ -126,6 +126,7 @@ __device__ __forceinline__ void take(float* out, const float* p) {
 }
 #if TYPE == 1
 typedef u16 Kept;  // states for the backward pass
+typedef Four FourKept;
 __device__ __forceinline__ float4 kept(const Kept* p) {
     float v[4];
     widen(*reinterpret_cast<const Four*>(p), v);
@@ -134,6 +135,7 @@ __device__ __forceinline__ float4 kept(const Kept* p) {
 __device__ __forceinline__ void keep(Kept* p, const float* h) { *reinterpret_cast<Four*>(p) = narrow(h); }
 #else
 typedef float Kept;
+typedef float4 FourKept;
 __device__ __forceinline__ float4 kept(const Kept* p) { return *reinterpret_cast<const float4*>(p); }
 __device__ __forceinline__ void keep(Kept* p, const float* h) {
     *reinterpret_cast<float4*>(p) = make_float4(h[0], h[1], h[2], h[3]);
@@ -328,7 +330,15 @@ __device__ __forceinline__ void staged() {  // what was staged is there, and the
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
 }
-__device__ __forceinline__ void soon(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// Four numbers on their way to shared memory, or zeros.
+template <typename T>
+__device__ __forceinline__ void fetch(T* to, const void* from, bool inside) {
+    const u32 address = (u32)__cvta_generic_to_shared(to);
+    constexpr int bytes = sizeof(T);
+    static_assert(bytes == 8 || bytes == 16, "what can be copied at once, and here is");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(bytes), "r"(inside ? bytes : 0) : "memory");
+}
+__device__ __forceinline__ void fetched() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- forward ---------------------------------------------------------------------------------------------------
 // Keeps states and A in registers. Moves x, dt, z and y once. Bound by exponentials: 18 for each number of y.
@@ -718,6 +728,9 @@ struct OfWarp {
     // What a thread would else have no registers for, of its own four channels: `bias` and D, where its row is.
     float4 wide[2][2];
     Number* rows[7][2];
+    // What a thread reads of a span and the next, and the states before them.
+    Four read[2][4][32];
+    FourKept kept[2][32];
 };
 struct Shared {
     OfWarp of[WARPS];
@@ -797,34 +810,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const Kept* const starts =
         f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     const int of_span = f.s.d * 16 * (int)sizeof(Kept);
+    const auto fetch_span = [&](int back, int buffer) {
+        const int t = p.begin + back * SPAN + r.t;
+        const bool inside = t < p.end;
+        fetch(&own.read[buffer][X][p.lane], at(other.rows[X][four], f.x, t), inside);
+        fetch(&own.read[buffer][DT][p.lane], at(other.rows[DT][four], f.dt, t), inside);
+        if (HAS_Z) fetch(&own.read[buffer][Z][p.lane], at(other.rows[Z][four], f.z, t), inside);
+        fetch(&own.read[buffer][GRAD_Y][p.lane], at(other.rows[GRAD_Y][four], f.grad_y, t), inside && r.active);
+        fetch(&own.kept[buffer][p.lane], shifted(starts, back, of_span), true);
+    };
+    fetch_span(spans - 1, 0);
     for (int back = spans - 1; back >= 0; back--) {
         const int span = p.begin + back * SPAN;
         const int t = span + r.t;
         const bool inside = t < p.end;
-        const Number* const dt_at = at(other.rows[DT][four], f.dt, t);
-        const Number* const x_at = at(other.rows[X][four], f.x, t);
-        const Number* const gy_at = at(other.rows[GRAD_Y][four], f.grad_y, t);
-        const Number* const z_at = at(other.rows[Z][four], f.z, t);
-        const Kept* const first_at = shifted(starts, back, of_span);
-        const Four raw_dt = load4(dt_at, inside), raw_x = load4(x_at, inside);
-        const Four raw_g = load4(gy_at, inside && r.active);
-        Four raw_z = {};
-        if (HAS_Z) raw_z = load4(z_at, inside);
-        const float4 first = kept(first_at);
-        if (back > 0) {
-            soon(shifted(dt_at, -SPAN, f.dt.token));
-            soon(shifted(x_at, -SPAN, f.x.token));
-            soon(shifted(gy_at, -SPAN, f.grad_y.token));
-            if (HAS_Z) soon(shifted(z_at, -SPAN, f.z.token));
-            soon(shifted(first_at, -1, of_span));
-        }
+        const Four(*const read)[32] = own.read[buffer];
+        fetched();
+        const float4 first = kept(reinterpret_cast<const Kept*>(&own.kept[buffer][p.lane]));
         {
             float delta[4], xv[4], gy[4], zv[4], bias[4] = {};
             if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
-            widen(raw_dt, delta);
-            widen(raw_x, xv);
-            widen(raw_g, gy);
-            widen(raw_z, zv);
+            widen(read[DT][p.lane], delta);
+            widen(read[X][p.lane], xv);
+            widen(read[GRAD_Y][p.lane], gy);
+            if (HAS_Z) widen(read[Z][p.lane], zv);
             const int place = (r.t & 3) * 4 + (r.t >> 2);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -840,11 +849,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             keep4(&other.by[r.t][0][r.c], xv);
             keep4(&other.by[r.t][1][r.c], gy);
         }
-        staged();
+        __syncthreads();
         const Staged& BC = shared.BC[buffer];
         buffer ^= 1;
         next_BC -= SPAN * OF_TOKEN;
-        if (back > 0) stage(shared.BC[buffer], next_BC);
+        if (back > 0) {
+            stage(shared.BC[buffer], next_BC);
+            fetch_span(back - 1, buffer);
+        }
 #if HAS_SEQ
         const float* const resets = f.resets + p.row * f.s.l_padded + span;
 #else
@@ -942,10 +954,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             float dtv[4], xv[4], gy[4], zv[4], g_x[4], g_dt[4], g_z[4], bias[4] = {}, skip[4] = {};
             if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
             if (HAS_D) scaled4(skip, other.wide[1][four], 1.f);
-            widen(raw_dt, dtv);
-            widen(raw_x, xv);
-            widen(raw_g, gy);
-            widen(raw_z, zv);
+            widen(read[DT][p.lane], dtv);
+            widen(read[X][p.lane], xv);
+            widen(read[GRAD_Y][p.lane], gy);
+            if (HAS_Z) widen(read[Z][p.lane], zv);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int c = r.c + i;
