@@ -149,13 +149,14 @@ import torch
 from test_decoder import Decoder, PATTERNS, random_model
 torch.set_grad_enabled(False)
 model = random_model(PATTERNS[0])
-ids = torch.randint(0, 131, (3, 5))
-logits = []
-for n_threads in (1, 2, 3):
-    torch.set_num_threads(n_threads)
-    decoder = Decoder(model, model.initial_state(3))
-    logits.append([decoder.step(row).clone() for row in ids.T])
-assert all(torch.equal(a, b) for run in logits[1:] for a, b in zip(run, logits[0]))
+for batch_size in (1, 3, 7):  # of up to 4 each thread prepares what it needs for itself
+    ids = torch.randint(0, 131, (batch_size, 5))
+    logits = []
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        decoder = Decoder(model, model.initial_state(batch_size))
+        logits.append([decoder.step(row).clone() for row in ids.T])
+    assert all(torch.equal(a, b) for run in logits[1:] for a, b in zip(run, logits[0]))
 print("equal")
 """
     path = [str(Path(__file__).parent), *sys.path]

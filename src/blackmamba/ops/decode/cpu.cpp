@@ -1,16 +1,17 @@
-// A step is one parallel region. Inside it the threads claim blocks of rows of one product after
-// another and meet only where the next product needs all of the last: after in_proj, x_proj, the
-// state update and out_proj of a Mamba layer; after fc1 and fc2 of a feed-forward layer. What lies
-// between two products is done by the thread that has the numbers, in its cache.
+// A step is one parallel region. Inside it each thread takes its share of the rows of one product after
+// another, in blocks, and then some of another's that is held up (crew.hpp). They meet only where the next
+// product needs all of the last: after in_proj, x_proj, the state update and out_proj of a Mamba layer;
+// after fc1 and fc2 of a feed-forward layer. What lies between two products is done by the thread that
+// has the numbers, in its cache.
 //
 // Bytes: every weight that a token uses, once. Bound: the processor's read bandwidth (batch 1), or
 // its multiply-adds (from a batch of about 8).
 #include "decode/cpu.hpp"
 
-#include <atomic>
+#include <algorithm>
 #include <cmath>
-#include <sched.h>
 
+#include "native/crew.hpp"
 #include "native/product.hpp"
 #include "native/simd.hpp"
 #include "native/threads.hpp"
@@ -19,87 +20,60 @@
 namespace bm {
 namespace {
 
-// Threads that work through the same list of phases.
-class Crew {
- public:
-  // Every member says how many there are before anything else; all say the same.
-  void enter(int n_members) { n_members_.store(n_members, std::memory_order_relaxed); }
-  int size() const { return n_members_.load(std::memory_order_relaxed); }
-
-  // f(i) for i = 0 .. n_tasks - 1, each by some member; returns when all are done. Every member
-  // must call it. before() runs once on each member that gets a task.
-  template <class Before, class F>
-  void each(std::int64_t n_tasks, const Before& before, const F& f) {
-    const int n_members = size();
-    if (n_members == 1) {
-      before();
-      for (std::int64_t i = 0; i < n_tasks; ++i) f(i);
-      return;
-    }
-    bool fresh = true;
-    for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks;) {
-      if (fresh) before();
-      fresh = false;
-      f(i);
-    }
-    const unsigned round = round_.load(std::memory_order_relaxed);
-    if (waiting_.fetch_add(1, std::memory_order_acq_rel) == n_members - 1) {
-      waiting_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins > 4000) sched_yield();  // someone else has the processor
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-  }
-
-  template <class F>
-  void each(std::int64_t n_tasks, const F& f) {
-    each(n_tasks, [] {}, f);
-  }
-
- private:
-  std::atomic<int> n_members_{1};
-  alignas(64) std::atomic<std::int64_t> next_{0};
-  alignas(64) std::atomic<int> waiting_{0};
-  alignas(64) std::atomic<unsigned> round_{0};
-};
-
-// Where a step keeps what goes from one phase to the next; of b rows each.
-struct Buffers {
-  float *x, *normed, *second, *sorted, *xz, *low, *y, *hidden;
-  float* gate;             // (b)
-  std::int32_t *expert, *order, *begin;  // (b), (b), (e + 1)
-
-  explicit Buffers(const DecodePlan& p, float* memory) {
-    const std::int64_t b = p.batch;
-    const auto take = [&](std::int64_t count) {
-      float* const start = memory + used;
-      used += (count + 15) / 16 * 16;
-      return start;
-    };
-    x = take(b * p.m);
-    normed = take(b * p.m);
-    second = take(b * p.m);
-    sorted = take(b * p.m);
-    xz = take(b * 2 * p.d);
-    low = take(b * (p.r + 2 * p.n));
-    y = take(b * p.d);
-    hidden = take(b * p.widest_expert);
-    gate = take(b);
-    expert = reinterpret_cast<std::int32_t*>(take(b));
-    order = reinterpret_cast<std::int32_t*>(take(b));
-    begin = reinterpret_cast<std::int32_t*>(take(p.most_experts + 1));
-  }
-
+// Memory cut into pieces; without memory, how much that would be.
+struct Cutting {
+  float* memory;
   std::int64_t used = 0;
+  float* take(std::int64_t count) {
+    float* const start = memory ? memory + used : nullptr;
+    used += (count + 15) / 16 * 16;
+    return start;
+  }
 };
 
-std::int64_t workspace(const DecodePlan& plan) { return Buffers(plan, nullptr).used; }
+// What a layer's products begin with, of each of b tokens.
+struct Rows {
+  float *normed, *second, *sorted, *gate;  // (b, m), (b, m), (b, m), (b)
+  std::int32_t *expert, *order, *begin;    // (b), (b), (e + 1)
+  std::int32_t *met, *n_met;               // (e), (1): experts with tokens
+
+  Rows(const DecodePlan& p, Cutting& from) {
+    const std::int64_t b = p.batch;
+    const auto whole = [&](std::int64_t count) {
+      return reinterpret_cast<std::int32_t*>(from.take(count));
+    };
+    normed = from.take(b * p.m);
+    second = from.take(b * p.m);
+    sorted = from.take(b * p.m);
+    gate = from.take(b);
+    expert = whole(b);
+    order = whole(b);
+    begin = whole(p.most_experts + 1);
+    met = whole(p.most_experts);
+    n_met = whole(1);
+  }
+};
+
+// Where a step keeps what goes from one phase to the next.
+struct Buffers {
+  float *x, *xz, *low, *y, *hidden;
+  Rows rows;
+
+  Buffers(const DecodePlan& p, Cutting& from) : rows(p, from) {
+    const std::int64_t b = p.batch;
+    x = from.take(b * p.m);
+    xz = from.take(b * 2 * p.d);
+    low = from.take(b * (p.r + 2 * p.n));
+    y = from.take(b * p.d);
+    hidden = from.take(b * p.widest_expert);
+  }
+};
+
+std::int64_t workspace(const DecodePlan& plan) {
+  Cutting nothing{nullptr};
+  Buffers(plan, nothing);
+  return nothing.used;
+}
 
 void apply_norm(const Norm& norm, const float* x, float* out, std::int64_t m) {
   vec total{};
@@ -129,46 +103,108 @@ BM_INLINE void product(const Linear& l, std::int64_t first, std::int64_t n, cons
       for (std::int64_t i = 0; i < n; ++i) out[b * ldo + i] += l.bias[first + i];
 }
 
-class Step {
- public:
-  Step(DecodePlan& plan, const std::int64_t* ids, float* logits)
-      : p_(plan), ids_(ids), logits_(logits), at_(plan, plan.memory.data()) {}
+// What all threads of a step share.
+struct Step {
+  DecodePlan& plan;
+  const std::int64_t* ids;
+  float* logits;
+  Buffers at;
+  Crew crew;
+};
 
-  // What one of the threads does.
-  void run(int n_members) {
-    crew_.enter(n_members);
+// One of a step's threads.
+class Member {
+ public:
+  Member(Step& step, int number)
+      : p_(step.plan), at_(step.at), crew_(step.crew), step_(step), me_(number), rows_(step.at.rows) {
+    reserve();
+    if (!few_) return;
+    Cutting size{nullptr};
+    Rows(p_, size);
+    Cutting own{scratch<float>(Slot::c, size.used)};
+    rows_ = Rows(p_, own);
+  }
+
+  void run() {
     const std::int64_t m = p_.m;
-    crew_.each(p_.batch, [&](std::int64_t b) { embed(b); });
-    for (std::size_t i = 0; i < p_.layers.size(); ++i) {
-      DecodeLayer& layer = p_.layers[i];
+    each(p_.batch, [&](std::int64_t b) { embed(b); });
+    for (const DecodeLayer& layer : p_.layers) {
       const bool pair = layer.has_mamba && layer.has_feed_forward;
-      crew_.each(p_.batch, [&](std::int64_t b) {
-        apply_norm(layer.norm, at_.x + b * m, at_.normed + b * m, m);
-        if (pair) apply_norm(layer.feed_forward_norm, at_.x + b * m, at_.second + b * m, m);
+      each_row([&](std::int64_t b) {
+        apply_norm(layer.norm, at_.x + b * m, rows_.normed + b * m, m);
+        if (pair) apply_norm(layer.feed_forward_norm, at_.x + b * m, rows_.second + b * m, m);
       });
       if (layer.has_mamba) mamba(layer.mamba);
       if (layer.has_feed_forward)
-        feed_forward(layer.feed_forward, pair ? at_.second : at_.normed);
+        feed_forward(layer.feed_forward, pair ? rows_.second : rows_.normed);
     }
-    crew_.each(p_.batch, [&](std::int64_t b) {
-      apply_norm(p_.final_norm, at_.x + b * m, at_.normed + b * m, m);
+    each_row([&](std::int64_t b) {
+      apply_norm(p_.final_norm, at_.x + b * m, rows_.normed + b * m, m);
     });
-    const Blocks blocks(p_.v, p_.head.weights.row_bytes(), crew_.size(), p_.batch);
+    const Blocks blocks = in_blocks(p_.head.weights);
     const void* x = nullptr;
-    crew_.each(
-        blocks.count, [&] { x = prepared(p_.head.weights, at_.normed, m, p_.batch); },
+    each(
+        blocks.count, [&] { x = prepared(p_.head.weights, rows_.normed, m, p_.batch); },
         [&](std::int64_t i) {
-          product(p_.head, blocks.first(i), blocks.size(i), x, p_.batch, logits_ + blocks.first(i),
+          product(p_.head, blocks.first(i), blocks.size(i), x, p_.batch, step_.logits + blocks.first(i),
                   p_.v);
         });
   }
 
  private:
+  static constexpr std::int64_t channels = 64;  // of a task of the state update
+
+  template <class Before, class F>
+  void each(std::int64_t n_tasks, const Before& before, const F& f) {
+    crew_.each(me_, n_tasks, before, f);
+  }
+  template <class F>
+  void each(std::int64_t n_tasks, const F& f) {
+    crew_.each(me_, n_tasks, [] {}, f);
+  }
+
+  // Scratch memory for whatever task this thread may get: that must not grow in a later step.
+  void reserve() const {
+    std::int64_t bytes = prepared_bytes(p_.head.weights), numbers = channels;
+    const auto fit = [&](const Linear& l, std::int64_t some) {
+      bytes = std::max(bytes, prepared_bytes(l.weights));
+      numbers = std::max(numbers, some);
+    };
+    for (const DecodeLayer& layer : p_.layers) {
+      if (layer.has_mamba) {
+        const Mamba& l = layer.mamba;
+        for (const Linear* product : {&l.in_proj, &l.x_proj, &l.dt_proj}) fit(*product, 0);
+        fit(l.out_proj, in_blocks(l.out_proj.weights).rows);
+      }
+      if (layer.has_feed_forward) {
+        const FeedForward& l = layer.feed_forward;
+        fit(l.fc1, 2 * in_blocks(l.fc1.weights, l.fc2.weights.cols, lanes).rows);
+        fit(l.fc2, in_blocks(l.fc2.weights).rows);
+      }
+    }
+    scratch<char>(Slot::b, p_.batch * bytes);
+    scratch<float>(Slot::a, p_.batch * numbers);
+  }
+
+  // a product's rows, a multiple of so many in a block
+  Blocks in_blocks(const Weights& w, std::int64_t n_rows, int multiple) const {
+    return Blocks::of_shares(n_rows, w.row_bytes(), crew_.size(), p_.batch, multiple);
+  }
+  Blocks in_blocks(const Weights& w) const { return in_blocks(w, w.rows, 4); }
+
+  // f(b) for what is little work: where rows are few, each thread does it for itself into memory of its
+  // own, which takes less time than to wait for another.
+  template <class F>
+  void each_row(const F& f) {
+    if (!few_) return each(p_.batch, f);
+    for (std::int64_t b = 0; b < p_.batch; ++b) f(b);
+  }
+
   // A quantised embedding has 8 bits: weights.hpp.
   void embed(std::int64_t b) {
     const Weights& table = p_.embedding;
     float* const x = at_.x + b * p_.m;
-    const std::int64_t start = ids_[b] * p_.m;
+    const std::int64_t start = step_.ids[b] * p_.m;
     if (table.kind == WeightKind::float32) {
       std::memcpy(x, static_cast<const float*>(table.data) + start, p_.m * sizeof(float));
     } else if (table.kind == WeightKind::bfloat16) {
@@ -177,7 +213,7 @@ class Step {
     } else {
       const std::int64_t groups = (p_.m + table.group - 1) / table.group;
       const std::int8_t* const row = static_cast<const std::int8_t*>(table.data) + start;
-      const bf16* const scales = static_cast<const bf16*>(table.scales) + ids_[b] * groups;
+      const bf16* const scales = static_cast<const bf16*>(table.scales) + step_.ids[b] * groups;
       for (int i = 0; i < p_.m; ++i) x[i] = row[i] * to_float(scales[i / table.group]);
     }
   }
@@ -187,27 +223,26 @@ class Step {
   void mamba(const Mamba& l) {
     const std::int64_t d = p_.d, m = p_.m, low = p_.r + 2 * p_.n;
     // [x | z]: the convolution of a channel needs only its own row
-    const Blocks in(2 * d, l.in_proj.weights.row_bytes(), crew_.size(), p_.batch);
+    const Blocks in = in_blocks(l.in_proj.weights, 2 * d, lanes);
     const void* x = nullptr;
-    crew_.each(
-        in.count, [&] { x = prepared(l.in_proj.weights, at_.normed, m, p_.batch); },
+    each(
+        in.count, [&] { x = prepared(l.in_proj.weights, rows_.normed, m, p_.batch); },
         [&](std::int64_t i) {
           const std::int64_t first = in.first(i), n = in.size(i);
           product(l.in_proj, first, n, x, p_.batch, at_.xz + first, 2 * d);
           for (int b = 0; b < p_.batch; ++b) convolve(l, b, first, first + n < d ? n : d - first);
         });
-    const Blocks mid(low, l.x_proj.weights.row_bytes(), crew_.size(), p_.batch);
-    crew_.each(
+    const Blocks mid = in_blocks(l.x_proj.weights);
+    each(
         mid.count, [&] { x = prepared(l.x_proj.weights, at_.xz, 2 * d, p_.batch); },
         [&](std::int64_t i) {
           product(l.x_proj, mid.first(i), mid.size(i), x, p_.batch, at_.low + mid.first(i), low);
         });
-    const std::int64_t width = 64;  // channels
-    crew_.each(
-        (d + width - 1) / width, [&] { x = prepared(l.dt_proj.weights, at_.low, low, p_.batch); },
+    each(
+        (d + channels - 1) / channels, [&] { x = prepared(l.dt_proj.weights, at_.low, low, p_.batch); },
         [&](std::int64_t i) {
-          const std::int64_t first = i * width, n = d - first < width ? d - first : width;
-          float* const dt = scratch<float>(Slot::a, p_.batch * width);
+          const std::int64_t first = i * channels, n = std::min(channels, d - first);
+          float* const dt = scratch<float>(Slot::a, p_.batch * channels);
           product(l.dt_proj, first, n, x, p_.batch, dt, n);
           for (std::int64_t b = 0; b < p_.batch; ++b) {
             const float* const B = at_.low + b * low + p_.r;
@@ -253,9 +288,9 @@ class Step {
 
   // the residual stream plus W from + bias
   void add_product(const Linear& l, const float* from, std::int64_t width) {
-    const Blocks blocks(p_.m, l.weights.row_bytes(), crew_.size(), p_.batch);
+    const Blocks blocks = in_blocks(l.weights);
     const void* x = nullptr;
-    crew_.each(
+    each(
         blocks.count, [&] { x = prepared(l.weights, from, width, p_.batch); },
         [&](std::int64_t i) {
           const std::int64_t first = blocks.first(i), n = blocks.size(i);
@@ -274,18 +309,20 @@ class Step {
   // rows that `order` names.
   void feed_forward(const FeedForward& l, const float* in) {
     const std::int64_t m = p_.m, f = l.fc2.weights.cols;
-    if (l.n_experts > 0) crew_.each(p_.batch, [&](std::int64_t b) { route(l, in, b); });
-    crew_.each(1, [&](std::int64_t) { sort(l, in); });
-    const int n_experts = l.n_experts > 0 ? l.n_experts : 1;
+    if (l.n_experts > 0) each_row([&](std::int64_t b) { route(l, in, b); });
+    if (few_)
+      sort(l, in);
+    else
+      each(1, [&](std::int64_t) { sort(l, in); });
+    const int n_met = *rows_.n_met;
 
-    const Blocks rows(f, l.fc1.weights.row_bytes(), crew_.size(), p_.batch);
+    const Blocks rows = in_blocks(l.fc1.weights, f, lanes);
     const void* x = nullptr;
-    const auto prepare_in = [&] { x = prepared(l.fc1.weights, at_.sorted, m, p_.batch); };
-    crew_.each(n_experts * rows.count, prepare_in, [&](std::int64_t i) {
-      const std::int64_t e = i / rows.count, first = rows.first(i % rows.count);
+    const auto prepare_in = [&] { x = prepared(l.fc1.weights, rows_.sorted, m, p_.batch); };
+    each(n_met * rows.count, prepare_in, [&](std::int64_t i) {
+      const std::int64_t e = rows_.met[i / rows.count], first = rows.first(i % rows.count);
       const std::int64_t n = rows.size(i % rows.count);
-      const int start = at_.begin[e], count = at_.begin[e + 1] - start;
-      if (count == 0) return;
+      const int start = rows_.begin[e], count = rows_.begin[e + 1] - start;
       const Linear fc1{l.fc1.weights.at(e), l.fc1.bias ? l.fc1.bias + e * l.fc1.weights.rows : nullptr};
       float* const up = scratch<float>(Slot::a, 2 * count * n);
       float* const gate = up + count * n;
@@ -303,19 +340,18 @@ class Step {
       }
     });
 
-    const Blocks out_rows(m, l.fc2.weights.row_bytes(), crew_.size(), p_.batch);
+    const Blocks out_rows = in_blocks(l.fc2.weights);
     const auto prepare_hidden = [&] { x = prepared(l.fc2.weights, at_.hidden, f, p_.batch); };
-    crew_.each(n_experts * out_rows.count, prepare_hidden, [&](std::int64_t i) {
-      const std::int64_t e = i / out_rows.count, first = out_rows.first(i % out_rows.count);
+    each(n_met * out_rows.count, prepare_hidden, [&](std::int64_t i) {
+      const std::int64_t e = rows_.met[i / out_rows.count], first = out_rows.first(i % out_rows.count);
       const std::int64_t n = out_rows.size(i % out_rows.count);
-      const int start = at_.begin[e], count = at_.begin[e + 1] - start;
-      if (count == 0) return;
+      const int start = rows_.begin[e], count = rows_.begin[e + 1] - start;
       const Linear fc2{l.fc2.weights.at(e), l.fc2.bias ? l.fc2.bias + e * m : nullptr};
       float* const out = scratch<float>(Slot::a, count * n);
       product(fc2, first, n, of_row(x, l.fc2.weights, start), count, out, n);
       for (int t = 0; t < count; ++t) {
-        const std::int64_t b = at_.order[start + t];
-        const float gate = l.n_experts > 0 ? at_.gate[b] : 1.0f;
+        const std::int64_t b = rows_.order[start + t];
+        const float gate = l.n_experts > 0 ? rows_.gate[b] : 1.0f;
         float* const stream = at_.x + b * m + first;
         for (std::int64_t j = 0; j < n; ++j) stream[j] += gate * out[t * n + j];
       }
@@ -336,38 +372,45 @@ class Step {
         largest = logit;
       }
     }
-    at_.expert[b] = best;
-    at_.gate[b] = 1.0f / (1.0f + std::exp(-largest));
+    rows_.expert[b] = best;
+    rows_.gate[b] = 1.0f / (1.0f + std::exp(-largest));
   }
 
   void sort(const FeedForward& l, const float* in) {
     const int n_experts = l.n_experts > 0 ? l.n_experts : 1;
-    int placed = 0;
+    int placed = 0, met = 0;
     for (int e = 0; e < n_experts; ++e) {
-      at_.begin[e] = placed;
+      rows_.begin[e] = placed;
       for (int b = 0; b < p_.batch; ++b) {
-        if (l.n_experts > 0 && at_.expert[b] != e) continue;
-        at_.order[placed] = b;
-        std::memcpy(at_.sorted + placed * p_.m, in + b * p_.m, p_.m * sizeof(float));
+        if (l.n_experts > 0 && rows_.expert[b] != e) continue;
+        rows_.order[placed] = b;
+        std::memcpy(rows_.sorted + placed * p_.m, in + b * p_.m, p_.m * sizeof(float));
         ++placed;
       }
+      if (placed > rows_.begin[e]) rows_.met[met++] = e;
     }
-    at_.begin[n_experts] = placed;
+    rows_.begin[n_experts] = placed;
+    *rows_.n_met = met;
   }
 
   DecodePlan& p_;
-  const std::int64_t* ids_;
-  float* logits_;
-  Buffers at_;
-  Crew crew_;
+  Buffers& at_;
+  Crew& crew_;
+  Step& step_;
+  int me_;
+  bool few_ = p_.batch <= 4;
+  Rows rows_;
 };
 
 void step(DecodePlan& plan, const std::int64_t* ids, float* logits, int n_threads) {
-  Step shared(plan, ids, logits);
+  Cutting memory{plan.memory.data()};
+  Step shared{.plan = plan, .ids = ids, .logits = logits, .at = Buffers(plan, memory), .crew = {}};
   run_crew(
-      n_threads,
-      [](const void* context, int, int n_members) {
-        static_cast<Step*>(const_cast<void*>(context))->run(n_members);
+      n_threads < Crew::most ? n_threads : Crew::most,
+      [](const void* context, int member, int n_members) {
+        Step& all = *static_cast<Step*>(const_cast<void*>(context));
+        all.crew.enter(n_members);
+        Member(all, member).run();
       },
       &shared);
 }

@@ -137,24 +137,46 @@ BM_INLINE const void* of_row(const void* x, const Weights& w, std::int64_t b) {
 
 // A product's rows in blocks for one thread each. A row's result does not depend on its block.
 //
-// Where a block begins, a thread waits for memory: few long blocks are a quarter faster than many
-// of 64 KiB. From 5 vectors on a block is read several times, and has to stay in the cache.
+// Where a block begins that does not follow the thread's last one, it waits for memory: few long blocks
+// are a quarter faster than many of 64 KiB. From 5 vectors on a block is read several times, and has to
+// stay in the cache.
 constexpr int blocks_each = 4;          // of a thread, so that it can help one that is held up
 constexpr int cached_bytes = 1 << 16;  // of weights
+constexpr int shared_bytes = 1 << 17;  // of a block that follows the thread's last one
 
 struct Blocks {
   std::int64_t rows, n_rows, count;
   // of a product with so many rows of so many bytes and so many vectors
-  Blocks(std::int64_t total, std::int64_t row_bytes, int n_threads, int batch) : n_rows(total) {
-    rows = batch <= 4 ? total / (n_threads > 1 ? blocks_each * n_threads : 1) + 1
-                     : cached_bytes / (row_bytes > 0 ? row_bytes : 1);
-    rows = (rows + 3) / 4 * 4;
-    count = (total + rows - 1) / rows;
+  Blocks(std::int64_t total, std::int64_t row_bytes, int n_threads, int batch)
+      : rows(batch <= 4 ? total / (n_threads > 1 ? blocks_each * n_threads : 1) + 1
+                        : cached_bytes / (row_bytes > 0 ? row_bytes : 1)),
+        n_rows(total) {
+    cut(4);
+  }
+  // The same for threads that have a share of neighbouring blocks each (crew.hpp): they wait at a share's
+  // beginning alone, so blocks are short for the last ones to end at the same time. A block has a multiple
+  // of so many rows.
+  static Blocks of_shares(std::int64_t total, std::int64_t row_bytes, int n_threads, int batch,
+                          int multiple) {
+    Blocks blocks(total, row_bytes, n_threads, batch);
+    if (batch <= 4) {
+      const std::int64_t most = shared_bytes / (row_bytes > 0 ? row_bytes : 1);
+      blocks.rows = total / (8 * n_threads);
+      if (blocks.rows > most) blocks.rows = most;
+    }
+    blocks.cut(multiple);
+    return blocks;
   }
   std::int64_t first(std::int64_t i) const { return i * rows; }
   std::int64_t size(std::int64_t i) const {
     const std::int64_t left = n_rows - i * rows;
     return left < rows ? left : rows;
+  }
+
+ private:
+  void cut(int multiple) {
+    rows = rows > 0 ? (rows + multiple - 1) / multiple * multiple : multiple;
+    count = (n_rows + rows - 1) / rows;
   }
 };
 
