@@ -92,6 +92,7 @@ def test_gathers_each_different_document_once(script, tmp_path):
 @pytest.mark.parametrize(
     ("script", "options"),
     [
+        ("cpu_checkpoints", {}),
         ("cpu_limits", {}),
         ("cpu_operations", {}),
         ("cpu_training", {"only": ["peer", "alone"]}),  # each part but the first starts a process
