@@ -156,6 +156,8 @@ _MEANINGS = (
     (r'asm\("mma\.sync\.aligned\.m16n8k8.*?\)\)\);', "by_units(d, a, b0, b1);"),
     (r'asm\("mma\.sync\.aligned\.m16n8k4.*?\)\)\);', "by_units(d, a0, a1, b);"),
     (r'asm\("mma\.sync\.aligned\.m16n8k16.*?\(b1\)\);', "pairs_by_units(d, a, b0, b1);"),
+    (r'const u32 address = [^;]*;\s*asm volatile\("\{\.reg \.pred p; setp.*?: "memory"\);',
+     "if (condition) to[0] = a, to[1] = b;"),
     (r'const u32 address = [^;]*;\s*asm volatile\("ldmatrix.*?: "memory"\);',
      "transposed(r, row);"),
     (r'const u32 address = [^;]*;\s*asm volatile\("cp\.async\.cg.*?: "memory"\);',

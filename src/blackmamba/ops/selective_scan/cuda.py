@@ -96,12 +96,12 @@ def launch(
 def _shared_bytes(name: str, warps: int, dtype: torch.dtype) -> int:
     """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
     short = dtype == torch.bfloat16
-    staged = 2 * _SPAN * (24 + 16)
+    staged = 2 * _SPAN * 32
     if name == "scan_forward":
-        return 4 * (warps * (2 * (2 * 8 * 20 + _SPAN * 12) + 4) + staged)
+        return 4 * (warps * (2 * (2 * 8 * _SPAN + _SPAN * 12) + 4) + staged)
     if name == "scan_backward_local":
         return 4 * (warps * 16 * _SPAN + staged)
-    floats = 3 * 8 * 20 + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)
+    floats = 3 * 8 * _SPAN + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)
     floats += (_SPAN // VARIANT.get("EVERY", 4) + _SPAN // 4) * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
     floats += 2 * 32 * (4 * dtype.itemsize + (2 if short else 4))
     return 4 * (warps * floats + staged)

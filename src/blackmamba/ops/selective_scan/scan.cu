@@ -309,9 +309,8 @@ __device__ __forceinline__ void first_of_pairs(const float2* from, int t, float*
     a[0] = v.x, a[1] = v.z, a[2] = w.x, a[3] = w.z;
 }
 
-// B and C of a span. 24: so that threads who read two numbers of four tokens meet in no bank.
-struct Staged {
-    float B[SPAN][24];
+struct Staged {  // B and C of a span
+    float B[SPAN][16];
     float C[SPAN][16];
 };
 // They are on their way to shared memory, 16 bytes a thread.
@@ -329,6 +328,12 @@ __device__ __forceinline__ void stage(Staged& to, const float* from) {
 __device__ __forceinline__ void staged() {  // what was staged is there, and the block is done with what was before
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
+}
+// Without a branch.
+__device__ __forceinline__ void store2_if(bool condition, float* to, float a, float b) {
+    const u32 address = (u32)__cvta_generic_to_shared(to);
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.v2.f32 [%1], {%2, %3};}"
+        ::"r"((u32)condition), "r"(address), "f"(a), "f"(b) : "memory");
 }
 // Four numbers on their way to shared memory, or zeros.
 template <typename T>
@@ -356,8 +361,8 @@ struct Forward {
 
 #if KERNEL == 0
 struct OfWarp {
-    float delta[2][8][20];  // of this span and the next: of a channel, by tokens; 20: so that who writes meets in few banks
-    float drive[2][8][20];  // delta x
+    float delta[2][SPAN / 4][8][4];  // of this span and the next: by fours of tokens, channels and tokens
+    float drive[2][SPAN / 4][8][4];  // delta x
     float y[2][SPAN][12];
     float unused[4];  // so that neighbours' arrays begin in other banks
 };
@@ -377,8 +382,8 @@ __device__ __forceinline__ void prepare(
         delta[i] += bias[i];
         if (SOFTPLUS) delta[i] = softplus(delta[i]);
         if (!inside) delta[i] = 0.f;
-        of.delta[buffer][c + i][t] = delta[i];
-        of.drive[buffer][c + i][UNITS_DRIVE ? (t & 3) * 4 + (t >> 2) : t] = delta[i] * x[i];
+        of.delta[buffer][t >> 2][c + i][t & 3] = delta[i];
+        of.drive[buffer][t >> 2][c + i][t & 3] = delta[i] * x[i];
     }
 }
 
@@ -436,10 +441,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
 #endif
-#if UNITS_DRIVE
-        float drives[4];
-        scaled4(drives, *reinterpret_cast<const float4*>(&own.drive[buffer][p.c][p.q * 4]), 1.f);
-#endif
 #pragma unroll
         for (int half = 0; half < SPAN / 8; half++) {
             float y_even = 0.f, y_odd = 0.f;
@@ -448,13 +449,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #pragma unroll
             for (int group = half * 2; group < half * 2 + 2; group++) {
                 float delta[4];
-                scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[buffer][p.c][group * 4]), 1.f);
+                scaled4(delta, *reinterpret_cast<const float4*>(own.delta[buffer][group][p.c]), 1.f);
 #if UNITS_DRIVE
-                const float rough = high_part(drives[group]), rest = drives[group] - rough;
+                const float u = own.drive[buffer][group][p.c][p.q], rough = high_part(u), rest = u - rough;
                 const float2 B = *reinterpret_cast<const float2*>(&BC.B[group * 4 + p.q][p.c * 2]);
 #else
                 float u[4];
-                scaled4(u, *reinterpret_cast<const float4*>(&own.drive[buffer][p.c][group * 4]), 1.f);
+                scaled4(u, *reinterpret_cast<const float4*>(own.drive[buffer][group][p.c]), 1.f);
 #endif
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
@@ -718,9 +719,9 @@ struct Turned {
 };
 
 struct OfWarp {
-    float delta[8][20];  // as in the forward pass
-    float drive[8][20];
-    float to_y[8][20];  // gradient of y before the gate, of a channel, by tokens
+    float delta[SPAN / 4][8][4];  // as in the forward pass
+    float drive[SPAN / 4][8][4];
+    float to_y[SPAN / 4][8][4];  // gradient of y before the gate
     Short by[SPAN][2][8];  // drive and to_y, of a token
     Turned turned;
     float4 first[SPAN / EVERY][32];  // states before tokens; then, by channels, what has been summed over those tokens' states
@@ -834,7 +835,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             widen(read[X][p.lane], xv);
             widen(read[GRAD_Y][p.lane], gy);
             if (HAS_Z) widen(read[Z][p.lane], zv);
-            const int place = (r.t & 3) * 4 + (r.t >> 2);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 delta[i] += bias[i];
@@ -842,9 +842,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (!inside) delta[i] = 0.f;
                 xv[i] *= delta[i];
                 if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
-                other.delta[r.c + i][r.t] = delta[i];
-                other.drive[r.c + i][place] = xv[i];
-                other.to_y[r.c + i][r.t] = gy[i];
+                other.delta[r.t >> 2][r.c + i][r.t & 3] = delta[i];
+                other.drive[r.t >> 2][r.c + i][r.t & 3] = xv[i];
+                other.to_y[r.t >> 2][r.c + i][r.t & 3] = gy[i];
             }
             keep4(&other.by[r.t][0][r.c], xv);
             keep4(&other.by[r.t][1][r.c], gy);
@@ -863,19 +863,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         const float* const resets = nullptr;
 #endif
         {
-            float h[3][4], decays[2][4], drives[4];
-            scaled4(drives, *reinterpret_cast<const float4*>(&own.drive[p.c][p.q * 4]), 1.f);
+            float h[3][4], decays[2][4];
             scaled4(h[0], first, 1.f);
             own.first[0][p.lane] = first;
 #pragma unroll
             for (int group = 0; group < SPAN / 4; group++) {
                 float delta[4];
-                scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
+                scaled4(delta, *reinterpret_cast<const float4*>(own.delta[group][p.c]), 1.f);
                 const float2 B = *reinterpret_cast<const float2*>(&BC.B[group * 4 + p.q][p.c * 2]);
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
                     if (group == SPAN / 4 - 1 && (pair == 1 || EVERY == 4)) break;
-                    recompute(h, decays, A2, delta + pair * 2, drives[group], B, p.q, pair, resets + group * 4 + pair * 2);
+                    recompute(h, decays, A2, delta + pair * 2, own.drive[group][p.c][p.q], B, p.q, pair, resets + group * 4 + pair * 2);
                     if (EVERY == 2 || pair == 1)
                         own.first[(group * 4 + pair * 2 + 2) / EVERY][p.lane] = make_float4(h[2][0], h[2][1], h[2][2], h[2][3]);
 #pragma unroll
@@ -887,13 +886,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         for (int half = 1; half >= 0; half--) {
             const float4 B = *reinterpret_cast<const float4*>(&BC.B[half * 8 + p.c][p.q * 4]);
             const float4 C = *reinterpret_cast<const float4*>(&BC.C[half * 8 + p.c][p.q * 4]);
-            const float2 drives = *reinterpret_cast<const float2*>(&own.drive[p.c][p.q * 4 + half * 2]);
 #pragma unroll
             for (int part = 1; part >= 0; part--) {
                 const int group = half * 2 + part;
                 float delta[4], to_y[4];
-                scaled4(delta, *reinterpret_cast<const float4*>(&own.delta[p.c][group * 4]), 1.f);
-                scaled4(to_y, *reinterpret_cast<const float4*>(&own.to_y[p.c][group * 4]), 1.f);
+                scaled4(delta, *reinterpret_cast<const float4*>(own.delta[group][p.c]), 1.f);
+                scaled4(to_y, *reinterpret_cast<const float4*>(own.to_y[group][p.c]), 1.f);
                 const float2 B_pair = *reinterpret_cast<const float2*>(&BC.B[group * 4 + p.q][p.c * 2]);
                 __syncwarp();
 #if EVERY == 4
@@ -903,7 +901,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++)
                     recompute(
-                        all_states + pair * 2, all_decays + pair * 2, A2, delta + pair * 2, part ? drives.y : drives.x, B_pair, p.q,
+                        all_states + pair * 2, all_decays + pair * 2, A2, delta + pair * 2, own.drive[group][p.c][p.q], B_pair, p.q,
                         pair, resets + group * 4 + pair * 2);
 #endif
 #pragma unroll
@@ -916,7 +914,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     scaled4(states[0], own.first[group * 2 + pair][p.lane], 1.f);
                     __syncwarp();
                     recompute(
-                        states, decays, A2, delta + pair * 2, part ? drives.y : drives.x, B_pair, p.q, pair,
+                        states, decays, A2, delta + pair * 2, own.drive[group][p.c][p.q], B_pair, p.q, pair,
                         resets + group * 4 + pair * 2);
 #endif
 #pragma unroll
@@ -938,10 +936,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     if (HAS_Z) over_states(sums[OF_Y], states[1], states[2], C);
                     over_states(sums[OF_DRIVE], after[0], after[1], B);
                     over_states(sums[OF_DECAY], of_decay[0], of_decay[1], make_float4(1.f, 1.f, 1.f, 1.f));
-                    if (p.q == part * 2 + pair)
 #pragma unroll
-                        for (int k = HAS_Z ? OF_Y : OF_DRIVE; k <= OF_DECAY; k++)
-                            *reinterpret_cast<float2*>(sum_at(own, k, p.c, group * 4 + pair * 2)) = make_float2(sums[k][0], sums[k][3]);
+                    for (int k = HAS_Z ? OF_Y : OF_DRIVE; k <= OF_DECAY; k++)
+                        store2_if(p.q == part * 2 + pair, sum_at(own, k, p.c, group * 4 + pair * 2), sums[k][0], sums[k][3]);
                 }
                 __syncwarp();
                 own.of_BC[group][p.lane] = own.turned.sums(&own.by[group * 4], p.lane);
@@ -961,7 +958,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int c = r.c + i;
-                const float delta = other.delta[c][r.t], drive = *sum_at(other, OF_DRIVE, c, r.t), decay = *sum_at(other, OF_DECAY, c, r.t);
+                const float delta = other.delta[r.t >> 2][c][r.t & 3], drive = *sum_at(other, OF_DRIVE, c, r.t), decay = *sum_at(other, OF_DECAY, c, r.t);
                 float to_y = gy[i];
                 if (HAS_Z) {
                     const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], *sum_at(other, OF_Y, c, r.t));
@@ -983,11 +980,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const i64 part = p.row * f.s.n_chunks + p.piece;
     // over tokens: a channel's sums are in 16 threads, then in 4
 #pragma unroll
-    for (int i = 0; i < 4; i++) other.delta[r.c + i][r.t] = sum_D[i], other.drive[r.c + i][r.t] = sum_bias[i];
+    for (int i = 0; i < 4; i++) other.delta[r.t >> 2][r.c + i][r.t & 3] = sum_D[i], other.drive[r.t >> 2][r.c + i][r.t & 3] = sum_bias[i];
     __syncthreads();
     float all_D = 0.f, all_bias = 0.f;
 #pragma unroll
-    for (int i = 0; i < 4; i++) all_D += own.delta[p.c][p.q * 4 + i], all_bias += own.drive[p.c][p.q * 4 + i];
+    for (int i = 0; i < 4; i++) all_D += own.delta[p.q][p.c][i], all_bias += own.drive[p.q][p.c][i];
 #pragma unroll
     for (int k = 1; k < 4; k *= 2) {
         all_D += __shfl_xor_sync(FULL, all_D, k);
