@@ -98,7 +98,8 @@ def _shared_bytes(name: str, warps: int, dtype: torch.dtype) -> int:
     short = dtype == torch.bfloat16
     staged = 2 * _SPAN * 32
     if name == "scan_forward":
-        return 4 * (warps * (2 * (2 * 8 * _SPAN + _SPAN * 12) + 4) + staged)
+        floats = 2 * (2 * 8 * _SPAN + _SPAN * 12) + 2 * 3 * 32 * dtype.itemsize + 4
+        return 4 * (warps * floats + staged)
     if name == "scan_backward_local":
         return 4 * (warps * 16 * _SPAN + staged)
     floats = 3 * 8 * _SPAN + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)

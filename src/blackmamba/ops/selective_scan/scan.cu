@@ -364,8 +364,10 @@ struct OfWarp {
     float delta[2][SPAN / 4][8][4];  // of this span and the next: by fours of tokens, channels and tokens
     float drive[2][SPAN / 4][8][4];  // delta x
     float y[2][SPAN][12];
+    Four read[2][3][32];  // what a thread reads of this span and the next
     float unused[4];  // so that neighbours' arrays begin in other banks
 };
+enum { DT, X, Z };
 struct Shared {
     OfWarp of[WARPS];
     Staged BC[2];
@@ -418,25 +420,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     float total = 0.f, any_reset = 0.f;
 
-    int t = p.begin + r.t, buffer = 0;
-    Four raw_x = load4(at(x, f.x, t), t < end), raw_z = {};
-    if (HAS_Z && !LOCAL) raw_z = load4(at(z, f.z, t), t < end);
-    prepare(other, 0, r.c, r.t, load4(at(dt, f.dt, t), t < end), raw_x, bias, t < end);
-    t += SPAN;
-    Four next_dt = load4(at(dt, f.dt, t), t < end), next_x = load4(at(x, f.x, t), t < end), next_z = {};
-    if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), t < end);
-    staged();
+    const auto fetch_span = [&](int span, int buffer) {
+        const int t = span + r.t;
+        fetch(&own.read[buffer][DT][p.lane], at(dt, f.dt, t), t < end);
+        fetch(&own.read[buffer][X][p.lane], at(x, f.x, t), t < end);
+        if (HAS_Z && !LOCAL) fetch(&own.read[buffer][Z][p.lane], at(z, f.z, t), t < end);
+    };
+    const auto prepare_span = [&](int span, int buffer) {
+        prepare(other, buffer, r.c, r.t, own.read[buffer][DT][p.lane], own.read[buffer][X][p.lane], bias, span + r.t < end);
+    };
+    int buffer = 0;
+    fetch_span(p.begin, 0);
+    fetched();
+    prepare_span(p.begin, 0);
+    fetch_span(p.begin + SPAN, 1);
+    __syncthreads();
     for (int span = p.begin; span < end; span += SPAN) {
         const Staged& BC = shared.BC[buffer];
         next_BC += SPAN * OF_TOKEN;
         if (span + SPAN < end) stage(shared.BC[buffer ^ 1], next_BC);
-        prepare(other, buffer ^ 1, r.c, r.t, next_dt, next_x, bias, t < end);
-        const Four now_x = raw_x, now_z = raw_z;
-        raw_x = next_x, raw_z = next_z;
-        t += SPAN;
-        next_dt = load4(at(dt, f.dt, t), t < end);
-        next_x = load4(at(x, f.x, t), t < end);
-        if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), t < end);
 #if KEEP && !LOCAL
         if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
@@ -507,20 +509,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #endif
         }
         resets += SPAN;
-        staged();
+        fetched();
+        prepare_span(span + SPAN, buffer ^ 1);
+        __syncthreads();
 #if !LOCAL
         float out[4], xv[4], zv[4];
         scaled4(out, *reinterpret_cast<const float4*>(&other.y[buffer][r.t][r.c]), 1.f);
-        widen(now_x, xv);
-        widen(now_z, zv);
+        widen(own.read[buffer][X][p.lane], xv);
+        if (HAS_Z) widen(own.read[buffer][Z][p.lane], zv);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             out[i] = fmaf(skip[i], xv[i], out[i]);
             if (HAS_Z) out[i] *= zv[i] * sigmoid(zv[i]);
         }
-        const int now = t - 2 * SPAN;
-        store4(at(y, f.y, now), out, now < end && r.active);
+        store4(at(y, f.y, span + r.t), out, span + r.t < end && r.active);
 #endif
+        fetch_span(span + 2 * SPAN, buffer);
         buffer ^= 1;
     }
     if (!p.active) return;
