@@ -19,6 +19,7 @@ from blackmamba.analyse.architectures import NAMES, four_architectures
 from blackmamba.analyse.intervals import mean
 from blackmamba.analyse.lab import Lab
 from blackmamba.analyse.latency import latencies
+from blackmamba.analyse.parts.ladder import _rate_words
 from blackmamba.analyse.report import Section, write_report
 from blackmamba.analyse.reproduce import PARTS, reproduce
 from blackmamba.analyse.runs import windowed_loss
@@ -76,6 +77,8 @@ def test_every_part_has_its_section_tables_and_pictures(report: Path):
 
 
 def test_each_network_has_the_best_of_its_own_learning_rates(report: Path):
+    assert "for each network the learning rate that was best in its own" in report.read_text()
+    assert _rate_words(is_tuned=False) == "one learning rate"
     folder, rates = report.parent, SCALES["toy"].lrs
     rows = list(csv.DictReader((folder / "ladder.csv").read_text().splitlines()))
     trials = csv.DictReader((folder / "rates-blackmamba.csv").read_text().splitlines())

@@ -66,7 +66,7 @@ def reproduce(
             the experts are looked at one by one.
         only: some of `PARTS`.
         jobs: training runs at once, each a process, on all GPUs together; None: one a core, or one
-            a GPU, which small runs do not fill.
+            a GPU. Two on each hide starts and checkpoints; more only take turns.
         seconds: cut the training after so many; the same call goes on.
         command: shown in the report.
         tell: is given a line now and then.

@@ -40,7 +40,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--jobs", type=int, metavar="N",
         help="training runs at once, on all GPUs together (default: one a core; where there are "
-        "GPUs, one on each, though many small ones fit)",
+        "GPUs, one on each; two hide starts and checkpoints)",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=math.inf, metavar="S",

@@ -39,6 +39,12 @@ def _training_rule(runs: Sequence[Curve]) -> str:
     return str(mean(losses)) if has_experts and losses else ""
 
 
+def _rate_words(is_tuned: bool) -> str:
+    if is_tuned:
+        return "for each network the learning rate that was best in its own short runs"
+    return "one learning rate"
+
+
 def ladder(lab: Lab) -> Section:
     """Train the four at every rung."""
     scale, curves = lab.scale, dict[str, list[Curve]]()
@@ -73,10 +79,10 @@ def ladder(lab: Lab) -> Section:
         finding=f"BlackMamba has the lowest mean validation loss on {wins} of {len(best)} rungs"
         + ("." if wins == len(best) else f"; the lowest were {', '.join(best)}.")
         + f" {settings_words(scale.settings)}; ± is the 95 % interval of so few seeds. Same text, "
-        "order, tokens and optimizer for all, and for each network the learning rate that was best "
-        "in its own short runs at the first rung, divided by the width beyond it. Validation is "
-        "in windows as long as in training, by the inference rule of routing; the training rule, "
-        "which sees later tokens, has a column of its own.",
+        f"order, tokens and optimizer for all, and {_rate_words(len(scale.lrs) > 1)} at the first "
+        "rung, divided by the width beyond it. Validation is in windows as long as in training, by "
+        "the inference rule of routing; the training rule, which sees later tokens, has a column "
+        "of its own.",
         tables=(Table("ladder", head, tuple(rows)), lab.rates_table(NAMES)),
         pictures=(("Training loss, one line a run", picture),),
         numbers=(curves_table(curves),),
