@@ -24,7 +24,7 @@ import torch.distributed as dist
 _PRELOADED = ["torch", "blackmamba.train", "blackmamba.train.parallel.spread",
               "blackmamba.train.parallel.checkpoint", "torch._dynamo"]  # fmt: skip
 # The last one is what torch imports for its first optimizer.
-_POLL_S, _DUMP_S = 0.5, 5.0
+_POLL_S, _DUMP_S = 0.5, 30.0
 _clock = time.monotonic
 _logger = logging.getLogger(__name__)
 _told: Callable[[str], None] | None = None  # of a rank

@@ -1,6 +1,5 @@
 """Weights in huge pages: where they lie, and that nothing else changes."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,24 +8,27 @@ from torch import Tensor
 
 from blackmamba.ops.native.pages import HUGE_PAGE, _whole_pages, want_huge_pages
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux only")
+linux = pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages"
+)
 
 
-def huge_bytes(tensor: Tensor) -> int:
-    """How much of the mapping that holds the tensor is in huge pages."""
-    inside, found = False, 0
+def asked_bytes(tensor: Tensor) -> int:
+    """How much of the tensor lies in mappings for which huge pages were asked."""
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    inside, found = 0, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name = line.split()[0]
         if "-" in name and not name.endswith(":"):
             begin, end = (int(part, 16) for part in name.split("-"))
-            inside = begin < tensor.data_ptr() + tensor.nbytes and tensor.data_ptr() < end
-        elif inside and name == "AnonHugePages:":
-            found += int(line.split()[1]) * 1024
+            inside = max(0, min(end, last) - max(begin, first))
+        elif name == "VmFlags:" and "hg" in line.split():
+            found += inside
     return found
 
 
 @linux
-def test_a_tensor_written_later_lies_in_huge_pages():
+def test_huge_pages_are_asked_for_a_tensor_that_is_written_later():
     weights = torch.empty(20 * HUGE_PAGE, dtype=torch.int32)  # so large, it is not in the heap
     address = weights.data_ptr()
     want_huge_pages([weights])
@@ -34,9 +36,8 @@ def test_a_tensor_written_later_lies_in_huge_pages():
     assert weights.data_ptr() == address
     want_huge_pages([weights])  # no harm afterwards
     assert int(weights.sum()) == 3 * weights.numel()
-    if huge_bytes(weights) == 0:
-        pytest.skip("this system gives no huge pages")
-    assert huge_bytes(weights) >= weights.nbytes // 2
+    # How many it gets is the system's to say: it may have few left that lie together.
+    assert asked_bytes(weights) > weights.nbytes - 2 * HUGE_PAGE
 
 
 def test_only_whole_pages_and_neighbours_together():

@@ -31,7 +31,9 @@ def test_the_same_memory_is_used_again():
     command = [sys.executable, "-c", CODE]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     left, left_huge, kept, kept_huge = done.stdout.split()
-    assert int(kept) < 20_000 < int(left)
+    assert int(kept) < 20_000
+    if not (THP.exists() and "[always]" in THP.read_text()):  # there, few faults are all it takes
+        assert int(left) > 20_000
     assert left_huge == "False"
     # where the kernel knows huge pages, the heap asks for them
     assert kept_huge == str(THP.exists())
