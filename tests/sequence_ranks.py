@@ -1,17 +1,13 @@
 """What tests/ops/test_sequence.py runs on several processes: one process's answers are compared
-with those of ranks that hold pieces of the same rows.
-
-python sequence_ranks.py FOLDER: a program of its own, so that torch is imported once and the ranks
-are forked from it."""
+with those of ranks that hold pieces of the same rows."""
 
 import itertools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from many_ranks import say
 from torch import Tensor, nn
 
 from blackmamba.config import ModelConfig
@@ -231,23 +227,18 @@ CHECKS: dict[str, Callable[[dist.ProcessGroup], Any]] = {
 }
 
 
-def rank_main(rank: int, size: int, folder: str) -> None:
-    """One process: joins the others, runs every check, leaves what it found in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
+def check_all() -> dict[str, Any]:
+    """What a rank found; two of them do everything as a pair, too."""
+    dist.init_process_group("gloo")
     pair = dist.new_group([0, 1])
     everyone = dist.group.WORLD
+    assert everyone is not None
     found: dict[str, Any] = {}
     for name, check in CHECKS.items():
-        found[f"{name}, {size} ranks"] = check(everyone)
-        if rank < 2:
+        say(name)
+        found[f"{name}, {RANKS} ranks"] = check(everyone)
+        if dist.get_rank() < 2:
             found[f"{name}, 2 ranks"] = check(pair)
-    torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.multiprocessing.start_processes(
-        rank_main, (RANKS, sys.argv[1]), nprocs=RANKS, start_method="fork"
-    )
+    return found

@@ -1,21 +1,16 @@
 """Rows cut over ranks give what whole rows give: outputs, states, losses and every gradient."""
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-import sequence_ranks
-import torch
-from sequence_ranks import CHECKS, RANKS
+from many_ranks import on_ranks
+from sequence_ranks import CHECKS, RANKS, check_all
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found() -> list[dict[str, Any]]:
     """What each of four processes found; two of them also did everything as a pair."""
-    folder = tmp_path_factory.mktemp("ranks")
-    subprocess.run([sys.executable, sequence_ranks.__file__, str(folder)], check=True)
-    return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(RANKS)]
+    return on_ranks(RANKS, check_all)
 
 
 @pytest.mark.parametrize("size", [2, 4])
