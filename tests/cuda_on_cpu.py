@@ -56,6 +56,8 @@ inline float __shfl_xor_sync(unsigned, float v, int mask) {
     __syncwarp();
     return other;
 }
+inline unsigned __shfl_sync(unsigned, unsigned v, int lane) { return v; }  // one's own
+#define __cvta_generic_to_shared(p) ((const char*)(p) - memory)
 inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 inline unsigned bits(float f) {  // of the nearest bfloat16
@@ -156,10 +158,12 @@ _MEANINGS = (
     (r'asm\("mma\.sync\.aligned\.m16n8k8.*?\)\)\);', "by_units(d, a, b0, b1);"),
     (r'asm\("mma\.sync\.aligned\.m16n8k4.*?\)\)\);', "by_units(d, a0, a1, b);"),
     (r'asm\("mma\.sync\.aligned\.m16n8k16.*?\(b1\)\);', "pairs_by_units(d, a, b0, b1);"),
-    (r'const u32 address = [^;]*;\s*asm volatile\("\{\.reg \.pred p; setp.*?: "memory"\);',
-     "if (condition) to[0] = a, to[1] = b;"),
-    (r'const u32 address = [^;]*;\s*asm volatile\("ldmatrix.*?: "memory"\);',
-     "transposed(r, row);"),
+    (r'asm volatile\("ld\.shared.*?: "memory"\);', "memcpy(&v, memory + from, sizeof v);"),
+    (r'asm volatile\("st\.shared.*?: "memory"\);',
+     "*(float4*)(memory + to) = make_float4(a, b, c, d);"),
+    (r'asm volatile\("\{\.reg \.pred p; setp.*?: "memory"\);',
+     "if (condition) *(float2*)(memory + to) = make_float2(a, b);"),
+    (r'asm volatile\("ldmatrix.*?: "memory"\);', "transposed(r, memory + row);"),
     (r'const u32 address = [^;]*;\s*asm volatile\("cp\.async\.cg.*?: "memory"\);',
      "memcpy(target, source, 16);"),
     (r'const u32 address = [^;]*;\s*(constexpr int bytes[^;]*;\s*static_assert[^;]*;)\s*'

@@ -329,11 +329,33 @@ __device__ __forceinline__ void staged() {  // what was staged is there, and the
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
 }
+// Addresses in shared memory that stay in registers: what goes through a shuffle the compiler cannot compute again where
+// it is used, which took it four instructions each time.
+__device__ __forceinline__ u32 address_of(const void* p) {
+    return __shfl_sync(FULL, (u32)__cvta_generic_to_shared(p), threadIdx.x & 31);
+}
+__device__ __forceinline__ float load1(u32 from) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ float2 load2(u32 from) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ float4 load4(u32 from) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store4(u32 to, float a, float b, float c, float d) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
 // Without a branch.
-__device__ __forceinline__ void store2_if(bool condition, float* to, float a, float b) {
-    const u32 address = (u32)__cvta_generic_to_shared(to);
+__device__ __forceinline__ void store2_if(bool condition, u32 to, float a, float b) {
     asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.v2.f32 [%1], {%2, %3};}"
-        ::"r"((u32)condition), "r"(address), "f"(a), "f"(b) : "memory");
+        ::"r"((u32)condition), "r"(to), "f"(a), "f"(b) : "memory");
 }
 // Four numbers on their way to shared memory, or zeros.
 template <typename T>
@@ -655,10 +677,9 @@ __device__ __forceinline__ void multiply_add_pairs(float* d, const u32* a, u32 b
 }
 // Four matrices of 8 x 8 bfloat16 numbers, transposed: of the i-th, whose rows of 16 bytes are named by lanes 8 i to
 // 8 i + 7, a thread gets column g, rows 2 k and 2 k + 1.
-__device__ __forceinline__ void load_transposed(u32* r, const void* row) {
-    const u32 address = (u32)__cvta_generic_to_shared(row);
+__device__ __forceinline__ void load_transposed(u32* r, u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 
 // Sums over a warp's 8 channels, for each of 4 tokens and 16 states, of g times one number of the channel and of h times
@@ -671,41 +692,58 @@ struct Turned {
 #else
     float rows[4][2][8][20];  // of a token, g or h, a channel
 #endif
-    __device__ __forceinline__ void put(int token, int c, int q, const float* g, const float* h) {
+    // Where a thread puts what it gives, and takes what it sums.
+    __device__ __forceinline__ u32 to_put(int c, int q) const {
 #if TYPE == 1
-        const uint2 low = narrow(g), high = narrow(h);
-        rows[token][c][q ^ (c >> 1 & 3)] = make_uint4(low.x, low.y, high.x, high.y);
+        return address_of(&rows[0][c][q ^ (c >> 1 & 3)]);
 #else
-        *reinterpret_cast<float4*>(&rows[token][0][c][q * 4]) = make_float4(g[0], g[1], g[2], g[3]);
-        *reinterpret_cast<float4*>(&rows[token][1][c][q * 4]) = make_float4(h[0], h[1], h[2], h[3]);
+        return address_of(&rows[0][0][c][q * 4]);
 #endif
     }
-    __device__ __forceinline__ float4 sums(const Short (*by)[2][8], int lane) const {
-        const int r = lane >> 2, k = lane & 3;
+    __device__ __forceinline__ u32 to_take(int lane) const {
+#if TYPE == 1
+        const int row = lane & 7, matrix = lane >> 3;
+        return address_of(&rows[matrix >> 1][row][(matrix & 1) ^ (row >> 1 & 3)]);
+#else
+        return address_of(&rows[0][lane >> 4][lane & 3][lane >> 2 & 3]);
+#endif
+    }
+    __device__ __forceinline__ static void put(u32 to, int token, const float* g, const float* h) {
+        to += token * sizeof(rows[0]);
+#if TYPE == 1
+        const uint2 low = narrow(g), high = narrow(h);
+        store4(to, __uint_as_float(low.x), __uint_as_float(low.y), __uint_as_float(high.x), __uint_as_float(high.y));
+#else
+        store4(to, g[0], g[1], g[2], g[3]);
+        store4(to + sizeof(rows[0][0]), h[0], h[1], h[2], h[3]);
+#endif
+    }
+    __device__ __forceinline__ static float4 sums(u32 from, u32 by, int lane) {
+        // by: of token r / 2, of g or h as r is even or not, channel 2 k, or k if they are not in pairs
+        const int r = lane >> 2;
         float d[2][4] = {};
 #if TYPE == 1
-        const u32 pair = *reinterpret_cast<const u32*>(&by[r >> 1][r & 1][k * 2]);
-        const int row = lane & 7, matrix = lane >> 3;
+        const u32 pair = __float_as_uint(load1(by));
+        const int step = lane & 4 ? -32 : 32;  // to the other half of a row's places
 #pragma unroll
         for (int token = 0; token < 4; token += 2) {
             const u32 b0 = r >> 1 == token ? pair : 0, b1 = r >> 1 == token + 1 ? pair : 0;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 u32 a[4];
-                load_transposed(a, &rows[token + (matrix >> 1)][row][(half * 2 + (matrix & 1)) ^ (row >> 1 & 3)]);
+                load_transposed(a, (half ? from + step : from) + token * sizeof(rows[0]));
                 multiply_add_pairs(d[half], a, b0, b1);
             }
         }
 #else
-        const float low = by[r >> 1][r & 1][k], high = by[r >> 1][r & 1][k + 4];
+        const float low = load1(by), high = load1(by + 4 * sizeof(float));
 #pragma unroll
         for (int token = 0; token < 4; token++) {
             const float b0 = r >> 1 == token ? low : 0.f, b1 = r >> 1 == token ? high : 0.f;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float(*const of)[20] = &rows[token][r >> 2][0];
-                const int state = half * 8 + (r & 3);
-                const float a[4] = {of[k][state], of[k][state + 4], of[k + 4][state], of[k + 4][state + 4]};
+                const u32 at = from + token * sizeof(rows[0]) + half * 8 * sizeof(float), on = 4 * sizeof(rows[0][0][0]);
+                const float a[4] = {load1(at), load1(at + 16), load1(at + on), load1(at + on + 16)};
 #if TYPE == 0
                 float rest[4];
 #pragma unroll
@@ -743,6 +781,7 @@ struct Shared {
 };
 enum { X, DT, Z, GRAD_Y, GRAD_X, GRAD_DT, GRAD_Z };
 enum { OF_Y, OF_DRIVE, OF_DECAY };
+#define OFFSET(member) ((u32)(unsigned long long)&reinterpret_cast<OfWarp*>(0)->member)
 __device__ __forceinline__ float* sum_at(OfWarp& of, int which, int c, int token) {
     return reinterpret_cast<float*>(of.first[token / EVERY]) + (which * 8 + c) * EVERY + token % EVERY;
 }
@@ -815,6 +854,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const Kept* const starts =
         f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     const int of_span = f.s.d * 16 * (int)sizeof(Kept);
+    const u32 by_channel = address_of(reinterpret_cast<char*>(&own) + p.c * 16), by_lane = address_of(reinterpret_cast<char*>(&own) + p.lane * 16);
+    const u32 drive_at = address_of(&own.drive[0][p.c][p.q]);
+    const u32 by_at = address_of(TYPE == 1 ? &own.by[p.c >> 1][p.c & 1][p.q * 2] : &own.by[p.c >> 1][p.c & 1][p.q]);
+    const u32 put_at = own.turned.to_put(p.c, p.q), take_at = own.turned.to_take(p.lane);
+    // of B and C: four states of token c; two of token q, of channel c; four of a token
+    u32 four_at = address_of(&shared.BC[0].B[p.c][p.q * 4]), two_at = address_of(&shared.BC[0].B[p.q][p.c * 2]);
+    u32 C_at = address_of(&shared.BC[0].C[0][p.q * 4]);
+    int other_BC = sizeof(Staged);
     const auto fetch_span = [&](int back, int buffer) {
         const int t = p.begin + back * SPAN + r.t;
         const bool inside = t < p.end;
@@ -854,7 +901,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             keep4(&other.by[r.t][1][r.c], gy);
         }
         __syncthreads();
-        const Staged& BC = shared.BC[buffer];
         buffer ^= 1;
         next_BC -= SPAN * OF_TOKEN;
         if (back > 0) {
@@ -869,18 +915,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         {
             float h[3][4], decays[2][4];
             scaled4(h[0], first, 1.f);
-            own.first[0][p.lane] = first;
+            store4(by_lane + OFFSET(first), first.x, first.y, first.z, first.w);
 #pragma unroll
             for (int group = 0; group < SPAN / 4; group++) {
                 float delta[4];
-                scaled4(delta, *reinterpret_cast<const float4*>(own.delta[group][p.c]), 1.f);
-                const float2 B = *reinterpret_cast<const float2*>(&BC.B[group * 4 + p.q][p.c * 2]);
+                scaled4(delta, load4(by_channel + OFFSET(delta) + group * 128), 1.f);
+                const float2 B = load2(two_at + group * 256);
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
                     if (group == SPAN / 4 - 1 && (pair == 1 || EVERY == 4)) break;
-                    recompute(h, decays, A2, delta + pair * 2, own.drive[group][p.c][p.q], B, p.q, pair, resets + group * 4 + pair * 2);
+                    recompute(h, decays, A2, delta + pair * 2, load1(drive_at + group * 128), B, p.q, pair, resets + group * 4 + pair * 2);
                     if (EVERY == 2 || pair == 1)
-                        own.first[(group * 4 + pair * 2 + 2) / EVERY][p.lane] = make_float4(h[2][0], h[2][1], h[2][2], h[2][3]);
+                        store4(by_lane + OFFSET(first) + (group * 4 + pair * 2 + 2) / EVERY * 512, h[2][0], h[2][1], h[2][2], h[2][3]);
 #pragma unroll
                     for (int j = 0; j < 4; j++) h[0][j] = h[2][j];
                 }
@@ -888,24 +934,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         }
 #pragma unroll 1
         for (int half = 1; half >= 0; half--) {
-            const float4 B = *reinterpret_cast<const float4*>(&BC.B[half * 8 + p.c][p.q * 4]);
-            const float4 C = *reinterpret_cast<const float4*>(&BC.C[half * 8 + p.c][p.q * 4]);
+            const float4 B = load4(four_at + half * 512);
+            const float4 C = load4(four_at + sizeof(float) * 16 * SPAN + half * 512);
 #pragma unroll
             for (int part = 1; part >= 0; part--) {
                 const int group = half * 2 + part;
                 float delta[4], to_y[4];
-                scaled4(delta, *reinterpret_cast<const float4*>(own.delta[group][p.c]), 1.f);
-                scaled4(to_y, *reinterpret_cast<const float4*>(own.to_y[group][p.c]), 1.f);
-                const float2 B_pair = *reinterpret_cast<const float2*>(&BC.B[group * 4 + p.q][p.c * 2]);
+                scaled4(delta, load4(by_channel + OFFSET(delta) + group * 128), 1.f);
+                scaled4(to_y, load4(by_channel + OFFSET(to_y) + group * 128), 1.f);
+                const float2 B_pair = load2(two_at + group * 256);
                 __syncwarp();
 #if EVERY == 4
                 float all_states[5][4], all_decays[4][4];
-                scaled4(all_states[0], own.first[group][p.lane], 1.f);
+                scaled4(all_states[0], load4(by_lane + OFFSET(first) + group * 512), 1.f);
                 __syncwarp();
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++)
                     recompute(
-                        all_states + pair * 2, all_decays + pair * 2, A2, delta + pair * 2, own.drive[group][p.c][p.q], B_pair, p.q,
+                        all_states + pair * 2, all_decays + pair * 2, A2, delta + pair * 2, load1(drive_at + group * 128), B_pair, p.q,
                         pair, resets + group * 4 + pair * 2);
 #endif
 #pragma unroll
@@ -915,20 +961,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     float(*const states)[4] = all_states + pair * 2, (*const decays)[4] = all_decays + pair * 2;
 #else
                     float states[3][4], decays[2][4];
-                    scaled4(states[0], own.first[group * 2 + pair][p.lane], 1.f);
+                    scaled4(states[0], load4(by_lane + OFFSET(first) + (group * 2 + pair) * 512), 1.f);
                     __syncwarp();
                     recompute(
-                        states, decays, A2, delta + pair * 2, own.drive[group][p.c][p.q], B_pair, p.q, pair,
+                        states, decays, A2, delta + pair * 2, load1(drive_at + group * 128), B_pair, p.q, pair,
                         resets + group * 4 + pair * 2);
 #endif
 #pragma unroll
                     for (int e = 1; e >= 0; e--) {
                         const int i = pair * 2 + e;
                         float c[4];
-                        take(c, &BC.C[group * 4 + i][p.q * 4]);
+                        scaled4(c, load4(C_at + (group * 4 + i) * 64), 1.f);
 #pragma unroll
                         for (int j = 0; j < 4; j++) after[e][j] = g[j] = fmaf(c[j], to_y[i], g[j]);
-                        own.turned.put(i, p.c, p.q, after[e], states[e + 1]);
+                        Turned::put(put_at, i, after[e], states[e + 1]);
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
                             g[j] *= decays[e][j];
@@ -940,16 +986,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     if (HAS_Z) over_states(sums[OF_Y], states[1], states[2], C);
                     over_states(sums[OF_DRIVE], after[0], after[1], B);
                     over_states(sums[OF_DECAY], of_decay[0], of_decay[1], make_float4(1.f, 1.f, 1.f, 1.f));
+                    const int token = group * 4 + pair * 2;
+                    const u32 summed = EVERY == 4 ? by_channel + OFFSET(first) + group * 512 + pair * 8
+                                                  : by_channel - p.c * 8 + OFFSET(first) + token / 2 * 512;
 #pragma unroll
                     for (int k = HAS_Z ? OF_Y : OF_DRIVE; k <= OF_DECAY; k++)
-                        store2_if(p.q == part * 2 + pair, sum_at(own, k, p.c, group * 4 + pair * 2), sums[k][0], sums[k][3]);
+                        store2_if(p.q == part * 2 + pair, summed + k * 8 * EVERY * 4, sums[k][0], sums[k][3]);
                 }
                 __syncwarp();
-                own.of_BC[group][p.lane] = own.turned.sums(&own.by[group * 4], p.lane);
+                const float4 total = Turned::sums(take_at, by_at + group * (u32)sizeof(own.by[0]) * 4, p.lane);
+                store4(by_lane + OFFSET(of_BC) + group * 512, total.x, total.y, total.z, total.w);
             }
         }
         __syncthreads();
         add_up(f, shared, p, span, adders);
+        four_at += other_BC, two_at += other_BC, C_at += other_BC;
+        other_BC = -other_BC;
         adders = adders + 128 < 32 * WARPS ? adders + 128 : adders + 128 - 32 * WARPS;
         {
             float dtv[4], xv[4], gy[4], zv[4], g_x[4], g_dt[4], g_z[4], bias[4] = {}, skip[4] = {};
