@@ -97,6 +97,8 @@ def _shared_bytes(name: str, warps: int, dtype: torch.dtype) -> int:
     """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
     short = dtype == torch.bfloat16
     staged = 2 * _SPAN * 32
+    if name == "scan_forward" and VARIANT.get("FORWARD", 1) == 1:
+        return 4 * (warps * (16 + 40) * _SPAN + staged)
     if name == "scan_forward":
         floats = 2 * (2 * 8 * _SPAN + _SPAN * 12) + 2 * 3 * 32 * dtype.itemsize + 4
         return 4 * (warps * floats + staged)
