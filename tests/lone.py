@@ -2,16 +2,15 @@
 
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import blackmamba
-from blackmamba.checkpoint import convert
 from blackmamba.checkpoint.tensors import open_tensors
-from blackmamba.errors import CheckpointError
+from blackmamba.errors import BlackMambaError, CheckpointError
 
 
 def peak_of_loading(first: Path, folder: Path, options: Mapping[str, Any]) -> float:
@@ -30,12 +29,12 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def convert_on_full_disk(source: Path, out: Path, to: Any) -> str:
-    """A limit on the size of a file fails a write as a full disk does; the error."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+def error_on_full_disk(n_bytes: int, function: Callable[[], object]) -> str:
+    """A limit on the size of a file fails a write as a full disk does; what is said of it."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
     try:
-        convert(source, out, to=to)
-    except CheckpointError as error:
+        function()
+    except BlackMambaError as error:
         return str(error)
     return ""
 

@@ -8,12 +8,13 @@ import random
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lone import convert_on_full_disk, peak_of_loading, sum_of_copied
+from lone import error_on_full_disk, peak_of_loading, sum_of_copied
 from many_ranks import alone
 
 from blackmamba.checkpoint import convert, load, load_config, load_tokenizer, native, save
@@ -60,7 +61,7 @@ def test_a_full_disk_leaves_the_old_files(to: str, tmp_path: Path):
     pytest.importorskip("resource", reason="needs limits on a process")
     convert(SOURCE, tmp_path / to, to=to)  # pyright: ignore[reportArgumentType]
     before = {path.name: path.read_bytes() for path in (tmp_path / to).iterdir()}
-    said = alone(convert_on_full_disk, SOURCE, tmp_path / to, to)
+    said = alone(error_on_full_disk, 100_000, partial(convert, SOURCE, tmp_path / to, to=to))
     assert "cannot be written" in said
     assert "File too large" in said
     assert {path.name: path.read_bytes() for path in (tmp_path / to).iterdir()} == before

@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lone import error_on_full_disk
+from many_ranks import alone
 
 from blackmamba.data import (
     ShardConfig,
@@ -223,23 +226,9 @@ def test_two_at_once(config: ShardConfig, tmp_path: Path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on file size is Linux's here")
 def test_a_real_limit_on_file_size(config: ShardConfig, tmp_path: Path):
-    code = (
-        "import json, resource, sys\n"
-        "from blackmamba.config import from_mapping\n"
-        "from blackmamba.data import ShardConfig, prepare_shards\n"
-        "from blackmamba.errors import DataError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        "config = from_mapping(ShardConfig, json.loads(sys.argv[1]))\n"
-        "try: prepare_shards(config, sys.argv[2])\n"
-        "except DataError as error: print(error)\n"
-    )
-    settings = json.dumps(dataclasses.asdict(config))
-    done = subprocess.run(
-        [sys.executable, "-c", code, settings, str(tmp_path / "out")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "cannot be written (File too large); whole shards are kept" in done.stdout
-    assert done.stdout.count("\n") == 1
+    said = alone(error_on_full_disk, 50_000, partial(prepare_shards, config, tmp_path / "out"))
+    assert "cannot be written (File too large); whole shards are kept" in said
+    assert "\n" not in said
 
 
 # ---- damaged --------------------------------------------------------------------------------

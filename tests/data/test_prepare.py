@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lone import error_on_full_disk
+from many_ranks import alone
 
 from blackmamba.config import from_mapping, to_mapping
 from blackmamba.data import DataConfig, PreparedData, Tokenizer, prepare
@@ -402,20 +405,9 @@ def test_killed_half_way_leaves_nothing_under_the_final_name(text: Path, tmp_pat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on file size is Linux's here")
 def test_a_real_limit_on_file_size(text: Path, tmp_path: Path):
-    code = (
-        "import resource, sys\n"
-        "from blackmamba.data import DataConfig, prepare\n"
-        "from blackmamba.errors import DataError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
-        "try: prepare(DataConfig(text=(sys.argv[1],), vocab_size=300), sys.argv[2])\n"
-        "except DataError as error: print(error)\n"
-    )
     folder = tmp_path / "data"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(text), str(folder)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == f"{folder}: cannot be written (File too large)\n"
+    said = alone(error_on_full_disk, 4000, partial(prepare, config(text), folder))
+    assert said == f"{folder}: cannot be written (File too large)"
     assert os.listdir(tmp_path) == ["text.jsonl"]
 
 
