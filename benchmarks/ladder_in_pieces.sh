@@ -7,7 +7,8 @@
 # WORK     the prepared text and the runs; if it is still there from the time before, runs that were
 #          cut go on from their checkpoints, else they begin anew
 # BACK     finished.tar.gz is written there: what tables and pictures need of all finished runs
-# SECONDS  for everything: training is cut so much earlier that there is time to pack
+# SECONDS  for everything: training is cut so much earlier that there is time to pack; 0: the text is
+#          prepared and no more, for instance while the GPUs have other work
 set -euo pipefail
 carried=$(realpath -m "$1") work=$(realpath -m "$2") back=$(realpath -m "$3") whole=$4
 shift 4
@@ -21,6 +22,7 @@ if [ -e "$carried/finished.tar.gz" ]; then
   tar -xzf "$carried/finished.tar.gz" -C "$work/reproduced"
 fi
 echo "ready after $SECONDS s"
+if [ "$whole" = 0 ]; then exit 0; fi
 
 status=0
 python3 -m blackmamba reproduce --prepared "$work/prepared" --out "$work/reproduced" \
