@@ -38,7 +38,6 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops import causal_conv1d, selective_scan
-from blackmamba.ops.selective_scan import cuda
 from blackmamba.ops.selective_scan import gpu as scan_gpu
 from blackmamba.ops.selective_scan.plan import Plan, Tuning, cuts, planned
 from blackmamba.train.origin import origin
@@ -113,54 +112,6 @@ def compare_plans(which: str, repeats: int) -> None:
             print(f"{which} {shape}; chosen: {chosen}")
             for time, cut in sorted(rows, key=lambda row: row[0])[:6]:
                 print(f"  {time:.3f} ms  {cut}", flush=True)
-
-
-def compare_variants(variants: list[str], repeats: int) -> None:
-    """Errors and milliseconds of scan.cu by macros that it is compiled with."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for variant in variants:
-            cuda.VARIANT = {
-                key: int(value) for key, value in (part.split("=") for part in variant.split(","))
-            }
-            errors = ", ".join(f"{name} {error:.1e}" for name, error in errors_of_scan().items())
-            print(f"{variant}\n  errors: {errors}")
-            for shape in SHAPES:
-                times = [median_ms(call, repeats) for call in scan_calls(*shape)]
-                print(
-                    f"  {shape!s:<20} forward {times[0]:.3f} ms, backward {times[1]:.3f} ms",
-                    flush=True,
-                )
-    cuda.VARIANT = {}
-
-
-def errors_of_scan() -> dict[str, float]:
-    """Of each result, largest error as a share of the largest number; float32 and bfloat16."""
-    errors: dict[str, float] = {}
-    b, l, d = 2, 300, 96
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        inputs = [random(b, l, d), random(b, l, d) - 1, -torch.rand(d, N_STATES, device="cuda") * 9]
-        inputs += [random(b, l, N_STATES), random(b, l, N_STATES), torch.randn(d, device="cuda")]
-        inputs += [random(b, l, d), torch.randn(d, device="cuda")]
-        weights = random(b, l, d)
-        wide = (2, 5, 7)
-        found: list[list[Tensor]] = []
-        for kind in (dtype, torch.float64):
-            leaves = [
-                t.to(torch.promote_types(kind, torch.float32) if i in wide else kind)
-                for i, t in enumerate(inputs)
-            ]
-            leaves = [t.detach().requires_grad_() for t in leaves]
-            *first, bias = leaves
-            backend = "torch" if kind == torch.float64 else "triton"
-            y, state = selective_scan(*first, dt_bias=bias, dt_softplus=True, backend=backend)
-            grads = torch.autograd.grad((y * weights).sum() + state.sum(), leaves)
-            found.append([y, state, *grads])
-        names = ["y", "state", "g_x", "g_dt", "g_A", "g_B", "g_C", "g_D", "g_z", "g_bias"]
-        for name, actual, exact in zip(names, *found, strict=True):
-            error = (actual.double() - exact).abs().max() / exact.abs().max()
-            errors[f"{'f' if dtype == torch.float32 else 'b'}.{name}"] = float(error)
-    return errors
 
 
 def tried_plan(
@@ -296,12 +247,9 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=30, help="timed calls (default 30)")
     parser.add_argument("--once", action="store_true", help="one call of each pass, no times")
     parser.add_argument("--plans", choices=("forward", "backward"), help="time other plans")
-    parser.add_argument("--variants", nargs="+", help="compare macros, NAME=VALUE,... each")
     given = parser.parse_args()
     if given.once:
         once()
-    elif given.variants:
-        compare_variants(given.variants, given.repeats)
     elif given.plans:
         compare_plans(given.plans, given.repeats)
     else:

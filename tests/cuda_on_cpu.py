@@ -147,7 +147,6 @@ extern "C" void run(int blocks, int n, const void* arguments) {
 """
 _MEANINGS = (
     (r'asm\("ex2[^;]*;" : "=f"\(y\) : "f"\(x\)\);', "y = exp2f(x);"),
-    (r'asm\("max\.NaN[^;]*;" : [^;]*;', "x = x < -126.f ? -126.f : x;"),
     (r'asm\("rcp[^;]*;" : "=f"\(y\) : "f"\(x\)\);', "y = 1.f / x;"),
     (
         r'asm\("cvt\.rn\.bf16x2[^:]*: "=r"\((\S+)\) : "f"\((in\[\d\])\), "f"\((in\[\d\])\)\);',

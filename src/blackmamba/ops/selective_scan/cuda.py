@@ -16,8 +16,6 @@ _SOURCE = Path(__file__).with_name("scan.cu")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KERNELS = ("scan_forward", "scan_backward_local", "scan_backward")
 _SPAN = 16
-VARIANT: dict[str, int] = {}
-"""More macros for scan.cu, for comparing ways to write it."""
 
 
 class _Rows(ctypes.Structure):
@@ -86,7 +84,7 @@ def launch(
             value = tensor.data_ptr()
         setattr(arguments, key, value)
     arguments.s = _Sizes(*sizes)
-    flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines, **VARIANT}
+    flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}
     shared_bytes = _shared_bytes(name, warps, present.dtype)
     flags |= {"WARPS": warps, "SHARED": shared_bytes, "KERNEL": _KERNELS.index(name)}
     kernel = cuda.kernel(_SOURCE, name, tuple(sorted(flags.items())), present.device.index)
@@ -97,15 +95,12 @@ def _shared_bytes(name: str, warps: int, dtype: torch.dtype) -> int:
     """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
     short = dtype == torch.bfloat16
     staged = 2 * _SPAN * 32
-    if name == "scan_forward" and VARIANT.get("FORWARD", 1) == 1:
-        return 4 * (warps * (16 + 40) * _SPAN + staged)
     if name == "scan_forward":
-        floats = 2 * (2 * 8 * _SPAN + _SPAN * 12) + 2 * 3 * 32 * dtype.itemsize + 4
-        return 4 * (warps * floats + staged)
+        return 4 * (warps * (16 + 40) * _SPAN + staged)
     if name == "scan_backward_local":
         return 4 * (warps * 16 * _SPAN + staged)
     floats = 3 * 8 * _SPAN + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)
-    floats += (_SPAN // VARIANT.get("EVERY", 4) + _SPAN // 4) * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
+    floats += 2 * _SPAN // 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
     floats += 2 * 32 * (4 * dtype.itemsize + (2 if short else 4))
     return 4 * (warps * floats + staged)
 

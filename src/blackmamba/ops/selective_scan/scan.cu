@@ -2,10 +2,10 @@
 //
 // A warp owns 8 channels of a row over a chunk of its tokens; a thread, 4 states of one channel. Warps walk over spans
 // of 16 tokens. What is done once for a token and channel (softplus, delta x, gate) is done by the thread that loads it,
-// four channels of one token, and is handed to the others through the warp's own shared memory. A sum over a channel's
-// states adds up over 4 threads; a sum over channels is a product of matrices, see `Sums`. What limits all this is
-// instructions, and next to them shared memory, 128 bytes a clock: what lies there is laid out for every bank to be used
-// at once.
+// four channels of one token, and is handed to the others through shared memory. A sum over a channel's states adds up over
+// 4 threads, in the backward pass as a product of matrices, see `over_states`; a sum over channels is one too, see `Turned`.
+// What limits all this is instructions, and next to them shared memory, 128 bytes a clock: what lies there is laid out for
+// every bank to be used at once.
 //
 // Compiled at run time, without headers, with: TYPE (0 float32, 1 bfloat16, 2 float16), HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
 // HAS_SEQ, HAS_FIRST, KEEP, LOCAL (each 0 or 1), SHORT_BC (1: no number of B and C has more than 11 bits), WARPS (of a
@@ -15,24 +15,6 @@
 // Letters: b batch, l sequence, d d_inner, n d_state = 16.
 
 #define SPAN 16
-#ifndef UNITS_DRIVE
-#define UNITS_DRIVE 1
-#endif
-#ifndef EVERY
-#define EVERY 4
-#endif
-#ifndef COALESCED
-#define COALESCED 1
-#endif
-#ifndef FORWARD
-#define FORWARD 1
-#endif
-#ifndef UNROLLED
-#define UNROLLED 4
-#endif
-#ifndef POLYNOMIALS
-#define POLYNOMIALS 0
-#endif
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define FULL 0xffffffffu
@@ -53,18 +35,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-// The same to 1e-7 of itself by multiply-adds, from -126 (as which all below is taken) to 127: a polynomial fitted on a half
-// to either side of the nearest whole number.
-__device__ __forceinline__ float exp2_by_polynomial(float x) {
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(-126.f));
-    const float whole = x + 12582912.f, rest = x - (whole - 12582912.f);
-    float p = fmaf(0.00132647f, rest, 0.00967151f);
-    p = fmaf(p, rest, 0.05550734f);
-    p = fmaf(p, rest, 0.24022242f);
-    p = fmaf(p, rest, 0.69314698f);
-    p = fmaf(p, rest, 1.f);
-    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(whole) << 23));
 }
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
@@ -275,13 +245,8 @@ struct Reader {  // what a thread reads and writes of x, dt, z and others: four 
 };
 __device__ __forceinline__ Reader reader_of(const Sizes& s, const Place& p) {
     Reader r;
-#if COALESCED
     r.t = (int)threadIdx.x / (2 * WARPS);
     const int part = (int)threadIdx.x % (2 * WARPS);
-#else
-    r.t = p.lane >> 1;
-    const int part = p.warp * 2 + (p.lane & 1);
-#endif
     r.warp = part >> 1;
     r.c = (part & 1) * 4;
     r.c4 = p.block * WARPS * 8 + part * 4;
@@ -308,11 +273,6 @@ __device__ __forceinline__ void store_pairs(float2* to, int t, const float* a, c
     float4* at = reinterpret_cast<float4*>(to);
     at[t >> 1 & 1] = make_float4(a[0], b[0], a[1], b[1]);
     at[~t >> 1 & 1] = make_float4(a[2], b[2], a[3], b[3]);
-}
-__device__ __forceinline__ void first_of_pairs(const float2* from, int t, float* a) {
-    const float4* at = reinterpret_cast<const float4*>(from);
-    const float4 v = at[t >> 1 & 1], w = at[~t >> 1 & 1];
-    a[0] = v.x, a[1] = v.z, a[2] = w.x, a[3] = w.z;
 }
 
 struct Staged {  // B and C of a span
@@ -387,189 +347,8 @@ struct Forward {
     Sizes s;
 };
 
-#if KERNEL == 0 && FORWARD == 0
-struct OfWarp {
-    float delta[2][SPAN / 4][8][4];  // of this span and the next: by fours of tokens, channels and tokens
-    float drive[2][SPAN / 4][8][4];  // delta x
-    float y[2][SPAN][12];
-    Four read[2][3][32];  // what a thread reads of this span and the next
-    float unused[4];  // so that neighbours' arrays begin in other banks
-};
-enum { DT, X, Z };
-struct Shared {
-    OfWarp of[WARPS];
-    Staged BC[2];
-};
 
-// Softplus and delta x of four channels of one token, for the threads that scan them.
-__device__ __forceinline__ void prepare(
-    OfWarp& of, int buffer, int c, int t, const Four& raw_dt, const Four& raw_x, const float* bias, bool inside) {
-    float delta[4], x[4];
-    widen(raw_dt, delta);
-    widen(raw_x, x);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        delta[i] += bias[i];
-        if (SOFTPLUS) delta[i] = softplus(delta[i]);
-        if (!inside) delta[i] = 0.f;
-        of.delta[buffer][t >> 2][c + i][t & 3] = delta[i];
-        of.drive[buffer][t >> 2][c + i][t & 3] = delta[i] * x[i];
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forward(const Forward f) {
-    Shared& shared = shared_as<Shared>();
-    OfWarp& own = shared.of[threadIdx.x >> 5];
-    const Place p = place_of(f.s, threadIdx.x & 3, threadIdx.x >> 2 & 7);
-    const Reader r = reader_of(f.s, p);
-    OfWarp& other = shared.of[r.warp];
-    float A2[4], h[4] = {0.f, 0.f, 0.f, 0.f};
-    scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
-    const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
-#if HAS_FIRST
-    scaled4(h, *reinterpret_cast<const float4*>(f.first + state), 1.f);
-#endif
-    float bias[4] = {}, skip[4] = {};
-#if HAS_BIAS
-    scaled4(bias, *reinterpret_cast<const float4*>(f.bias + r.c4), 1.f);
-#endif
-#if HAS_D
-    scaled4(skip, *reinterpret_cast<const float4*>(f.D + r.c4), 1.f);
-#endif
-    Number* const x = pinned(f.x.data + p.row * f.x.row + r.c4);
-    Number* const dt = pinned(f.dt.data + p.row * f.dt.row + r.c4);
-    Number* const z = pinned(f.z.data + p.row * f.z.row + r.c4);
-    Number* const y = pinned(f.y.data + p.row * f.y.row + r.c4);
-    int end = p.end;
-    pin(end);
-    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
-    stage(shared.BC[0], next_BC);
-    const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
-    Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
-    float total = 0.f, any_reset = 0.f;
-
-    const auto fetch_span = [&](int span, int buffer) {
-        const int t = span + r.t;
-        fetch(&own.read[buffer][DT][p.lane], at(dt, f.dt, t), t < end);
-        fetch(&own.read[buffer][X][p.lane], at(x, f.x, t), t < end);
-        if (HAS_Z && !LOCAL) fetch(&own.read[buffer][Z][p.lane], at(z, f.z, t), t < end);
-    };
-    const auto prepare_span = [&](int span, int buffer) {
-        prepare(other, buffer, r.c, r.t, own.read[buffer][DT][p.lane], own.read[buffer][X][p.lane], bias, span + r.t < end);
-    };
-    int buffer = 0;
-    fetch_span(p.begin, 0);
-    fetched();
-    prepare_span(p.begin, 0);
-    fetch_span(p.begin + SPAN, 1);
-    __syncthreads();
-    for (int span = p.begin; span < end; span += SPAN) {
-        const Staged& BC = shared.BC[buffer];
-        next_BC += SPAN * OF_TOKEN;
-        if (span + SPAN < end) stage(shared.BC[buffer ^ 1], next_BC);
-#if KEEP && !LOCAL
-        if (p.active) keep(starts, h);
-        starts += (i64)f.s.d * 16;
-#endif
-#pragma unroll
-        for (int half = 0; half < SPAN / 8; half++) {
-            float y_even = 0.f, y_odd = 0.f;
-            // of C a thread takes four states of token c of each eight; of B, two of token q of each four
-            const float4 C = *reinterpret_cast<const float4*>(&BC.C[half * 8 + p.c][p.q * 4]);
-#pragma unroll
-            for (int group = half * 2; group < half * 2 + 2; group++) {
-                float delta[4];
-                scaled4(delta, *reinterpret_cast<const float4*>(own.delta[buffer][group][p.c]), 1.f);
-#if UNITS_DRIVE
-                const float u = own.drive[buffer][group][p.c][p.q], rough = high_part(u), rest = u - rough;
-                const float2 B = *reinterpret_cast<const float2*>(&BC.B[group * 4 + p.q][p.c * 2]);
-#else
-                float u[4];
-                scaled4(u, *reinterpret_cast<const float4*>(own.drive[buffer][group][p.c]), 1.f);
-#endif
-#pragma unroll
-                for (int pair = 0; pair < 2; pair++) {
-                    float states[2][4];
-#if UNITS_DRIVE
-                    float even[4], odd[4];
-                    outer<true>(even, odd, rough, rest, p.q == pair * 2, p.q == pair * 2 + 1, B);
-#endif
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const float step = delta[pair * 2 + i];
-#if UNITS_DRIVE
-                        const float drive[4] = {even[i * 2], odd[i * 2], even[i * 2 + 1], odd[i * 2 + 1]};
-#else
-                        float drive[4];
-                        scaled4(drive, *reinterpret_cast<const float4*>(&BC.B[group * 4 + pair * 2 + i][p.q * 4]), u[pair * 2 + i]);
-#endif
-#if HAS_SEQ
-                        const float reset = resets[group * 4 + pair * 2 + i];
-#endif
-#if LOCAL
-                        total += step;
-#if HAS_SEQ
-                        any_reset += reset;
-#endif
-#endif
-#pragma unroll
-                        for (int j = 0; j < 4; j++) {
-#if HAS_SEQ
-                            const float a = exp2_fast(fmaf(step, A2[j], reset));
-#else
-                            // special units take 8 clocks for a warp's exponentials, so others do some
-                            const bool special = j + 4 * i < 8 - POLYNOMIALS;
-                            const float a = special ? exp2_fast(step * A2[j]) : exp2_by_polynomial(step * A2[j]);
-#endif
-                            states[i][j] = h[j] = fmaf(a, h[j], drive[j]);
-                        }
-                    }
-#if !LOCAL
-                    float sums[4];
-                    over_states(sums, states[0], states[1], C);
-                    if (p.q == (group & 1) * 2 + pair) y_even = sums[0], y_odd = sums[3];
-#endif
-                }
-            }
-#if !LOCAL
-            own.y[buffer][half * 8 + p.q * 2][p.c] = y_even;
-            own.y[buffer][half * 8 + p.q * 2 + 1][p.c] = y_odd;
-#endif
-        }
-        resets += SPAN;
-        fetched();
-        prepare_span(span + SPAN, buffer ^ 1);
-        __syncthreads();
-#if !LOCAL
-        float out[4], xv[4], zv[4];
-        scaled4(out, *reinterpret_cast<const float4*>(&other.y[buffer][r.t][r.c]), 1.f);
-        widen(own.read[buffer][X][p.lane], xv);
-        if (HAS_Z) widen(own.read[buffer][Z][p.lane], zv);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            out[i] = fmaf(skip[i], xv[i], out[i]);
-            if (HAS_Z) out[i] *= zv[i] * sigmoid(zv[i]);
-        }
-        store4(at(y, f.y, span + r.t), out, span + r.t < end && r.active);
-#endif
-        fetch_span(span + 2 * SPAN, buffer);
-        buffer ^= 1;
-    }
-    if (!p.active) return;
-#if LOCAL
-    *reinterpret_cast<float4*>(f.ends + state) = make_float4(h[0], h[1], h[2], h[3]);
-    float left[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) left[j] = exp2_fast(fmaf(total, A2[j], any_reset));
-    *reinterpret_cast<float4*>(f.decays + state) = make_float4(left[0], left[1], left[2], left[3]);
-#else
-    if (p.piece == f.s.n_chunks - 1)
-        *reinterpret_cast<float4*>(f.ends + (p.row * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(h[0], h[1], h[2], h[3]);
-#endif
-}
-#endif
-
-#if KERNEL == 0 && FORWARD == 1
+#if KERNEL == 0
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forward(const Forward f) {
     struct Shared {
         float2 du[WARPS][SPAN][8];
@@ -645,7 +424,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
 #endif
-#pragma unroll UNROLLED
+#pragma unroll
         for (int group = 0; group < SPAN; group += 4) {
             float parts[4];
 #pragma unroll
@@ -816,7 +595,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #endif
 
 // Every gradient; those of B and C as sums over the channels of a block, in `partial` (b, l / 4, blocks, 32, 4): see `add_up`.
-// Keeps the states of 2 tokens and the gradients of state and A in registers, the states before each 2 tokens of a span
+// Keeps the states of 4 tokens and the gradients of state and A in registers, the states before each 4 tokens of a span
 // in shared memory. Moves x, dt, z, the gradients of y, x, dt and z once, and the states before every span once. Bound by
 // instructions.
 #if KERNEL == 2
@@ -919,12 +698,12 @@ struct Turned {
 };
 
 struct OfWarp {
-    float delta[SPAN / 4][8][4];  // as in the forward pass
-    float drive[SPAN / 4][8][4];
+    float delta[SPAN / 4][8][4];  // by fours of tokens, channels and tokens
+    float drive[SPAN / 4][8][4];  // delta x
     float to_y[SPAN / 4][8][4];  // gradient of y before the gate
     Short by[SPAN][2][8];  // drive and to_y, of a token
     Turned turned;
-    float4 first[SPAN / EVERY][32];  // states before tokens; then, by channels, what has been summed over those tokens' states
+    float4 first[SPAN / 4][32];  // states before tokens; then, by channels, what has been summed over those tokens' states
     float4 of_BC[SPAN / 4][32];
     // What a thread would else have no registers for, of its own four channels: `bias` and D, where its row is.
     float4 wide[2][2];
@@ -941,7 +720,7 @@ enum { X, DT, Z, GRAD_Y, GRAD_X, GRAD_DT, GRAD_Z };
 enum { OF_Y, OF_DRIVE, OF_DECAY };
 #define OFFSET(member) ((u32)(unsigned long long)&reinterpret_cast<OfWarp*>(0)->member)
 __device__ __forceinline__ float* sum_at(OfWarp& of, int which, int c, int token) {
-    return reinterpret_cast<float*>(of.first[token / EVERY]) + (which * 8 + c) * EVERY + token % EVERY;
+    return reinterpret_cast<float*>(of.first[token / 4]) + (which * 8 + c) * 4 + token % 4;
 }
 
 // The sums of a span over the warps, always in the same order, by 128 threads from the `first` on or by those before it.
@@ -960,7 +739,7 @@ __device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, 
     }
 }
 
-// The decays and states of two tokens, the first or last of four: states[0] is given.
+// The decays and states of two tokens, the first two or last two of four: states[0] is given.
 __device__ __forceinline__ void recompute(
     float (*states)[4], float (*decays)[4], const float* A2, const float* delta, float drive, const float2& B, int q, int pair,
     const float* resets) {
@@ -1081,10 +860,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 const float2 B = load2(two_at + group * 256);
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
-                    if (group == SPAN / 4 - 1 && (pair == 1 || EVERY == 4)) break;
+                    if (group == SPAN / 4 - 1) break;
                     recompute(h, decays, A2, delta + pair * 2, load1(drive_at + group * 128), B, p.q, pair, resets + group * 4 + pair * 2);
-                    if (EVERY == 2 || pair == 1)
-                        store4(by_lane + OFFSET(first) + (group * 4 + pair * 2 + 2) / EVERY * 512, h[2][0], h[2][1], h[2][2], h[2][3]);
+                    if (pair == 1)
+                        store4(by_lane + OFFSET(first) + (group + 1) * 512, h[2][0], h[2][1], h[2][2], h[2][3]);
 #pragma unroll
                     for (int j = 0; j < 4; j++) h[0][j] = h[2][j];
                 }
@@ -1102,7 +881,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 scaled4(to_y, load4(by_channel + OFFSET(to_y) + group * 128), 1.f);
                 const float2 B_pair = load2(two_at + group * 256);
                 __syncwarp();
-#if EVERY == 4
                 float all_states[5][4], all_decays[4][4];
                 scaled4(all_states[0], load4(by_lane + OFFSET(first) + group * 512), 1.f);
                 __syncwarp();
@@ -1111,20 +889,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     recompute(
                         all_states + pair * 2, all_decays + pair * 2, A2, delta + pair * 2, load1(drive_at + group * 128), B_pair, p.q,
                         pair, resets + group * 4 + pair * 2);
-#endif
 #pragma unroll
                 for (int pair = 1; pair >= 0; pair--) {
                     float after[2][4], of_decay[2][4], sums[3][4];
-#if EVERY == 4
                     float(*const states)[4] = all_states + pair * 2, (*const decays)[4] = all_decays + pair * 2;
-#else
-                    float states[3][4], decays[2][4];
-                    scaled4(states[0], load4(by_lane + OFFSET(first) + (group * 2 + pair) * 512), 1.f);
-                    __syncwarp();
-                    recompute(
-                        states, decays, A2, delta + pair * 2, load1(drive_at + group * 128), B_pair, p.q, pair,
-                        resets + group * 4 + pair * 2);
-#endif
 #pragma unroll
                     for (int e = 1; e >= 0; e--) {
                         const int i = pair * 2 + e;
@@ -1144,12 +912,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     if (HAS_Z) over_states(sums[OF_Y], states[1], states[2], C);
                     over_states(sums[OF_DRIVE], after[0], after[1], B);
                     over_states(sums[OF_DECAY], of_decay[0], of_decay[1], make_float4(1.f, 1.f, 1.f, 1.f));
-                    const int token = group * 4 + pair * 2;
-                    const u32 summed = EVERY == 4 ? by_channel + OFFSET(first) + group * 512 + pair * 8
-                                                  : by_channel - p.c * 8 + OFFSET(first) + token / 2 * 512;
+                    const u32 summed = by_channel + OFFSET(first) + group * 512 + pair * 8;
 #pragma unroll
                     for (int k = HAS_Z ? OF_Y : OF_DRIVE; k <= OF_DECAY; k++)
-                        store2_if(p.q == part * 2 + pair, summed + k * 8 * EVERY * 4, sums[k][0], sums[k][3]);
+                        store2_if(p.q == part * 2 + pair, summed + k * 128, sums[k][0], sums[k][3]);
                 }
                 __syncwarp();
                 const float4 total = Turned::sums(take_at, by_at + group * (u32)sizeof(own.by[0]) * 4, p.lane);
