@@ -85,24 +85,18 @@ def launch(
         setattr(arguments, key, value)
     arguments.s = _Sizes(*sizes)
     flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}
-    shared_bytes = _shared_bytes(name, warps, present.dtype)
+    shared_bytes = _shared_bytes(name, warps, flags)
     flags |= {"WARPS": warps, "SHARED": shared_bytes, "KERNEL": _KERNELS.index(name)}
     kernel = cuda.kernel(_SOURCE, name, tuple(sorted(flags.items())), present.device.index)
     kernel.launch(blocks, 32 * warps, arguments, shared_bytes)
 
 
-def _shared_bytes(name: str, warps: int, dtype: torch.dtype) -> int:
+def _shared_bytes(name: str, warps: int, flags: dict[str, int]) -> int:
     """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
-    short = dtype == torch.bfloat16
-    staged = 2 * _SPAN * 32
-    if name == "scan_forward":
-        return 4 * (warps * (16 + 40) * _SPAN + staged)
-    if name == "scan_backward_local":
-        return 4 * (warps * 16 * _SPAN + staged)
-    floats = 3 * 8 * _SPAN + _SPAN * (8 if short else 16) + (512 if short else 4 * 2 * 8 * 20)
-    floats += 2 * _SPAN // 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
-    floats += 2 * 32 * (4 * dtype.itemsize + (2 if short else 4))
-    return 4 * (warps * floats + staged)
+    floats = {"scan_forward": 16 + 40, "scan_backward_local": 16, "scan_backward": 48}[name] * _SPAN
+    if name == "scan_backward":
+        floats += _SPAN // 4 * 32 * 4 + 2 * 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
+    return 4 * warps * floats + 2 * _SPAN * 32 * (2 if flags["NARROW_BC"] else 4)
 
 
 _DEFAULTS = {
@@ -114,5 +108,5 @@ _DEFAULTS = {
     "HAS_FIRST": 0,
     "KEEP": 0,
     "LOCAL": 0,
-    "SHORT_BC": 0,
+    "NARROW_BC": 0,
 }

@@ -2,13 +2,13 @@
 //
 // A warp owns 8 channels of a row over a chunk of its tokens; a thread, 4 states of one channel. Warps walk over spans
 // of 16 tokens. What is done once for a token and channel (softplus, delta x, gate) is done by the thread that loads it,
-// four channels of one token, and is handed to the others through shared memory. A sum over a channel's states adds up over
-// 4 threads, in the backward pass as a product of matrices, see `over_states`; a sum over channels is one too, see `Turned`.
-// What limits all this is instructions, and next to them shared memory, 128 bytes a clock: what lies there is laid out for
-// every bank to be used at once.
+// four channels of one token, and is handed to the others through the warp's own shared memory. A sum over a channel's
+// states adds up over 4 threads; a sum over channels is a product of matrices, see `Sums`. What limits all this is
+// instructions, and next to them shared memory, 128 bytes a clock: what lies there is laid out for every bank to be used
+// at once.
 //
 // Compiled at run time, without headers, with: TYPE (0 float32, 1 bfloat16, 2 float16), HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
-// HAS_SEQ, HAS_FIRST, KEEP, LOCAL (each 0 or 1), SHORT_BC (1: no number of B and C has more than 11 bits), WARPS (of a
+// HAS_SEQ, HAS_FIRST, KEEP, LOCAL, NARROW_BC (each 0 or 1; NARROW_BC: B and C are bfloat16, and so is TYPE), WARPS (of a
 // block), MIN_BLOCKS (that a multiprocessor shall hold at once), SHARED (bytes of a block's shared memory) and KERNEL
 // (which one: 0, 1 or 2, as they follow).
 //
@@ -81,10 +81,6 @@ __device__ __forceinline__ Four narrow(const float* in) {
 #endif
     return v;
 }
-__device__ __forceinline__ void keep4(float* p, const float* v) { *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]); }
-#if TYPE == 1
-__device__ __forceinline__ void keep4(u16* p, const float* v) { *reinterpret_cast<Four*>(p) = narrow(v); }
-#endif
 __device__ __forceinline__ Four load4(const Number* p, bool inside) {
     Four v = {};
     if (inside) v = *reinterpret_cast<const Four*>(p);
@@ -95,14 +91,20 @@ __device__ __forceinline__ void store4(Number* p, const float* in, bool inside) 
 }
 
 #define OF_TOKEN 32  // numbers of B and C
+#define OF_C 16      // where C begins
 
-__device__ __forceinline__ void take(float* out, const float* p) {
+#if NARROW_BC
+typedef u16 Part;
+__device__ __forceinline__ void take(float* out, const Part* p) { widen(*reinterpret_cast<const Four*>(p), out); }
+#else
+typedef float Part;
+__device__ __forceinline__ void take(float* out, const Part* p) {
     const float4 v = *reinterpret_cast<const float4*>(p);
     out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
 }
+#endif
 #if TYPE == 1
 typedef u16 Kept;  // states for the backward pass
-typedef Four FourKept;
 __device__ __forceinline__ float4 kept(const Kept* p) {
     float v[4];
     widen(*reinterpret_cast<const Four*>(p), v);
@@ -111,7 +113,6 @@ __device__ __forceinline__ float4 kept(const Kept* p) {
 __device__ __forceinline__ void keep(Kept* p, const float* h) { *reinterpret_cast<Four*>(p) = narrow(h); }
 #else
 typedef float Kept;
-typedef float4 FourKept;
 __device__ __forceinline__ float4 kept(const Kept* p) { return *reinterpret_cast<const float4*>(p); }
 __device__ __forceinline__ void keep(Kept* p, const float* h) {
     *reinterpret_cast<float4*>(p) = make_float4(h[0], h[1], h[2], h[3]);
@@ -146,6 +147,16 @@ struct Sizes {
     int l, d, l_padded, n_chunks, chunk, n_blocks;
 };
 
+// Sums over the 4 threads of a channel of 4 numbers each; thread q gets the sum of the q-th.
+__device__ __forceinline__ float sum4(const float* v, bool odd, bool high) {
+    float a = odd ? v[1] : v[0], b = odd ? v[0] : v[1];
+    float c = odd ? v[3] : v[2], e = odd ? v[2] : v[3];
+    a += __shfl_xor_sync(FULL, b, 8);
+    c += __shfl_xor_sync(FULL, e, 8);
+    float keep = high ? c : a, send = high ? a : c;
+    return keep + __shfl_xor_sync(FULL, send, 16);
+}
+
 // D += A B by a warp's matrix units: a thread has of A (16 x 8) the numbers (g, k), (g + 8, k), (g, k + 4), (g + 8, k + 4),
 // of B (8 x 8) (k, g) and (k + 4, g), of D (16 x 8) (g, 2 k), (g, 2 k + 1), (g + 8, 2 k), (g + 8, 2 k + 1), where g is
 // lane / 4 and k lane % 4. They read 11 bits of a number of A or B.
@@ -157,52 +168,31 @@ __device__ __forceinline__ void multiply_add(float* d, const float* a, float b0,
 }
 __device__ __forceinline__ float high_part(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
-// The same with 4 columns of A and rows of B: of A (16 x 4) a thread has (g, k) and (g + 8, k), of B (4 x 8) (k, g).
-__device__ __forceinline__ void multiply_add(float* d, float a0, float a1, float b) {
-    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)));
-}
-
-// Products of a number u of each of 8 channels and B, for two tokens of four. Thread 4 c + q gives u of channel c and token
-// q, in two parts if EXACT, and of that token B's numbers 2 c and 2 c + 1. It gets, of channel c and the first token, states 4 q and
-// 4 q + 2 in even[0..1], 4 q + 1 and 4 q + 3 in odd[0..1]; of the second in [2..3].
-template <bool EXACT>
-__device__ __forceinline__ void outer(float* even, float* odd, float rough, float rest, bool first, bool second, const float2& b) {
-    const float u0 = first ? rough : 0.f, u1 = second ? rough : 0.f, rest0 = first ? rest : 0.f, rest1 = second ? rest : 0.f;
+// Sums over a warp's 8 channels of v times a number of the channel, for each of the 16 states and two tokens: the threads'
+// v are A as they are, rows the four threads of a channel, their v[1] and v[3], and the channel's third bit; columns of
+// B are two tokens, v[2] and v[3], and the channel's third bit again. Half of D is of no use.
+struct Sums {
+    float d[4];
+    __device__ __forceinline__ void clear() { d[0] = d[1] = d[2] = d[3] = 0.f; }
+    // For the thread whose columns are of this token and of v[0] and v[1] (low), of this token and of the others (high).
+    __device__ __forceinline__ void add(const float* v, float by, bool low, bool high) {
+        const float b0 = low ? by : 0.f, b1 = high ? by : 0.f;
+#if TYPE == 0
+        float rough[4], rest[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) even[i] = odd[i] = 0.f;
-#if !SHORT_BC
-    multiply_add(even, u0, u1, b.x - high_part(b.x));
-    multiply_add(odd, u0, u1, b.y - high_part(b.y));
+        for (int j = 0; j < 4; j++) rough[j] = high_part(v[j]), rest[j] = v[j] - rough[j];
+        const float rough0 = high_part(b0), rough1 = high_part(b1);
+        multiply_add(d, rest, rough0, rough1);
+        multiply_add(d, rough, b0 - rough0, b1 - rough1);
+        multiply_add(d, rough, rough0, rough1);
+#else
+        multiply_add(d, v, b0, b1);
 #endif
-    if (EXACT) multiply_add(even, rest0, rest1, b.x), multiply_add(odd, rest0, rest1, b.y);
-    multiply_add(even, u0, u1, b.x);
-    multiply_add(odd, u0, u1, b.y);
-}
-
-// Sums over states of h times C, for two tokens of eight. Thread 4 c + q gives states 4 q to 4 q + 3 of channel c of both,
-// and of C those of the c-th token. It gets in sums[0] the first token's, if that is the 2 q-th, and in sums[3] the
-// second's, if that is the next. For bfloat16, which keeps 8 bits of a sum, 11 of a state do.
-__device__ __forceinline__ void over_states(float* sums, const float* first, const float* second, const float4& c) {
-    const float v[2][4] = {{first[0], second[0], first[1], second[1]}, {first[2], second[2], first[3], second[3]}};
-    sums[0] = sums[1] = sums[2] = sums[3] = 0.f;
-    multiply_add(sums, v[0], c.x, c.y);
-    multiply_add(sums, v[1], c.z, c.w);
-#if TYPE != 1
-    float rest[2][4];
-#pragma unroll
-    for (int k = 0; k < 2; k++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) rest[k][j] = v[k][j] - high_part(v[k][j]);
-    multiply_add(sums, rest[0], c.x, c.y);
-    multiply_add(sums, rest[1], c.z, c.w);
-#if !SHORT_BC
-    multiply_add(sums, v[0], c.x - high_part(c.x), c.y - high_part(c.y));
-    multiply_add(sums, v[1], c.z - high_part(c.z), c.w - high_part(c.w));
-#endif
-#endif
-}
+    }
+    // Of states 4 (lane / 8) + 2 (lane % 2) and the next, of token lane / 2 % 2, over half of the channels.
+    __device__ __forceinline__ float first(bool upper) const { return upper ? d[1] : d[0]; }
+    __device__ __forceinline__ float second(bool upper) const { return upper ? d[3] : d[2]; }
+};
 
 extern __shared__ __align__(16) char memory[];
 template <typename Shared>
@@ -218,13 +208,13 @@ struct Place {  // of a warp and a thread; states 4 q to 4 q + 3 of channel `cha
     int t, c4;  // of the four channels of one token that it loads
 };
 
-__device__ __forceinline__ Place place_of(const Sizes& s, int q, int c) {
+__device__ __forceinline__ Place place_of(const Sizes& s) {
     Place p;
     int pid = blockIdx.x;
     p.lane = threadIdx.x & 31;
     p.warp = threadIdx.x >> 5;
-    p.q = q;
-    p.c = c;
+    p.q = p.lane >> 3;
+    p.c = p.lane & 7;
     p.block = pid % s.n_blocks;
     p.piece = pid / s.n_blocks % s.n_chunks;
     p.row = pid / s.n_blocks / s.n_chunks;
@@ -237,22 +227,6 @@ __device__ __forceinline__ Place place_of(const Sizes& s, int q, int c) {
     p.t = p.lane >> 1;
     p.c4 = first + (p.lane & 1) * 4;
     return p;
-}
-
-struct Reader {  // what a thread reads and writes of x, dt, z and others: four channels of one token, its neighbour the next four
-    int t, warp, c, c4;  // who scans the channels, as that warp's c-th to c + 3-rd
-    bool active;
-};
-__device__ __forceinline__ Reader reader_of(const Sizes& s, const Place& p) {
-    Reader r;
-    r.t = (int)threadIdx.x / (2 * WARPS);
-    const int part = (int)threadIdx.x % (2 * WARPS);
-    r.warp = part >> 1;
-    r.c = (part & 1) * 4;
-    r.c4 = p.block * WARPS * 8 + part * 4;
-    r.active = r.c4 < s.d;
-    if (!r.active) r.c4 = 0;
-    return r;
 }
 
 // Where the four numbers are that a thread loads of the row: of its first token, and of token t.
@@ -274,64 +248,28 @@ __device__ __forceinline__ void store_pairs(float2* to, int t, const float* a, c
     at[t >> 1 & 1] = make_float4(a[0], b[0], a[1], b[1]);
     at[~t >> 1 & 1] = make_float4(a[2], b[2], a[3], b[3]);
 }
+__device__ __forceinline__ void first_of_pairs(const float2* from, int t, float* a) {
+    const float4* at = reinterpret_cast<const float4*>(from);
+    const float4 v = at[t >> 1 & 1], w = at[~t >> 1 & 1];
+    a[0] = v.x, a[1] = v.z, a[2] = w.x, a[3] = w.z;
+}
 
-struct Staged {  // B and C of a span
-    float B[SPAN][16];
-    float C[SPAN][16];
-};
-// They are on their way to shared memory, 16 bytes a thread.
-__device__ __forceinline__ void stage(Staged& to, const float* from) {
+// B and C of a span, on their way to shared memory, 16 bytes a thread.
+__device__ __forceinline__ void stage(Part* to, const Part* from) {
+    constexpr int each = 16 / (int)sizeof(Part), threads = 32 * WARPS;
 #pragma unroll
-    for (int first = 0; first < SPAN * 8; first += 32 * WARPS) {
-        const int i = first + threadIdx.x, token = i >> 3, four = (i & 7) * 4;
-        if (i >= SPAN * 8) return;
-        const float* const source = from + i * 4;
-        float* const target = four < 16 ? &to.B[token][four] : &to.C[token][four - 16];
-        const u32 address = (u32)__cvta_generic_to_shared(target);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+    for (int first = 0; first < SPAN * OF_TOKEN; first += each * threads) {
+        const int at = first + threadIdx.x * each;
+        if (at >= SPAN * OF_TOKEN) return;
+        const u32 address = (u32)__cvta_generic_to_shared(to + at);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from + at) : "memory");
     }
 }
 __device__ __forceinline__ void staged() {  // what was staged is there, and the block is done with what was before
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
 }
-// Addresses in shared memory that stay in registers: what goes through a shuffle the compiler cannot compute again where
-// it is used, which took it four instructions each time.
-__device__ __forceinline__ u32 address_of(const void* p) {
-    return __shfl_sync(FULL, (u32)__cvta_generic_to_shared(p), threadIdx.x & 31);
-}
-__device__ __forceinline__ float load1(u32 from) {
-    float v;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
-    return v;
-}
-__device__ __forceinline__ float2 load2(u32 from) {
-    float2 v;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
-    return v;
-}
-__device__ __forceinline__ float4 load4(u32 from) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
-    return v;
-}
-__device__ __forceinline__ void store4(u32 to, float a, float b, float c, float d) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-// Without a branch.
-__device__ __forceinline__ void store2_if(bool condition, u32 to, float a, float b) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.v2.f32 [%1], {%2, %3};}"
-        ::"r"((u32)condition), "r"(to), "f"(a), "f"(b) : "memory");
-}
-// Four numbers on their way to shared memory, or zeros.
-template <typename T>
-__device__ __forceinline__ void fetch(T* to, const void* from, bool inside) {
-    const u32 address = (u32)__cvta_generic_to_shared(to);
-    constexpr int bytes = sizeof(T);
-    static_assert(bytes == 8 || bytes == 16, "what can be copied at once, and here is");
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(bytes), "r"(inside ? bytes : 0) : "memory");
-}
-__device__ __forceinline__ void fetched() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void soon(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // ---- forward ---------------------------------------------------------------------------------------------------
 // Keeps states and A in registers. Moves x, dt, z and y once. Bound by exponentials: 18 for each number of y.
@@ -340,23 +278,22 @@ __device__ __forceinline__ void fetched() { asm volatile("cp.async.wait_all;" ::
 struct Forward {
     Rows x, dt, z, y;
     const float* A;
-    const float* BC;
+    const Part* BC;
     const float *D, *bias, *resets, *first;
     Kept* starts;
     float *ends, *decays;
     Sizes s;
 };
 
-
 #if KERNEL == 0
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forward(const Forward f) {
     struct Shared {
         float2 du[WARPS][SPAN][8];
         float y[WARPS][SPAN][40];  // 4 parts of each sum; 40: so that they are read from all banks
-        Staged BC[2];
+        Part BC[2][SPAN * OF_TOKEN];
     };
     Shared& shared = shared_as<Shared>();
-    const Place p = place_of(f.s, threadIdx.x >> 3 & 3, threadIdx.x & 7);
+    const Place p = place_of(f.s);
     float2(*du)[8] = shared.du[p.warp];
     float* const own_y = &shared.y[p.warp][0][p.lane];
     const float2* const own_du[2] = {&du[0][p.c], &du[0][p.c ^ 2]};  // of tokens 0, 1 and 2, 3 of each four
@@ -380,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     Number* const y = pinned(row_of(f.y, p));
     int end = p.end;
     pin(end);
-    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
+    const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
     const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
     int buffer = 0;
     stage(shared.BC[0], next_BC);
@@ -392,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), inside);
     for (int span = p.begin; span < end; span += SPAN) {
         staged();
-        const Staged& BC = shared.BC[buffer];
+        const Part* BC = shared.BC[buffer] + p.q * 4;
         buffer ^= 1;
         next_BC += SPAN * OF_TOKEN;
         if (span + SPAN < end) stage(shared.BC[buffer], next_BC);
@@ -424,14 +361,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
 #endif
-#pragma unroll
+#pragma unroll 2
         for (int group = 0; group < SPAN; group += 4) {
-            float parts[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float2 step = own_du[i >> 1][(group + i) * 8];
                 float b[4];
-                take(b, &BC.B[group + i][p.q * 4]);
+                take(b, BC + i * OF_TOKEN);
 #if HAS_SEQ
                 const float reset = resets[i];
 #endif
@@ -442,7 +378,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #endif
 #else
                 float c[4];
-                take(c, &BC.C[group + i][p.q * 4]);
+                take(c, BC + i * OF_TOKEN + OF_C);
                 float part = 0.f;
 #endif
 #pragma unroll
@@ -458,13 +394,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #endif
                 }
 #if !LOCAL
-                parts[i] = part;
+                own_y[(group + i) * 40] = part;
 #endif
             }
-#if !LOCAL
-#pragma unroll
-            for (int i = 0; i < 4; i++) own_y[(group + i) * 40] = parts[i];
-#endif
+            BC += 4 * OF_TOKEN;
             resets += 4;
         }
 #if !LOCAL
@@ -505,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 struct Backward {
     Rows x, dt, z, grad_y, grad_x, grad_dt, grad_z;
     const float* A;
-    const float* BC;
+    const Part* BC;
     const float *D, *bias, *resets;
     const Kept* starts;
     const float* after;
@@ -518,10 +451,10 @@ struct Backward {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward_local(const Backward f) {
     struct Shared {
         float2 du[WARPS][SPAN][8];
-        Staged BC[2];
+        Part BC[2][SPAN * OF_TOKEN];
     };
     Shared& shared = shared_as<Shared>();
-    const Place p = place_of(f.s, threadIdx.x >> 3 & 3, threadIdx.x & 7);
+    const Place p = place_of(f.s);
     float2(*du)[8] = shared.du[p.warp];
     float A2[4], g[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
@@ -538,12 +471,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     bool inside = t < p.end;
     Four next_dt = load4(at(dt, f.dt, t), inside), next_g = load4(at(grad_y, f.grad_y, t), inside), next_z = {};
     if (HAS_Z) next_z = load4(at(z, f.z, t), inside);
-    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
+    const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
     int buffer = 0;
     stage(shared.BC[0], next_BC);
     for (int back = spans - 1; back >= 0; back--) {
         staged();
-        const float* C_at = &shared.BC[buffer].C[0][p.q * 4];
+        const Part* C_at = shared.BC[buffer] + OF_C + p.q * 4;
         buffer ^= 1;
         next_BC -= SPAN * OF_TOKEN;
         if (back > 0) stage(shared.BC[buffer], next_BC);
@@ -572,7 +505,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         for (int i = SPAN - 1; i >= 0; i--) {
             const float2 step = du[i][p.c ^ (i & 2)];
             float c[4];
-            take(c, C_at + i * 16);
+            take(c, C_at + i * OF_TOKEN);
             total += step.x;
             float reset = 0.f;
 #if HAS_SEQ
@@ -599,186 +532,64 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 // in shared memory. Moves x, dt, z, the gradients of y, x, dt and z once, and the states before every span once. Bound by
 // instructions.
 #if KERNEL == 2
-#if TYPE == 1
-typedef u16 Short;
-#else
-typedef float Short;
-#endif
-
-// D += A B with bfloat16, a pair to a register: of A (16 x 16) a thread has (g, 2 k), (g + 8, 2 k), (g, 2 k + 8),
-// (g + 8, 2 k + 8), each with the next column, of B (16 x 8) (2 k, g) and (2 k + 8, g), each with the next row.
-__device__ __forceinline__ void multiply_add_pairs(float* d, const u32* a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// Four matrices of 8 x 8 bfloat16 numbers, transposed: of the i-th, whose rows of 16 bytes are named by lanes 8 i to
-// 8 i + 7, a thread gets column g, rows 2 k and 2 k + 1.
-__device__ __forceinline__ void load_transposed(u32* r, u32 row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
-}
-
-// Sums over a warp's 8 channels, for each of 4 tokens and 16 states, of g times one number of the channel and of h times
-// another: gradients of B and of C. What threads 4 c + q give is turned by way of shared memory, so that states are rows of
-// A and channels its columns; columns of B are the tokens, for g and for h. Thread 4 r + k gets those of token k: of g if
-// r < 4, else of h; states r % 4, and 4, 8 and 12 behind. Bfloat16 numbers are summed as such, others are read in parts.
-struct Turned {
-#if TYPE == 1
-    uint4 rows[4][8][4];  // of a token, a channel: states 4 q to 4 q + 3 of g and of h, in place q ^ c / 2 % 4 for all banks
-#else
-    float rows[4][2][8][20];  // of a token, g or h, a channel
-#endif
-    // Where a thread puts what it gives, and takes what it sums.
-    __device__ __forceinline__ u32 to_put(int c, int q) const {
-#if TYPE == 1
-        return address_of(&rows[0][c][q ^ (c >> 1 & 3)]);
-#else
-        return address_of(&rows[0][0][c][q * 4]);
-#endif
-    }
-    __device__ __forceinline__ u32 to_take(int lane) const {
-#if TYPE == 1
-        const int row = lane & 7, matrix = lane >> 3;
-        return address_of(&rows[matrix >> 1][row][(matrix & 1) ^ (row >> 1 & 3)]);
-#else
-        return address_of(&rows[0][lane >> 4][lane & 3][lane >> 2 & 3]);
-#endif
-    }
-    __device__ __forceinline__ static void put(u32 to, int token, const float* g, const float* h) {
-        to += token * sizeof(rows[0]);
-#if TYPE == 1
-        const uint2 low = narrow(g), high = narrow(h);
-        store4(to, __uint_as_float(low.x), __uint_as_float(low.y), __uint_as_float(high.x), __uint_as_float(high.y));
-#else
-        store4(to, g[0], g[1], g[2], g[3]);
-        store4(to + sizeof(rows[0][0]), h[0], h[1], h[2], h[3]);
-#endif
-    }
-    __device__ __forceinline__ static float4 sums(u32 from, u32 by, int lane) {
-        // by: of token r / 2, of g or h as r is even or not, channel 2 k, or k if they are not in pairs
-        const int r = lane >> 2;
-        float d[2][4] = {};
-#if TYPE == 1
-        const u32 pair = __float_as_uint(load1(by));
-        const int step = lane & 4 ? -32 : 32;  // to the other half of a row's places
-#pragma unroll
-        for (int token = 0; token < 4; token += 2) {
-            const u32 b0 = r >> 1 == token ? pair : 0, b1 = r >> 1 == token + 1 ? pair : 0;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                u32 a[4];
-                load_transposed(a, (half ? from + step : from) + token * sizeof(rows[0]));
-                multiply_add_pairs(d[half], a, b0, b1);
-            }
-        }
-#else
-        const float low = load1(by), high = load1(by + 4 * sizeof(float));
-#pragma unroll
-        for (int token = 0; token < 4; token++) {
-            const float b0 = r >> 1 == token ? low : 0.f, b1 = r >> 1 == token ? high : 0.f;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const u32 at = from + token * sizeof(rows[0]) + half * 8 * sizeof(float), on = 4 * sizeof(rows[0][0][0]);
-                const float a[4] = {load1(at), load1(at + 16), load1(at + on), load1(at + on + 16)};
-#if TYPE == 0
-                float rest[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) rest[i] = a[i] - high_part(a[i]);
-                multiply_add(d[half], rest, b0, b1);
-                multiply_add(d[half], a, b0 - high_part(b0), b1 - high_part(b1));
-#endif
-                multiply_add(d[half], a, b0, b1);
-            }
-        }
-#endif
-        const bool first = r < 4;
-        return make_float4(first ? d[0][0] : d[0][1], first ? d[0][2] : d[0][3], first ? d[1][0] : d[1][1], first ? d[1][2] : d[1][3]);
-    }
-};
-
 struct OfWarp {
-    float delta[SPAN / 4][8][4];  // by fours of tokens, channels and tokens
-    float drive[SPAN / 4][8][4];  // delta x
-    float to_y[SPAN / 4][8][4];  // gradient of y before the gate
-    Short by[SPAN][2][8];  // drive and to_y, of a token
-    Turned turned;
-    float4 first[SPAN / 4][32];  // states before tokens; then, by channels, what has been summed over those tokens' states
-    float4 of_BC[SPAN / 4][32];
+    float2 du[SPAN][8];
+    float go[SPAN][8];  // gradient of y before the gate
+    float sums[3][SPAN][8];
+    float4 first[SPAN / 4][32];
+    float4 of_BC[2][4][32];  // of the halves of a span, by pairs of tokens: two numbers for B and two for C
     // What a thread would else have no registers for, of its own four channels: `bias` and D, where its row is.
     float4 wide[2][2];
     Number* rows[7][2];
-    // What a thread reads of a span and the next, and the states before them.
-    Four read[2][4][32];
-    FourKept kept[2][32];
 };
 struct Shared {
     OfWarp of[WARPS];
-    Staged BC[2];
+    Part BC[2][SPAN * OF_TOKEN];
 };
 enum { X, DT, Z, GRAD_Y, GRAD_X, GRAD_DT, GRAD_Z };
-enum { OF_Y, OF_DRIVE, OF_DECAY };
-#define OFFSET(member) ((u32)(unsigned long long)&reinterpret_cast<OfWarp*>(0)->member)
-__device__ __forceinline__ float* sum_at(OfWarp& of, int which, int c, int token) {
-    return reinterpret_cast<float*>(of.first[token / 4]) + (which * 8 + c) * 4 + token % 4;
-}
 
-// The sums of a span over the warps, always in the same order, by 128 threads from the `first` on or by those before it.
-__device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, const Place& p, int span, int first) {
-    int task = (int)threadIdx.x - first;
-    if (task < 0) task += 32 * WARPS;
-    for (; task < 128; task += 32 * WARPS) {
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+// The sums of half a span over the warps and the halves of their channels, always in the same order, by 64 threads.
+__device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, const Place& p, int half, int span, int first) {
+    static_assert(WARPS % 2 == 0, "64 threads in a row");
+    const int task = (int)threadIdx.x - first;
+    if (task < 0 || task >= 64) return;
+    const int pair = task >> 4, at = task & 15, lane = (at >> 2) * 8 + (at & 3);
+    const int turn = at & 4;  // so that neighbours read other banks
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            const float4 v = shared.of[w].of_BC[task >> 5][task & 31];
+    for (int w = 0; w < WARPS; w++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const float4 v = shared.of[w].of_BC[half][pair][lane + (turn ^ k * 4)];
             sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
         }
-        const int tile = ((int)p.row * (f.s.l_padded / 4) + span / 4 + (task >> 5)) * f.s.n_blocks + p.block;
-        shifted(reinterpret_cast<float4*>(f.partial), tile, 512)[task & 31] = sum;
-    }
-}
-
-// The decays and states of two tokens, the first two or last two of four: states[0] is given.
-__device__ __forceinline__ void recompute(
-    float (*states)[4], float (*decays)[4], const float* A2, const float* delta, float drive, const float2& B, int q, int pair,
-    const float* resets) {
-    constexpr bool exact = TYPE != 1;  // 11 bits do where the states that begin a span have 8
-    const float rough = exact ? high_part(drive) : drive, rest = drive - rough;
-    float even[4], odd[4];
-    outer<exact>(even, odd, rough, rest, q == pair * 2, q == pair * 2 + 1, B);
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-        const float drives[4] = {even[e * 2], odd[e * 2], even[e * 2 + 1], odd[e * 2 + 1]};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-#if HAS_SEQ
-            decays[e][j] = exp2_fast(fmaf(delta[e], A2[j], resets[e]));
-#else
-            decays[e][j] = exp2_fast(delta[e] * A2[j]);
-#endif
-            states[e + 1][j] = fmaf(decays[e][j], states[e][j], drives[j]);
-        }
-    }
+    const int tile = ((int)p.row * (f.s.l_padded / 4) + span / 4 + half * 2 + (pair >> 1)) * f.s.n_blocks + p.block;
+    shifted(reinterpret_cast<float4*>(f.partial), tile, 512)[(pair & 1) * 16 + at] = sum;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward(const Backward f) {
     Shared& shared = shared_as<Shared>();
-    const Place p = place_of(f.s, threadIdx.x & 3, threadIdx.x >> 2 & 7);
+    const Place p = place_of(f.s);
     OfWarp& own = shared.of[p.warp];
-    float A2[4], g[4], sum_A[4] = {0.f, 0.f, 0.f, 0.f};
+    const float2* const own_du[2] = {&own.du[0][p.c], &own.du[0][p.c ^ 2]};  // of tokens 0, 1 and 2, 3 of each four
+    const float* const own_go = &own.go[0][p.c];
+    float* const own_sums = &own.sums[0][p.q][p.c];
+    float4* const firsts = &own.first[0][p.lane];
+    float4* const own_BC = &own.of_BC[0][0][p.lane];
+    float A2[4], g[4], h[4], sum_A[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
     const i64 state = ((p.row * f.s.n_chunks + p.piece) * f.s.d + p.channel) * 16 + p.q * 4;
     scaled4(g, *reinterpret_cast<const float4*>(f.after + state), 1.f);
     if (!p.active) g[0] = g[1] = g[2] = g[3] = 0.f;  // nothing of it goes into the block's sums
-    const Reader r = reader_of(f.s, p);
-    OfWarp& other = shared.of[r.warp];
     float sum_D[4] = {}, sum_bias[4] = {};
+    const bool odd = p.q & 1, high = p.q & 2;
+    const bool upper = p.lane & 4, of_low = !(p.lane & 8), of_second = p.lane & 16;  // see `Sums`
+    const bool low[2] = {of_low && !of_second, of_low && of_second};
+    const bool rest[2] = {!of_low && !of_second, !of_low && of_second};
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
-    int adders = 0;
-    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
+    int buffer = 0, adders = 0;
+    const Part* next_BC = f.BC + (p.row * f.s.l_padded + p.begin + (spans - 1) * SPAN) * OF_TOKEN;
     stage(shared.BC[0], next_BC);
-    int buffer = 0;
     if (p.lane < 2) {
         const Rows* const all[7] = {&f.x, &f.dt, &f.z, &f.grad_y, &f.grad_x, &f.grad_dt, &f.grad_z};
 #pragma unroll
@@ -786,43 +597,39 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         if (HAS_BIAS) own.wide[0][p.lane] = *reinterpret_cast<const float4*>(f.bias + p.c4);
         if (HAS_D) own.wide[1][p.lane] = *reinterpret_cast<const float4*>(f.D + p.c4);
     }
-    __syncthreads();
-    const int four = r.c >> 2;  // which of the warp's
+    __syncwarp();
+    const int four = p.lane & 1;  // which of the warp's
     const Kept* const starts =
         f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     const int of_span = f.s.d * 16 * (int)sizeof(Kept);
-    const u32 by_channel = address_of(reinterpret_cast<char*>(&own) + p.c * 16), by_lane = address_of(reinterpret_cast<char*>(&own) + p.lane * 16);
-    const u32 drive_at = address_of(&own.drive[0][p.c][p.q]);
-    const u32 by_at = address_of(TYPE == 1 ? &own.by[p.c >> 1][p.c & 1][p.q * 2] : &own.by[p.c >> 1][p.c & 1][p.q]);
-    const u32 put_at = own.turned.to_put(p.c, p.q), take_at = own.turned.to_take(p.lane);
-    // of B and C: four states of token c; two of token q, of channel c; four of a token
-    u32 four_at = address_of(&shared.BC[0].B[p.c][p.q * 4]), two_at = address_of(&shared.BC[0].B[p.q][p.c * 2]);
-    u32 C_at = address_of(&shared.BC[0].C[0][p.q * 4]);
-    int other_BC = sizeof(Staged);
-    const auto fetch_span = [&](int back, int buffer) {
-        const int t = p.begin + back * SPAN + r.t;
-        const bool inside = t < p.end;
-        fetch(&own.read[buffer][X][p.lane], at(other.rows[X][four], f.x, t), inside);
-        fetch(&own.read[buffer][DT][p.lane], at(other.rows[DT][four], f.dt, t), inside);
-        if (HAS_Z) fetch(&own.read[buffer][Z][p.lane], at(other.rows[Z][four], f.z, t), inside);
-        fetch(&own.read[buffer][GRAD_Y][p.lane], at(other.rows[GRAD_Y][four], f.grad_y, t), inside && r.active);
-        fetch(&own.kept[buffer][p.lane], shifted(starts, back, of_span), true);
-    };
-    fetch_span(spans - 1, 0);
     for (int back = spans - 1; back >= 0; back--) {
         const int span = p.begin + back * SPAN;
-        const int t = span + r.t;
+        const int t = span + p.t;
         const bool inside = t < p.end;
-        const Four(*const read)[32] = own.read[buffer];
-        fetched();
-        const float4 first = kept(reinterpret_cast<const Kept*>(&own.kept[buffer][p.lane]));
+        const Number* const dt_at = at(own.rows[DT][four], f.dt, t);
+        const Number* const x_at = at(own.rows[X][four], f.x, t);
+        const Number* const gy_at = at(own.rows[GRAD_Y][four], f.grad_y, t);
+        const Number* const z_at = at(own.rows[Z][four], f.z, t);
+        const Kept* const first_at = shifted(starts, back, of_span);
+        const Four raw_dt = load4(dt_at, inside), raw_x = load4(x_at, inside);
+        const Four raw_g = load4(gy_at, inside && p.active);
+        Four raw_z = {};
+        if (HAS_Z) raw_z = load4(z_at, inside);
+        const float4 first = kept(first_at);
+        if (back > 0) {
+            soon(shifted(dt_at, -SPAN, f.dt.token));
+            soon(shifted(x_at, -SPAN, f.x.token));
+            soon(shifted(gy_at, -SPAN, f.grad_y.token));
+            if (HAS_Z) soon(shifted(z_at, -SPAN, f.z.token));
+            soon(shifted(first_at, -1, of_span));
+        }
         {
             float delta[4], xv[4], gy[4], zv[4], bias[4] = {};
-            if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
-            widen(read[DT][p.lane], delta);
-            widen(read[X][p.lane], xv);
-            widen(read[GRAD_Y][p.lane], gy);
-            if (HAS_Z) widen(read[Z][p.lane], zv);
+            if (HAS_BIAS) scaled4(bias, own.wide[0][four], 1.f);
+            widen(raw_dt, delta);
+            widen(raw_x, xv);
+            widen(raw_g, gy);
+            widen(raw_z, zv);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 delta[i] += bias[i];
@@ -830,151 +637,161 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (!inside) delta[i] = 0.f;
                 xv[i] *= delta[i];
                 if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
-                other.delta[r.t >> 2][r.c + i][r.t & 3] = delta[i];
-                other.drive[r.t >> 2][r.c + i][r.t & 3] = xv[i];
-                other.to_y[r.t >> 2][r.c + i][r.t & 3] = gy[i];
             }
-            keep4(&other.by[r.t][0][r.c], xv);
-            keep4(&other.by[r.t][1][r.c], gy);
+            store_pairs(&own.du[p.t][four * 4], p.t, delta, xv);
+            *reinterpret_cast<float4*>(&own.go[p.t][four * 4]) = make_float4(gy[0], gy[1], gy[2], gy[3]);
         }
-        __syncthreads();
+        staged();
+        if (back < spans - 1) {
+            add_up(f, shared, p, 0, span + SPAN, adders);
+            adders = adders + 64 < 32 * WARPS ? adders + 64 : 0;
+        }
+        const Part* BC = shared.BC[buffer] + p.q * 4;
         buffer ^= 1;
         next_BC -= SPAN * OF_TOKEN;
-        if (back > 0) {
-            stage(shared.BC[buffer], next_BC);
-            fetch_span(back - 1, buffer);
-        }
+        if (back > 0) stage(shared.BC[buffer], next_BC);
 #if HAS_SEQ
-        const float* const resets = f.resets + p.row * f.s.l_padded + span;
-#else
-        const float* const resets = nullptr;
+        const float* resets = f.resets + p.row * f.s.l_padded + span;
 #endif
-        {
-            float h[3][4], decays[2][4];
-            scaled4(h[0], first, 1.f);
-            store4(by_lane + OFFSET(first), first.x, first.y, first.z, first.w);
-#pragma unroll
-            for (int group = 0; group < SPAN / 4; group++) {
-                float delta[4];
-                scaled4(delta, load4(by_channel + OFFSET(delta) + group * 128), 1.f);
-                const float2 B = load2(two_at + group * 256);
-#pragma unroll
-                for (int pair = 0; pair < 2; pair++) {
-                    if (group == SPAN / 4 - 1) break;
-                    recompute(h, decays, A2, delta + pair * 2, load1(drive_at + group * 128), B, p.q, pair, resets + group * 4 + pair * 2);
-                    if (pair == 1)
-                        store4(by_lane + OFFSET(first) + (group + 1) * 512, h[2][0], h[2][1], h[2][2], h[2][3]);
-#pragma unroll
-                    for (int j = 0; j < 4; j++) h[0][j] = h[2][j];
-                }
-            }
-        }
+        scaled4(h, first, 1.f);
+        firsts[0] = first;
 #pragma unroll 1
-        for (int half = 1; half >= 0; half--) {
-            const float4 B = load4(four_at + half * 512);
-            const float4 C = load4(four_at + sizeof(float) * 16 * SPAN + half * 512);
-#pragma unroll
-            for (int part = 1; part >= 0; part--) {
-                const int group = half * 2 + part;
-                float delta[4], to_y[4];
-                scaled4(delta, load4(by_channel + OFFSET(delta) + group * 128), 1.f);
-                scaled4(to_y, load4(by_channel + OFFSET(to_y) + group * 128), 1.f);
-                const float2 B_pair = load2(two_at + group * 256);
-                __syncwarp();
-                float all_states[5][4], all_decays[4][4];
-                scaled4(all_states[0], load4(by_lane + OFFSET(first) + group * 512), 1.f);
-                __syncwarp();
-#pragma unroll
-                for (int pair = 0; pair < 2; pair++)
-                    recompute(
-                        all_states + pair * 2, all_decays + pair * 2, A2, delta + pair * 2, load1(drive_at + group * 128), B_pair, p.q,
-                        pair, resets + group * 4 + pair * 2);
-#pragma unroll
-                for (int pair = 1; pair >= 0; pair--) {
-                    float after[2][4], of_decay[2][4], sums[3][4];
-                    float(*const states)[4] = all_states + pair * 2, (*const decays)[4] = all_decays + pair * 2;
-#pragma unroll
-                    for (int e = 1; e >= 0; e--) {
-                        const int i = pair * 2 + e;
-                        float c[4];
-                        scaled4(c, load4(C_at + (group * 4 + i) * 64), 1.f);
-#pragma unroll
-                        for (int j = 0; j < 4; j++) after[e][j] = g[j] = fmaf(c[j], to_y[i], g[j]);
-                        Turned::put(put_at, i, after[e], states[e + 1]);
-#pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            g[j] *= decays[e][j];
-                            const float w = g[j] * states[e][j];  // the gradient of delta A
-                            of_decay[e][j] = w * A2[j];
-                            sum_A[j] = fmaf(w, delta[i], sum_A[j]);
-                        }
-                    }
-                    if (HAS_Z) over_states(sums[OF_Y], states[1], states[2], C);
-                    over_states(sums[OF_DRIVE], after[0], after[1], B);
-                    over_states(sums[OF_DECAY], of_decay[0], of_decay[1], make_float4(1.f, 1.f, 1.f, 1.f));
-                    const u32 summed = by_channel + OFFSET(first) + group * 512 + pair * 8;
-#pragma unroll
-                    for (int k = HAS_Z ? OF_Y : OF_DRIVE; k <= OF_DECAY; k++)
-                        store2_if(p.q == part * 2 + pair, summed + k * 128, sums[k][0], sums[k][3]);
-                }
-                __syncwarp();
-                const float4 total = Turned::sums(take_at, by_at + group * (u32)sizeof(own.by[0]) * 4, p.lane);
-                store4(by_lane + OFFSET(of_BC) + group * 512, total.x, total.y, total.z, total.w);
-            }
-        }
-        __syncthreads();
-        add_up(f, shared, p, span, adders);
-        four_at += other_BC, two_at += other_BC, C_at += other_BC;
-        other_BC = -other_BC;
-        adders = adders + 128 < 32 * WARPS ? adders + 128 : adders + 128 - 32 * WARPS;
-        {
-            float dtv[4], xv[4], gy[4], zv[4], g_x[4], g_dt[4], g_z[4], bias[4] = {}, skip[4] = {};
-            if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
-            if (HAS_D) scaled4(skip, other.wide[1][four], 1.f);
-            widen(read[DT][p.lane], dtv);
-            widen(read[X][p.lane], xv);
-            widen(read[GRAD_Y][p.lane], gy);
-            if (HAS_Z) widen(read[Z][p.lane], zv);
+        for (int group = 1; group < SPAN / 4; group++) {
+            const Part* const BC_at = BC + (group - 1) * 4 * OF_TOKEN;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int c = r.c + i;
-                const float delta = other.delta[r.t >> 2][c][r.t & 3], drive = *sum_at(other, OF_DRIVE, c, r.t), decay = *sum_at(other, OF_DECAY, c, r.t);
-                float to_y = gy[i];
-                if (HAS_Z) {
-                    const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], *sum_at(other, OF_Y, c, r.t));
-                    to_y *= zv[i] * s;
-                    g_z[i] = gy[i] * y * fmaf(zv[i] * s, 1.f - s, s);
+                const float2 step = own_du[i >> 1][((group - 1) * 4 + i) * 8];
+                float b[4];
+                take(b, BC_at + i * OF_TOKEN);
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+#if HAS_SEQ
+                    const float a = exp2_fast(fmaf(step.x, A2[j], resets[(group - 1) * 4 + i]));
+#else
+                    const float a = exp2_fast(step.x * A2[j]);
+#endif
+                    h[j] = fmaf(a, h[j], step.y * b[j]);
                 }
-                g_x[i] = fmaf(drive, delta, skip[i] * to_y);
-                g_dt[i] = fmaf(decay, LN2, drive * xv[i]);
+            }
+            firsts[group * 32] = make_float4(h[0], h[1], h[2], h[3]);
+        }
+#pragma unroll 1
+        for (int group = SPAN / 4 - 1; group >= 0; group--) {
+            const float* const go_at = own_go + group * 4 * 8;
+            const Part* const BC_at = BC + group * 4 * OF_TOKEN;
+            float states[5][4], decays[4][4];
+            scaled4(states[0], firsts[group * 32], 1.f);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float2 step = own_du[i >> 1][(group * 4 + i) * 8];
+                float b[4];
+                take(b, BC_at + i * OF_TOKEN);
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+#if HAS_SEQ
+                    decays[i][j] = exp2_fast(fmaf(step.x, A2[j], resets[group * 4 + i]));
+#else
+                    decays[i][j] = exp2_fast(step.x * A2[j]);
+#endif
+                    states[i + 1][j] = fmaf(decays[i][j], states[i][j], step.y * b[j]);
+                }
+            }
+            float part_y[4], part_drive[4], part_decay[4];
+            Sums of_B, of_C;
+#pragma unroll
+            for (int i = 3; i >= 0; i--) {
+                const float2 step = own_du[i >> 1][(group * 4 + i) * 8];
+                const float to_y = go_at[i * 8];
+                float b[4], c[4];
+                take(b, BC_at + i * OF_TOKEN);
+                take(c, BC_at + i * OF_TOKEN + OF_C);
+                part_y[i] = part_drive[i] = part_decay[i] = 0.f;
+                if (i & 1) of_B.clear(), of_C.clear();
+#pragma unroll
+                for (int j = 0; j < 4; j++) g[j] = fmaf(c[j], to_y, g[j]);
+                of_B.add(g, step.y, low[i & 1], rest[i & 1]);
+                of_C.add(states[i + 1], to_y, low[i & 1], rest[i & 1]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    if (HAS_Z) part_y[i] = fmaf(c[j], states[i + 1][j], part_y[i]);
+                    part_drive[i] = fmaf(g[j], b[j], part_drive[i]);
+                    g[j] *= decays[i][j];
+                    const float w = g[j] * states[i][j];  // the gradient of delta A
+                    part_decay[i] = fmaf(w, A2[j], part_decay[i]);
+                    sum_A[j] = fmaf(w, step.x, sum_A[j]);
+                }
+                if (!(i & 1))
+                    own_BC[(group * 2 + (i >> 1)) * 32] =
+                        make_float4(of_B.first(upper), of_B.second(upper), of_C.first(upper), of_C.second(upper));
+            }
+            const float y = HAS_Z ? sum4(part_y, odd, high) : 0.f;
+            const float drive = sum4(part_drive, odd, high), decay = sum4(part_decay, odd, high);
+            float* const sums = own_sums + group * 4 * 8;
+            if (HAS_Z) sums[0] = y;
+            sums[SPAN * 8] = drive, sums[2 * SPAN * 8] = decay;
+            if (group != SPAN / 8) continue;
+            __syncthreads();
+            add_up(f, shared, p, 1, span, adders);
+            adders = adders + 64 < 32 * WARPS ? adders + 64 : 0;
+        }
+        __syncwarp();
+        {
+            float dtv[4], xv[4], gy[4], zv[4], g_x[4], g_dt[4], g_z[4], bias[4] = {}, skip[4] = {};
+            if (HAS_BIAS) scaled4(bias, own.wide[0][four], 1.f);
+            if (HAS_D) scaled4(skip, own.wide[1][four], 1.f);
+            widen(raw_dt, dtv);
+            widen(raw_x, xv);
+            widen(raw_g, gy);
+            widen(raw_z, zv);
+            const int c = four * 4;
+            float delta[4], to_y[4], y[4] = {}, drive[4], decay[4];
+            first_of_pairs(&own.du[p.t][c], p.t, delta);
+            scaled4(to_y, *reinterpret_cast<const float4*>(&own.go[p.t][c]), 1.f);
+            if (HAS_Z) scaled4(y, *reinterpret_cast<const float4*>(&own.sums[0][p.t][c]), 1.f);
+            scaled4(drive, *reinterpret_cast<const float4*>(&own.sums[1][p.t][c]), 1.f);
+            scaled4(decay, *reinterpret_cast<const float4*>(&own.sums[2][p.t][c]), 1.f);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                g_x[i] = fmaf(drive[i], delta[i], skip[i] * to_y[i]);
+                g_dt[i] = fmaf(decay[i], LN2, drive[i] * xv[i]);
                 if (SOFTPLUS) g_dt[i] *= sigmoid(dtv[i] + bias[i]);
-                if (HAS_D) sum_D[i] = fmaf(to_y, xv[i], sum_D[i]);
+                if (HAS_Z) {
+                    y[i] = fmaf(skip[i], xv[i], y[i]);
+                    const float s = sigmoid(zv[i]);
+                    g_z[i] = gy[i] * y[i] * fmaf(zv[i] * s, 1.f - s, s);
+                }
+                if (HAS_D) sum_D[i] = fmaf(to_y[i], xv[i], sum_D[i]);
                 if (HAS_BIAS && inside) sum_bias[i] += g_dt[i];
             }
-            const bool write = inside && r.active;
-            store4(at(other.rows[GRAD_X][four], f.grad_x, t), g_x, write);
-            store4(at(other.rows[GRAD_DT][four], f.grad_dt, t), g_dt, write);
-            if (HAS_Z) store4(at(other.rows[GRAD_Z][four], f.grad_z, t), g_z, write);
+            const bool write = inside && p.active;
+            store4(at(own.rows[GRAD_X][four], f.grad_x, t), g_x, write);
+            store4(at(own.rows[GRAD_DT][four], f.grad_dt, t), g_dt, write);
+            if (HAS_Z) store4(at(own.rows[GRAD_Z][four], f.grad_z, t), g_z, write);
         }
+        __syncwarp();
     }
-    const i64 part = p.row * f.s.n_chunks + p.piece;
-    // over tokens: a channel's sums are in 16 threads, then in 4
-#pragma unroll
-    for (int i = 0; i < 4; i++) other.delta[r.t >> 2][r.c + i][r.t & 3] = sum_D[i], other.drive[r.t >> 2][r.c + i][r.t & 3] = sum_bias[i];
     __syncthreads();
-    float all_D = 0.f, all_bias = 0.f;
+    add_up(f, shared, p, 0, p.begin, adders);
+    const i64 part = p.row * f.s.n_chunks + p.piece;
+    // over tokens: lanes of the same parity hold the same channels
 #pragma unroll
-    for (int i = 0; i < 4; i++) all_D += own.delta[p.q][p.c][i], all_bias += own.drive[p.q][p.c][i];
+    for (int i = 0; i < 4; i++)
 #pragma unroll
-    for (int k = 1; k < 4; k *= 2) {
-        all_D += __shfl_xor_sync(FULL, all_D, k);
-        all_bias += __shfl_xor_sync(FULL, all_bias, k);
-    }
+        for (int k = 2; k < 32; k *= 2) {
+            sum_D[i] += __shfl_xor_sync(FULL, sum_D[i], k);
+            sum_bias[i] += __shfl_xor_sync(FULL, sum_bias[i], k);
+        }
     if (!p.active) return;
     *reinterpret_cast<float4*>(f.grad_A + (part * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(sum_A[0], sum_A[1], sum_A[2], sum_A[3]);
     if (p.piece == 0)
         *reinterpret_cast<float4*>(f.grad_first + (p.row * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(g[0], g[1], g[2], g[3]);
-    if (HAS_D && p.q == 0) f.grad_D[part * f.s.d + p.channel] = all_D;
-    if (HAS_BIAS && p.q == 0) f.grad_bias[part * f.s.d + p.channel] = all_bias;
+    if (p.lane < 2) {
+#if HAS_D
+        *reinterpret_cast<float4*>(f.grad_D + part * f.s.d + p.c4) = make_float4(sum_D[0], sum_D[1], sum_D[2], sum_D[3]);
+#endif
+#if HAS_BIAS
+        *reinterpret_cast<float4*>(f.grad_bias + part * f.s.d + p.c4) = make_float4(sum_bias[0], sum_bias[1], sum_bias[2], sum_bias[3]);
+#endif
+    }
 }
 #endif
