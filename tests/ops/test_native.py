@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +111,31 @@ def test_an_extension_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatc
     module, reason = native._load()
     assert module is None
     assert "cannot be loaded (undefined symbol: x)" in str(reason)
+
+
+@needs_native
+def test_an_extension_of_other_sources_is_not_used_and_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    for older in ({}, {"interface": "another"}):  # before there was an interface, and since
+        module = types.SimpleNamespace(__file__="_native.so", **older)
+        monkeypatch.setattr(importlib, "import_module", lambda name, module=module: module)
+        found, reason = native._load()
+        assert found is None
+        assert "_native.so was built from other sources" in str(reason)
+        assert "make native" in caplog.text
+        assert "plain PyTorch" in caplog.text
+        caplog.clear()
+    monkeypatch.undo()
+    assert native._load() == (native.extension(), None)
+    assert native._interface() == native.extension().interface
+
+
+def test_an_installed_package_has_no_sources_to_compare_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "ops" / "native" / "__init__.py"))
+    assert native._interface() is None
 
 
 @pytest.fixture

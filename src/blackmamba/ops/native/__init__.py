@@ -3,8 +3,11 @@
 It is optional. Where it was not built, everything still runs, in plain PyTorch.
 """
 
+import hashlib
 import importlib
 import importlib.util
+import logging
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from blackmamba.errors import BackendError
 
+_LOG = logging.getLogger(__name__)
 _NAME = "blackmamba._native"
 DTYPES = (torch.float32, torch.bfloat16)
 """What the kernels take; all of them compute in float32."""
@@ -67,9 +71,32 @@ def _load() -> tuple[ModuleType | None, str | None]:
             "newer) and reinstall blackmamba"
         )
     try:
-        return importlib.import_module(_NAME), None
+        module = importlib.import_module(_NAME)
     except ImportError as error:
         return None, f"the native extension cannot be loaded ({error}); reinstall blackmamba"
+    if _interface() not in (None, getattr(module, "interface", "unknown")):
+        reason = (
+            f"the native extension {module.__file__} was built from other sources than those "
+            "beside this package, so it may lack what is asked of it; rebuild it with "
+            "`make native`, or reinstall blackmamba"
+        )
+        _LOG.warning(
+            "%s; until then everything runs in plain PyTorch, several times slower", reason
+        )
+        return None, reason
+    return module, None
+
+
+def _interface() -> str | None:
+    """What an extension built from the sources here has as `interface`, see CMakeLists.txt; None
+    where they are not: an installed package came with its extension."""
+    folder = Path(__file__).parents[1]
+    bindings = sorted(folder.glob("*/bind.cpp"))
+    if not bindings:
+        return None
+    sources = [*bindings, folder / "native" / "module.cpp"]
+    digests = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 _MODULE, _REASON = _load()  # not on first use: torch.compile could not trace that

@@ -48,6 +48,7 @@ Target target() {
 }  // namespace bm
 
 NB_MODULE(_native, m) {
+  m.attr("interface") = BM_INTERFACE;  // a digest of the sources of all bindings: CMakeLists.txt
   m.def("target", [] { return bm::names[static_cast<int>(bm::target())]; },
         "The instruction set that the kernels use.");
   m.def("threading", &bm::threading, "Whose threads the kernels run on.");
