@@ -34,7 +34,7 @@ def multiply(
 ) -> None:
     """out = a (t, k) times b (n, k) transposed; all are float32 on CPU, in any layout.
 
-    Index tensors are int64 and contiguous; nothing checks them.
+    Index tensors are int64 and contiguous; nothing checks their numbers.
 
     Args:
         out: (t, n), its rows contiguous; written.
@@ -49,6 +49,10 @@ def multiply(
     """
     t = len(a) if a_rows is None else len(a_rows)
     k = a.shape[1] if left_tokens is None else len(left_tokens)
+    of_b = b.shape[1] if tokens is None else len(tokens)
+    assert of_b == k, (a.shape, b.shape)
+    assert out.shape[1] == len(b), (out.shape, b.shape)
+    assert out_rows is not None or len(out) == t, (out.shape, t)
     native.extension().product(
         (a.data_ptr(), a.stride(0), a.stride(1), _address(a_rows), _address(left_tokens)),
         (b.data_ptr(), b.stride(0), b.stride(1), 0, _address(tokens)),
