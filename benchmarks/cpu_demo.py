@@ -34,6 +34,9 @@ from measure import Call, arguments, milliseconds, print_header, print_json, pri
 
 _OF_A_TREE = """
 import dataclasses, json, sys, time, torch
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
+import blackmamba
+assert blackmamba.__file__.startswith(sys.path[1]), blackmamba.__file__  # not one that is installed
 from blackmamba.config import ModelConfig
 from blackmamba.model import BlackMamba
 from blackmamba.train import load_recipe
@@ -124,5 +127,7 @@ if __name__ == "__main__":
     parser = arguments(__doc__, repeats=9)
     parser.add_argument("--tree", type=Path, help="a checkout of another commit")
     args = parser.parse_args()
+    if args.tree is not None and not (args.tree / "src/blackmamba").is_dir():
+        parser.error(f"--tree {args.tree}: has no src/blackmamba; it must be a checkout")
     torch.manual_seed(0)
-    main(args.repeats, args.tiny, args.tree)
+    main(args.repeats, args.tiny, args.tree and args.tree.resolve())
