@@ -60,7 +60,7 @@ def measure(repeats: int) -> None:
     rates = machine_rates()
     print(", ".join(f"{name} {rate:.3g}/s" for name, rate in rates.items()))
     print(
-        f"{'':<36}{'ours ms':>10}{'peer ms':>10}{'ratio':>8}{'limit ms':>10}{'of limit':>10}  bound"
+        f"{'':<44}{'ours ms':>10}{'peer ms':>10}{'ratio':>8}{'limit ms':>10}{'of limit':>10}  bound"
     )
     found: dict[str, object] = {}
     for shape in SHAPES:
@@ -77,8 +77,13 @@ def measure(repeats: int) -> None:
                 show(f"{name} {what} {shape}", ours, peer, least, bound)
                 total = [a + b for a, b in zip(total, (ours, peer, least), strict=True)]
             show(f"{name} both {shape}", *total, f"peer: {which}")
+            with torch.inference_mode():
+                alone = median_ms(calls[0], repeats)
+            bound, least = max(least_of[0].items(), key=lambda item: item[1])
+            show(f"{name} forward, no gradient {shape}", alone, theirs[0], least, bound)
             found[f"{name} {shape}"] = {
-                "ms": times, "limits_ms": least_of, "peer_ms": theirs, "peer": which,
+                "ms": times, "no_gradient_ms": alone, "limits_ms": least_of, "peer_ms": theirs,
+                "peer": which,
             }  # fmt: skip
     gpu = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "gpu_scan", **gpu, **origin(), "rates": rates, **found}))
@@ -130,7 +135,7 @@ def numbers(shape: tuple[int, int, int]) -> int:
 def show(name: str, ours: float, peer: float, limit: float, bound: str) -> None:
     """One line of the table."""
     cells = f"{ours:>10.3f}{peer:>10.3f}{peer / ours:>8.2f}{limit:>10.3f}{limit / ours:>10.0%}"
-    print(f"{name:<36}{cells}  {bound}", flush=True)
+    print(f"{name:<44}{cells}  {bound}", flush=True)
 
 
 def machine_rates() -> dict[str, float]:
