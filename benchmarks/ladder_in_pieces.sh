@@ -41,4 +41,4 @@ mv "$back/.finished" "$back/finished.tar.gz"
 tar -tzf "$back/finished.tar.gz" | grep final.json || echo "no run is finished"
 ls -l "$back/finished.tar.gz"
 echo "packed after $SECONDS s"
-exit $((status == 130 ? 0 : status))
+exit $((status == 124 ? 0 : status))  # 124: time is up

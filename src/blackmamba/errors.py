@@ -1,7 +1,7 @@
 """Every error that a user of this package can cause.
 
 Each message names the thing, its value and what would be right. The command line prints it as one
-line and exits with status 2.
+line and exits with status 2, or 124 where it is time that ran out.
 """
 
 
@@ -35,3 +35,7 @@ class TrainingError(BlackMambaError, RuntimeError):
 
 class PeerError(TrainingError):
     """Another process of the run failed, and has said why."""
+
+
+class OutOfTimeError(BlackMambaError, TimeoutError):
+    """The time that the caller gave is over; what is done is kept, and the same call goes on."""

@@ -35,7 +35,7 @@ from blackmamba.data import (
     prepare,
     prepare_shards,
 )
-from blackmamba.errors import ConfigError
+from blackmamba.errors import ConfigError, OutOfTimeError
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import parameters, training_flops_per_token
 from blackmamba.presets import presets
@@ -124,7 +124,7 @@ def test_when_the_time_is_over_a_bench_is_cut(text: Path, tmp_path: Path):
     scale = dataclasses.replace(SCALES["toy"], lrs=(1e-2,))
     lab = Lab(tmp_path, scale, data, 1, lambda _: None, seconds=0.01)
     plan = lab.plan("mamba", (32, 1), 0)
-    with pytest.raises(KeyboardInterrupt, match="1 of 1 runs not finished"):
+    with pytest.raises(OutOfTimeError, match=r"0 of 1 runs are finished and kept in .*runs; to go"):
         lab.bench.train([plan])
     again = Lab(tmp_path, scale, data, 1, lambda _: None)
     assert again.bench.curve(plan).tokens[-1] == 6 * 4 * 32
@@ -361,3 +361,14 @@ def test_on_the_command_line(text: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert command.PARTS == PARTS  # written twice, so that the command line loads quickly
     for scale in SCALES:
         build_parser().parse_args(["reproduce", "--scale", scale, "--out", "out"])
+
+
+def test_time_that_is_over_is_status_124(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["reproduce", "--scale", "toy", "--only", "ladder", "--text", str(text), "--out"]
+    assert main([*words, str(tmp_path / "out"), "--seconds", "0.01"]) == 124
+    said = capsys.readouterr().err
+    assert said.startswith("blackmamba: time is up after 0.01 s: 0 of ")
+    assert said.endswith("to go on, run the same again\n")
+    assert not (tmp_path / "out" / "report.html").exists()

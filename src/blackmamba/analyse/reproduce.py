@@ -75,7 +75,7 @@ def reproduce(
     Raises:
         ConfigError: no such scale or part, no jobs, or no time.
         DataError: there is no such text or prepared folder.
-        KeyboardInterrupt: the time is over.
+        OutOfTimeError: the time is over; finished runs and checkpoints of the others are kept.
     """
     if scale not in SCALES:
         raise ConfigError(f"scale={scale!r}: {nearest(scale, SCALES)}")

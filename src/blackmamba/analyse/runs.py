@@ -19,6 +19,7 @@ from blackmamba.analyse.experts import rule_gap
 from blackmamba.checkpoint import load
 from blackmamba.config import ModelConfig
 from blackmamba.data import DataConfig, MixtureData, PreparedData, prepare
+from blackmamba.errors import OutOfTimeError
 from blackmamba.files import write_text
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import training_flops_per_token
@@ -103,7 +104,7 @@ class Bench:
         """Make the runs that are not finished yet: seed by seed, of each the widest networks first.
 
         Raises:
-            KeyboardInterrupt: the time is over; a run that was cut goes on the next time.
+            OutOfTimeError: the time is over; a run that was cut goes on the next time.
         """
         missing = {(p.name, p.seed): p for p in plans if not self._is_done(p)}
         waiting = sorted(missing.values(), key=lambda plan: (plan.seed, -plan.config.d_model))
@@ -136,9 +137,10 @@ class Bench:
         except TimeoutError:
             self._kill(others)
             unfinished = sum(not self._is_done(plan) for plan in waiting)
-            raise KeyboardInterrupt(
-                f"stopped after {self._seconds:g} s with {unfinished} of {len(waiting)} runs not "
-                "finished; the same command goes on"
+            raise OutOfTimeError(
+                f"time is up after {self._seconds:g} s: {len(waiting) - unfinished} of "
+                f"{len(waiting)} runs are finished and kept in {self._folder}; "
+                "to go on, run the same again"
             ) from None
         except BaseException:
             self._kill(others)

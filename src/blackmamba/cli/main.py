@@ -1,6 +1,7 @@
 """The command line: `blackmamba COMMAND`. Each command has a file of its own in this folder.
 
-A mistake of the user's prints one line and exits with status 2; an interrupt exits with 130.
+A mistake of the user's prints one line and exits with status 2; an interrupt exits with 130,
+and where the time that was given is over, with 124, as `timeout` does.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from blackmamba.cli import (
     tune,
     upcycle,
 )
-from blackmamba.errors import BlackMambaError, PeerError
+from blackmamba.errors import BlackMambaError, OutOfTimeError, PeerError
 from blackmamba.version import __version__
 
 _COMMANDS = (
@@ -64,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(args.run(args) or 0)
     except PeerError:  # the other process says why
         return 2
+    except OutOfTimeError as error:
+        print(f"blackmamba: {error}", file=sys.stderr)
+        return 124
     except BlackMambaError as error:
         print(f"blackmamba: error: {error}", file=sys.stderr)
         return 2

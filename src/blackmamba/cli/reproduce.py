@@ -44,7 +44,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=math.inf, metavar="S",
-        help="cut the training after so many; the same command goes on",
+        help="cut the training after so many and exit with 124; the same command goes on",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
