@@ -6,9 +6,13 @@ step must: the weights of all but the experts, those of the experts that so many
 at random, and the state, read and written. Prefill is measured against the rate of a large product.
 
     python benchmarks/gpu_generation.py [--preset blackmamba-1.5b] [--batches 1 4 16 64 256]
+    python benchmarks/gpu_generation.py --profile [--prompts 8x2048 1x2048]
+
+The second prints where the time of a recorded prompt goes, and nothing else.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -24,6 +28,7 @@ from blackmamba.model.size import training_flops_per_token
 from blackmamba.presets import presets
 from blackmamba.train.origin import origin
 from gpu_measure import DEVICE, limits, machine
+from gpu_training import CLASSES, kernel_class
 
 
 def main(
@@ -79,6 +84,94 @@ def main(
     )
 
 
+# ---- where a prompt's time goes --------------------------------------------------------------
+
+
+def profile(preset: str, prompts: Sequence[str], tiny: bool = False) -> None:
+    """Print it for each of `prompts`, such as "8x2048"."""
+    config = presets[preset]
+    model = BlackMamba(config, device=DEVICE, dtype=torch.bfloat16).eval()
+    rate = limits(tiny).flops_s
+    found: dict[str, dict[str, float]] = {}
+    with torch.inference_mode():
+        for prompt in prompts:
+            b, length = map(int, prompt.split("x"))
+            ids = torch.randint(0, config.n_tokens, (b, length), device=DEVICE)
+            found[prompt] = _profile_prompt(model, ids, rate)
+    print(f"{'prompt':>10}{'clock':>9}{'in a row':>9}{'host':>8}{'kernels':>9}{'launches':>9}"
+          f"{'gaps':>8}   ms{'rate':>11}")  # fmt: skip
+    for prompt, ms in found.items():
+        print(
+            f"{prompt:>10}{ms['clock']:>9.2f}{ms['in a row']:>9.2f}{ms['host']:>8.2f}"
+            f"{ms['kernels']:>9.2f}{ms['launches']:>9.0f}{ms['gaps']:>8.2f}{ms['share']:>13.1%}"
+        )
+    facts = {"preset": preset, **machine(), **origin()}
+    print(json.dumps({"benchmark": "gpu_generation", "tiny": tiny, **facts, "profile": found}))
+
+
+def _profile_prompt(model: BlackMamba, ids: torch.Tensor, rate: float) -> dict[str, float]:
+    """Milliseconds of a prompt: by the clock; of one of several that follow each other; of the host
+    until all is launched; of all kernels; between them."""
+    run = lambda: read_piece(model, ids, None, None)  # noqa: E731
+    ms = {
+        "clock": 1e3 * clock(run, 9),
+        "in a row": 1e2 * clock(lambda: [run() for _ in range(10)], 3),
+    }
+    _wait()
+    start = time.perf_counter()
+    run()
+    ms["host"] = 1e3 * (time.perf_counter() - start)
+    launches = _launches(run)
+    busy = [(name, (end - begin) / 1e3) for name, begin, end in launches]
+    flops = training_flops_per_token(model.config, ids.shape[1]) / 3
+    flops -= 2 * model.config.vocab_size * model.config.d_model
+    ms |= {
+        "kernels": sum(t for _, t in busy),
+        "launches": len(busy),
+        "gaps": sum(max(0.0, b[1] - a[2]) for a, b in itertools.pairwise(launches)) / 1e3,
+        "share": ids.numel() * flops / rate / ms["clock"] * 1e3,
+    }
+    print(f"== {ids.shape[0]}x{ids.shape[1]}: by class")
+    for each, _ in (*CLASSES, ("other", "")):
+        times = [t for name, t in busy if kernel_class(name) == each]
+        if times:
+            print(f"  {each:<20}{sum(times):>9.3f} ms{len(times):>6} x")
+    print("  by kernel")
+    kernels: dict[str, list[float]] = {}
+    for name, t in busy:
+        kernels.setdefault(name, []).append(t)
+    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1])):
+        each_us = 1e3 * statistics.mean(times)
+        print(f"  {sum(times):>9.3f} ms{len(times):>6} x{each_us:>9.1f} us  {name[:80]}")
+    print("  in order, from the middle on: the pause before each, and its time")
+    middle = len(launches) // 2
+    for (_, _, last), (name, begin, end) in itertools.pairwise(launches[middle : middle + 61]):
+        print(f"  {begin - last:>9.2f}{end - begin:>9.2f} us  {name[:80]}")
+    return ms
+
+
+def _launches(run: Callable[[], object]) -> list[tuple[str, float, float]]:
+    """Name, begin and end in microseconds of all that the device does in one call."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    if DEVICE.type != "cuda":
+        run()
+        return []
+    with profiled(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
+        run()
+        _wait()
+    return sorted(
+        (
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in found.events() or ()
+            if event.device_type == DeviceType.CUDA
+        ),
+        key=lambda launch: launch[1],
+    )
+
+
 def read(model: BlackMamba, ids: torch.Tensor, most: int = 16384) -> State:
     """A prefill, of many tokens piece by piece: memory does not grow with the rows."""
     state = None
@@ -115,14 +208,19 @@ def step_bytes(model: BlackMamba, batch: int) -> float:
     return whole + experts * chosen + 2 * model.initial_state(1).nbytes * batch
 
 
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def clock(run: Callable[[], object], repeats: int) -> float:
     """Median seconds of a call, after two to warm up, each waited for."""
     times: list[float] = []
     for i in range(repeats + 2):
-        torch.cuda.synchronize()
+        _wait()
         start = time.perf_counter()
         run()
-        torch.cuda.synchronize()
+        _wait()
         if i >= 2:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
@@ -134,5 +232,11 @@ if __name__ == "__main__":
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--contexts", nargs="*", type=int, default=[1024, 100_000])
     parser.add_argument("--prefills", nargs="+", type=int, default=[2048, 16384, 131072, 262144])
+    parser.add_argument("--profile", action="store_true", help="only where a prompt's time goes")
+    parser.add_argument("--prompts", nargs="+", default=["8x2048", "1x2048"], help="to profile")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
     options = parser.parse_args()
-    main(options.preset, options.batches, options.contexts, options.prefills)
+    if options.profile:
+        profile(options.preset, options.prompts, options.tiny)
+    else:
+        main(options.preset, options.batches, options.contexts, options.prefills, tiny=options.tiny)

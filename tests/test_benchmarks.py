@@ -102,6 +102,7 @@ def test_gathers_each_different_document_once(script, tmp_path):
         ("gpu_ladder", {}),
         ("gpu_sinkhorn", {}),
         ("gpu_training", {}),
+        ("gpu_prompt", {}),
         ("gpu_ranks", {}),
         ("evaluation", {}),
         pytest.param(
@@ -125,6 +126,17 @@ def test_prints_one_line_of_json_at_the_end(script, options, capsys):
     assert found["benchmark"] == script.__name__
     assert found["tiny"] is True
     assert found["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("script", ["gpu_generation"], indirect=True)
+def test_profile_of_a_prompt(script, capsys, monkeypatch):
+    launches = [("rms_norm", 0.0, 2000.0), ("nvjet", 2500.0, 9000.0), ("odd", 9000.0, 9001.0)]
+    monkeypatch.setattr(script, "_launches", lambda _: launches)
+    script.profile("tiny", ["2x16"], tiny=True)
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])["profile"]["2x16"]
+    assert (found["launches"], found["kernels"], found["gaps"]) == (3, 8.501, 0.5)
+    assert "  products                6.500 ms     1 x" in lines
 
 
 @pytest.mark.parametrize("script", ["cpu_training"], indirect=True)
