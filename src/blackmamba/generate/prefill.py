@@ -187,6 +187,7 @@ def _first_rows(state: State, b: int) -> State:
     """A copy of the first b rows."""
     found = {name: tensor[:b] for name, tensor in state.to_tensors().items()}
     copies = {name: torch.empty_like(tensor) for name, tensor in found.items()}
-    if copies:  # all at once: by one kernel on a GPU
-        torch._foreach_copy_(list(copies.values()), list(found.values()))
+    for dtype in {tensor.dtype for tensor in found.values()}:  # of one dtype, by one kernel on a GPU
+        names = [name for name, tensor in found.items() if tensor.dtype == dtype]
+        torch._foreach_copy_([copies[name] for name in names], [found[name] for name in names])
     return State.from_tensors(state, copies)
