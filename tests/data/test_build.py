@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from lone import error_on_full_disk
 from many_ranks import alone
 
+from blackmamba.config import to_mapping
 from blackmamba.data import (
     ShardConfig,
     ShardedData,
@@ -299,6 +301,38 @@ def test_other_settings_text_or_files_are_never_mixed(
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match=r"has other files, such as thesis\.tex"):
         prepare_shards(config, tmp_path / "thesis")
+
+
+def test_the_same_text_by_another_path_goes_on(
+    config: ShardConfig, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 30, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prepare_shards(config, tmp_path / "out")
+    begun = ShardIndex.read(tmp_path / "out" / "index.json")
+    assert begun.train
+    monkeypatch.chdir(text.parent)
+    tokenizer = os.path.relpath(config.tokenizer)
+    nearer = dataclasses.replace(config, text=(f"./{text.name}",), tokenizer=tokenizer)
+    done = prepare_shards(nearer, tmp_path / "out")
+    assert done.train[: len(begun.train)] == begun.train
+    assert prepare_shards(config, tmp_path / "out") == done
+
+
+def test_a_folder_of_the_first_fingerprint_is_known(
+    config: ShardConfig, text: Path, tmp_path: Path
+):
+    index = prepare_shards(config, tmp_path)
+    states = [
+        [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+        for path in sorted(text.iterdir())
+    ]
+    content = [index.format, to_mapping(config), states, index.tokenizer]
+    first = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    old = dataclasses.replace(index, fingerprint=first)
+    old.write(tmp_path / "index.json")
+    assert prepare_shards(config, tmp_path) == old
 
 
 # ---- many machines --------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Prepared folders: what is in them, when they are made anew, and that no half is left behind."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from many_ranks import alone
 
 from blackmamba.config import from_mapping, to_mapping
 from blackmamba.data import DataConfig, PreparedData, Tokenizer, prepare
-from blackmamba.data.tokens import TokenWriter, dtype_for
+from blackmamba.data.tokens import FORMAT, TokenWriter, dtype_for
 from blackmamba.errors import ConfigError, DataError
 
 N_DOCUMENTS = 200
@@ -222,6 +223,41 @@ def test_same_settings_and_text_are_not_prepared_again(
     again = prepare(config(text), tmp_path / "data")
     assert again.index == first.index
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()} == before
+
+
+def test_a_path_may_be_spelled_in_several_ways(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Tokenizer.train(DOCUMENTS, 300).save(tmp_path / "tokenizer.json")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.jsonl").symlink_to(text)
+    (tmp_path / "rows").symlink_to(text)  # the same file, but whole
+    spelled = (text, Path("text.jsonl"), Path(f"../{tmp_path.name}/text.jsonl"), Path("link.jsonl"))
+    for name, tokenizer in (("own", "train"), ("given", str(tmp_path / "tokenizer.json"))):
+        indices = [
+            prepare(config(path, tokenizer=spelling), tmp_path / f"{name}-{path.name}").index
+            for path in spelled
+            for spelling in {tokenizer, tokenizer.removeprefix(f"{tmp_path}/")}
+        ]
+        assert all(index == indices[0] for index in indices)
+        other = prepare(config(Path("rows"), tokenizer=tokenizer), tmp_path / f"{name}-rows")
+        assert other.fingerprint != indices[0].fingerprint
+
+
+def test_text_of_the_first_fingerprint_is_not_prepared_again(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = config(text)
+    prepare(settings, tmp_path / "data")
+    mapping, status = to_mapping(settings), text.stat()
+    for name in ("field", "sources", "packing", "token_log"):
+        del mapping[name]
+    state = [str(text.resolve()), status.st_size, status.st_mtime_ns]
+    first = hashlib.sha256(json.dumps([FORMAT, mapping, [state], ""]).encode()).hexdigest()
+    index = json.loads((tmp_path / "data" / "index.json").read_text())
+    (tmp_path / "data" / "index.json").write_text(json.dumps(index | {"fingerprint": first}))
+    monkeypatch.setattr(Tokenizer, "train", None)
+    assert prepare(settings, tmp_path / "data").fingerprint == first
 
 
 def test_same_text_gives_the_same_files(text: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that was not: bit for bit."""
 
+import dataclasses
 import json
 import os
 import random
@@ -16,8 +17,10 @@ from many_ranks import alone
 from ranks_train import train_until_killed
 
 import blackmamba
+from blackmamba.data import SourceConfig
 from blackmamba.errors import CheckpointError, ConfigError, DataError
 from blackmamba.train import Progress, RunConfig, load_recipe, run, write_recipe
+from blackmamba.train.config import _found
 from blackmamba.train.metrics import read_metrics
 
 Small = Callable[..., RunConfig]
@@ -200,6 +203,24 @@ def test_other_settings_are_refused_before_anything_is_touched(small: Small, tmp
     with pytest.raises(ConfigError, match=r"train.lr \(was 0.01, now 0.5\)"):
         run(small(lr=0.5), tmp_path, resume=True)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_path_may_be_spelled_in_another_way(
+    text: Path, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = small(steps=4, checkpoint_every=2)
+    run(config, tmp_path / "out")
+    monkeypatch.chdir(text.parent)
+    data = dataclasses.replace(config.data, text=(f"./{text.name}",))
+    run(dataclasses.replace(config, data=data), tmp_path / "out", resume=True)
+    other = dataclasses.replace(config.data, text=(str(tmp_path),))
+    with pytest.raises(ConfigError, match=r"data.text \(was \('/"):
+        run(dataclasses.replace(config, data=other), tmp_path / "out", resume=True)
+    mixed = (SourceConfig(name="a", path=text.name, weight=1), SourceConfig(name="b", text=("c",)))
+    assert _found(mixed) == _found((
+        SourceConfig(name="a", path=str(text), weight=1),
+        SourceConfig(name="b", text=(str(text.with_name("c")),)),
+    ))  # fmt: skip
 
 
 def test_the_text_may_be_gone_but_not_another(text: Path, small: Small, tmp_path: Path):

@@ -9,9 +9,7 @@ from the last whole shard, and comes to the same bytes.
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import itertools
-import json
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -23,6 +21,7 @@ from blackmamba.config import to_mapping
 from blackmamba.data.config import ShardConfig
 from blackmamba.data.encoding import BlockEncoder, Encoded
 from blackmamba.data.holdout import document_hash
+from blackmamba.data.identity import digest, fingerprints
 from blackmamba.data.shards import (
     INDEX,
     SHARD_FORMAT,
@@ -114,7 +113,7 @@ def join_parts(folder: str | Path) -> ShardIndex:
                 raise DataError(f"{folder / name}: made with another {field} than {names[0]}")
     joined = dataclasses.replace(
         first,
-        fingerprint=_digest([part.fingerprint for part in parts]),
+        fingerprint=digest([part.fingerprint for part in parts]),
         part=0,
         n_parts=1,
         **{
@@ -186,13 +185,11 @@ class _Share:
 def _begin(config: ShardConfig, folder: Path, sources: list[Source]) -> ShardIndex:
     """The index to go on from, with its tokenizer beside it."""
     given = None if config.tokenizer == "train" else Tokenizer.load(config.tokenizer)
-    known = given.fingerprint if given else ""
-    states = [state for source in sources for state in source.states()]
-    fingerprint = _digest([SHARD_FORMAT, to_mapping(config), states, known])
+    fingerprint, *others = fingerprints(SHARD_FORMAT, to_mapping(config), sources, given)
     _check_own(folder)
     if (folder / INDEX).exists():
         index = ShardIndex.read(folder / INDEX)
-        if index.fingerprint != fingerprint:
+        if index.fingerprint not in (fingerprint, *others):
             raise DataError(
                 f"{folder}: was begun with other settings or text, which may have changed since; "
                 "remove it to begin anew, or choose another folder"
@@ -250,10 +247,6 @@ def _check_own(folder: Path) -> None:
 def _holdout(config: ShardConfig) -> tuple[int, bytes]:
     """Documents hashed below the limit, by that key, are held out."""
     return int(config.validation_fraction * 2**64), str(config.split_seed).encode()
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -8,15 +8,15 @@ of at most `SECTION_CHARACTERS`, and each section counts as a document.
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from blackmamba.config import to_mapping
 from blackmamba.data.config import DataConfig
 from blackmamba.data.holdout import document_hash
+from blackmamba.data.identity import fingerprints
 from blackmamba.data.packing import Packing, PackingKind
 from blackmamba.data.sampler import WindowSampler
 from blackmamba.data.shards import ShardedData, is_sharded
@@ -101,8 +101,8 @@ def prepare(config: DataConfig, folder: str | Path) -> PreparedData:
     folder = Path(folder)
     sources = find_sources(config.text, config.field)
     tokenizer = None if config.tokenizer == "train" else Tokenizer.load(config.tokenizer)
-    fingerprint = _fingerprint(config, sources, tokenizer)
-    ready = _reusable(folder, fingerprint)
+    fingerprint, *others = fingerprints(FORMAT, _settings(config), sources, tokenizer)
+    ready = _reusable(folder, (fingerprint, *others))
     if ready is not None:
         return ready
     split = _Split(config, sources)
@@ -127,20 +127,17 @@ def prepare(config: DataConfig, folder: str | Path) -> PreparedData:
     return data
 
 
-def _fingerprint(config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None) -> str:
-    """Of everything that decides what the prepared folder holds."""
-    files = [state for source in sources for state in source.states()]
-    known_tokenizer = tokenizer.fingerprint if tokenizer else ""
+def _settings(config: DataConfig) -> dict[str, Any]:
+    """Those that decide what the prepared folder holds."""
     settings = to_mapping(config)
     if settings["field"] == "text":
         del settings["field"]  # as it was before there was a choice
     for name in ("sources", "packing", "token_log"):  # what is read later, not what is prepared
         del settings[name]
-    content = json.dumps([FORMAT, settings, files, known_tokenizer])
-    return hashlib.sha256(content.encode()).hexdigest()
+    return settings
 
 
-def _reusable(folder: Path, fingerprint: str) -> PreparedData | None:
+def _reusable(folder: Path, right: Collection[str]) -> PreparedData | None:
     """What is in `folder` if it is right; never lets anything but a prepared folder be replaced."""
     if not folder.exists():
         return None
@@ -159,7 +156,7 @@ def _reusable(folder: Path, fingerprint: str) -> PreparedData | None:
     except DataError as error:
         _logger.warning("%s; preparing the text again", error)
         return None
-    if data.index.fingerprint != fingerprint:
+    if data.index.fingerprint not in right:
         _logger.info("%s: text or settings have changed; preparing the text again", folder)
         return None
     return data

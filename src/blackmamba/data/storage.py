@@ -38,15 +38,20 @@ class TextFile:
         path = PurePosixPath(self.name.lower())
         return (path.with_suffix("") if path.suffix in _PACKED else path).suffix
 
+    @property
+    def packing(self) -> str:
+        """The suffix that tells how it is packed: ".gz" for rows.JSONL.gz, "" if it is not."""
+        suffix = PurePosixPath(self.name.lower()).suffix
+        return suffix if suffix in _PACKED else ""
+
     @contextlib.contextmanager
     def open(self) -> Generator[IO[bytes]]:
         """Its bytes, unpacked; what can go wrong is for `reading` to tell."""
         with self.open_raw() as raw:
-            suffix = PurePosixPath(self.name.lower()).suffix
-            if suffix in _UNPACK:
-                with _UNPACK[suffix](raw, "rb") as content:
+            if self.packing in _UNPACK:
+                with _UNPACK[self.packing](raw, "rb") as content:
                     yield cast("IO[bytes]", content)
-            elif suffix == ".zst":
+            elif self.packing == ".zst":
                 with io.BufferedReader(_Unzst(raw, self.name), _CHUNK_BYTES) as content:
                     yield content
             else:
@@ -80,9 +85,14 @@ class TextFile:
             if _URL not in self.name:
                 path = Path(self.name)
                 status = path.stat()
-                return (str(path.resolve()), status.st_size, status.st_mtime_ns)
+                return (located(self.name), status.st_size, status.st_mtime_ns)
             system, path = _system(self.name)
             return (self.name, self.n_bytes, str(system.ukey(path)))
+
+
+def located(name: str) -> str:
+    """The same for each spelling of a path; a URL as it is."""
+    return name if not name or _URL in name else str(Path(name).resolve())
 
 
 def is_folder(name: str) -> bool:

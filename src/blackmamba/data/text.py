@@ -36,6 +36,8 @@ class Source:
     """One thing that documents come from."""
 
     name: str
+    reader: str
+    """What makes documents of it: a corpus or data set by its name, a file by its suffixes."""
     documents: Callable[[], Iterator[str]]
     """Starts a new reading from the beginning."""
     states: Callable[[], list[tuple[str, int, int | str]]]
@@ -112,7 +114,7 @@ def _find(name: str, field: str) -> Iterable[Source]:
         corpus = find_corpus(name.removeprefix(_CORPUS))
         paths = tuple(corpus.files())
         documents = partial(_corpus_documents, corpus.documents, paths)
-        return [Source(name, documents, lambda: [TextFile(str(p)).state() for p in paths])]
+        return [Source(name, name, documents, lambda: [TextFile(str(p)).state() for p in paths])]
     if name.startswith(_DATASET):
         return [_dataset_source(name, field)]
     with reading(name):
@@ -148,7 +150,8 @@ def _find_in_folder(folder: str, field: str) -> list[Source]:
 
 
 def _file_source(file: TextFile, field: str) -> Source:
-    return Source(file.name, partial(_file_documents, file, field), lambda: [file.state()])
+    documents = partial(_file_documents, file, field)
+    return Source(file.name, file.kind + file.packing, documents, lambda: [file.state()])
 
 
 def _problem(file: TextFile) -> str | None:
@@ -288,7 +291,7 @@ def _dataset_source(name: str, field: str) -> Source:
         raise DataError(f"{name}: not how a data set is named; {advice}")
     options.setdefault("split", "train")
     documents = partial(_dataset_documents, name, path, options, field)
-    return Source(name, documents, lambda: [(name, 0, "")], documents)
+    return Source(name, name, documents, lambda: [(name, 0, "")], documents)
 
 
 def _dataset_documents(

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, cast
 
 from blackmamba.config import ModelConfig
-from blackmamba.data import DataConfig
+from blackmamba.data import DataConfig, SourceConfig
+from blackmamba.data.storage import located
 from blackmamba.errors import ConfigError
 from blackmamba.model.lora import LoRAConfig
 from blackmamba.train.loggers import LoggerName
@@ -26,6 +27,7 @@ _FREE_ON_RESUME = frozenset((
     "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "loggers",
     "recompute", "capture", "keep_best", "max_rollbacks", "checkpoint_async",
 ))  # fmt: skip
+_PATHS = ("text", "tokenizer", "sources")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,6 +306,8 @@ def check_resumable(old: RunConfig, new: RunConfig, ranks: tuple[int, int] = (1,
             was, now = getattr(before, field.name), getattr(after, field.name)
             if field.name == "accumulate" and was * readers[0] == now * readers[1]:
                 continue
+            if field.name in _PATHS and _found(was) == _found(now):
+                continue
             if was != now:
                 differing.append(f"{part}.{field.name} (was {was!r}, now {now!r})")
     if differing:
@@ -311,3 +315,16 @@ def check_resumable(old: RunConfig, new: RunConfig, ranks: tuple[int, int] = (1,
             f"this run began with other settings: {', '.join(differing)}; "
             "resume with the same, or begin anew in another folder"
         )
+
+
+def _found(value: object) -> object:
+    """What names a text or a tokenizer, with each path in one spelling."""
+    if isinstance(value, str):
+        return located(value)
+    if isinstance(value, tuple):
+        return tuple(map(_found, cast("tuple[object, ...]", value)))
+    if isinstance(value, SourceConfig):
+        return dataclasses.replace(
+            value, path=located(value.path), text=tuple(map(located, value.text))
+        )
+    return value
