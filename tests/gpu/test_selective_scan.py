@@ -174,7 +174,7 @@ def test_runs_in_a_captured_graph():
 
 @pytest.mark.parametrize("block", sorted({tuning.block for tuning in scan.CUDA_OTHERS}))
 def test_every_block_that_may_be_tuned(block: int, monkeypatch: pytest.MonkeyPatch):
-    """Of scan.cu; 104 channels are whole blocks of none."""
+    """Of the kernels in CUDA C++; 104 channels are whole blocks of none."""
     tuning = next(t for t in scan.CUDA_OTHERS if t.block == block)
 
     def forced(b: int, l: int, d: int, n_padded: int, processors: int, *_: object) -> scan.Plan:

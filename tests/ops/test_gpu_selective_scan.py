@@ -1,4 +1,4 @@
-"""The scan's kernels: Triton's interpreted, or on a GPU where there is one; scan.cu on the CPU."""
+"""The scan's kernels: Triton's interpreted, or on a GPU where there is one; CUDA's on the CPU."""
 
 import dataclasses
 import functools
@@ -235,14 +235,16 @@ def test_the_plan_that_fills_a_gpu():
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Names of scan.cu's kernels that were made; the CPU runs them now."""
+    """Names of the CUDA kernels that were made; the CPU runs them now."""
     names: list[str] = []
 
     @functools.cache
-    def kernel(source: Path, name: str, defines: tuple[tuple[str, int], ...], _: object) -> Kernel:
+    def kernel(
+        sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...], _: object
+    ) -> Kernel:
         assert CXX is not None
         names.append(name)
-        return Kernel(source, name, dict(defines), tmp_path, CXX)
+        return Kernel(sources, name, dict(defines), tmp_path, CXX)
 
     monkeypatch.setattr(cuda, "kernel", kernel)
     monkeypatch.setattr(cuda, "runs_on", lambda _: True)

@@ -33,17 +33,17 @@ def runs_on(tensor: Tensor) -> bool:
 
 
 class Kernel:
-    """One kernel of a source file.
+    """One kernel.
 
     Args:
-        source: the file; its kernels are extern "C".
+        sources: files that are compiled as one text, in this order; the kernel is extern "C".
         name: of the kernel.
         defines: macros that it is compiled with.
         device: index of the GPU.
     """
 
-    def __init__(self, source: Path, name: str, defines: Mapping[str, int], device: int):
-        binary = _compile(source, tuple(sorted(defines.items())), _architecture(device))
+    def __init__(self, sources: Sequence[Path], name: str, defines: Mapping[str, int], device: int):
+        binary = _compile(tuple(sources), tuple(sorted(defines.items())), _architecture(device))
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._function = ctypes.c_void_p()
         module = ctypes.c_void_p()
@@ -80,9 +80,11 @@ class Kernel:
 
 
 @functools.cache
-def kernel(source: Path, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
+def kernel(
+    sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...], device: int
+) -> Kernel:
     """The kernel, compiled and loaded once in a process."""
-    return Kernel(source, name, dict(defines), device)
+    return Kernel(sources, name, dict(defines), device)
 
 
 def _architecture(device: int) -> str:
@@ -91,19 +93,26 @@ def _architecture(device: int) -> str:
 
 
 @functools.cache
-def _compile(source: Path, defines: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """The source as machine code, from disk if it was compiled before."""
+def _compile(
+    sources: tuple[Path, ...], defines: tuple[tuple[str, int], ...], architecture: str
+) -> bytes:
+    """The sources as machine code, from disk if they were compiled before."""
     options = [f"--gpu-architecture={architecture}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in defines]
-    text = source.read_bytes()
+    text = one_text(sources).encode()
     what = "\0".join([torch.__version__, torch.version.cuda or "", *options]).encode() + text
     kept = kept_kernels() / f"{hashlib.sha256(what).hexdigest()}.cubin"
     with contextlib.suppress(OSError):
         return kept.read_bytes()
-    binary = _compiled(source.name, text, options)
+    binary = _compiled(sources[-1].name, text, options)
     with contextlib.suppress(OSError), atomic_file(kept) as temporary:  # a full or read-only disk
         temporary.write_bytes(binary)
     return binary
+
+
+def one_text(sources: Sequence[Path]) -> str:
+    """The files one after another; a compiler names each where it complains."""
+    return "".join(f'#line 1 "{source.name}"\n{source.read_text()}' for source in sources)
 
 
 def kept_kernels() -> Path:

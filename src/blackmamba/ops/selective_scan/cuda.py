@@ -1,4 +1,4 @@
-"""Launches of scan.cu: the passes of kernels.py for up to 16 states on NVIDIA GPUs.
+"""Launches of the kernels in CUDA C++: the passes of kernels.py with 16 states on NVIDIA GPUs.
 
 Letters: b batch, l sequence, d d_inner, n d_state.
 """
@@ -12,9 +12,13 @@ from torch import Tensor
 
 from blackmamba.ops.gpu import cuda
 
-_SOURCE = Path(__file__).with_name("scan.cu")
+_SOURCES = {
+    "scan_forward": ("scan.cu", "scan_forward.cu"),
+    "scan_backward_local": ("scan.cu", "scan_backward_local.cu"),
+    "scan_backward": ("scan.cu", "scan_units.cu", "scan_backward.cu"),
+}
+"""Of each kernel, the files that are one text."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_KERNELS = ("scan_forward", "scan_backward_local", "scan_backward")
 _SPAN = 16
 
 
@@ -47,7 +51,7 @@ _Backward = _struct(
 
 
 def fits(n_padded: int, rows: list[Tensor | None], wide: list[Tensor | None]) -> bool:
-    """Whether scan.cu can take (b, l, d) tensors `rows` and float32 tensors `wide`."""
+    """Whether these kernels can take (b, l, d) tensors `rows` and float32 tensors `wide`."""
     first = rows[0]
     assert first is not None
     if n_padded != 16 or first.shape[2] % 8 or not cuda.runs_on(first):
@@ -85,18 +89,23 @@ def launch(
         setattr(arguments, key, value)
     arguments.s = _Sizes(*sizes)
     flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}
-    shared_bytes = _shared_bytes(name, warps, flags)
-    flags |= {"WARPS": warps, "SHARED": shared_bytes, "KERNEL": _KERNELS.index(name)}
-    kernel = cuda.kernel(_SOURCE, name, tuple(sorted(flags.items())), present.device.index)
+    shared_bytes = _shared_bytes(name, warps, present.dtype)
+    flags |= {"WARPS": warps, "SHARED": shared_bytes}
+    sources = tuple(Path(__file__).with_name(file) for file in _SOURCES[name])
+    kernel = cuda.kernel(sources, name, tuple(sorted(flags.items())), present.device.index)
     kernel.launch(blocks, 32 * warps, arguments, shared_bytes)
 
 
-def _shared_bytes(name: str, warps: int, flags: dict[str, int]) -> int:
+def _shared_bytes(name: str, warps: int, dtype: torch.dtype) -> int:
     """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
-    floats = {"scan_forward": 16 + 40, "scan_backward_local": 16, "scan_backward": 48}[name] * _SPAN
+    floats = {"scan_forward": 16 + 40, "scan_backward_local": 16, "scan_backward": 3 * 8}[name]
+    floats *= _SPAN
     if name == "scan_backward":
-        floats += _SPAN // 4 * 32 * 4 + 2 * 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
-    return 4 * warps * floats + 2 * _SPAN * 32 * (2 if flags["NARROW_BC"] else 4)
+        short = dtype == torch.bfloat16
+        floats += _SPAN * (8 if short else 16) + (4 * 8 * 16 if short else 4 * 2 * 8 * 20)
+        floats += 2 * _SPAN // 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
+        floats += 2 * 32 * (4 * dtype.itemsize + (2 if short else 4))
+    return 4 * (warps * floats + 2 * _SPAN * 32)
 
 
 _DEFAULTS = {
@@ -108,5 +117,5 @@ _DEFAULTS = {
     "HAS_FIRST": 0,
     "KEEP": 0,
     "LOCAL": 0,
-    "NARROW_BC": 0,
+    "SHORT_BC": 0,
 }

@@ -29,9 +29,6 @@ from blackmamba.ops.selective_scan.plan import (
 )
 
 TILES = 1
-NARROW = (False, False)
-"""Whether scan.cu reads B and C as bfloat16, forward and backward: half the bytes of shared memory,
-and more instructions, of which there are too many."""
 
 
 def selective_scan_gpu(
@@ -115,13 +112,10 @@ class _Call:
         }
         self._B, self._C, self._seq_idx = B, C, seq_idx
 
-    def pack(self, narrow: bool = False) -> None:
-        """Put B and C side by side; in float32, or in bfloat16 if they are and scan.cu shall widen
-        them."""
+    def pack(self) -> None:
+        """Put B and C side by side, in float32."""
         x, B, C, seq_idx = self.x, self._B, self._C, self._seq_idx
-        narrow &= {t.dtype for t in (x, B, C)} == {torch.bfloat16}
-        kind = torch.bfloat16 if narrow else torch.float32
-        self.packed = x.new_empty(self.b, self.l_padded, 2, self.n_padded, dtype=kind)
+        self.packed = x.new_empty(self.b, self.l_padded, 2, self.n_padded, dtype=torch.float32)
         self.resets = (
             self.packed
             if seq_idx is None
@@ -205,7 +199,7 @@ class _Call:
         defines: Mapping[str, int],
         tensors: Mapping[str, Tensor | None],
     ) -> None:
-        """Run a kernel of scan.cu."""
+        """Run a kernel in CUDA C++."""
         sizes = (self.l, self.d, self.l_padded, plan.n_chunks, plan.chunk)
         shared = {
             "x": self.x,
@@ -217,8 +211,8 @@ class _Call:
         shared |= {"D": self.D, "bias": self.dt_bias, "resets": self.resets}
         flags = {name: int(value) for name, value in self.flags.items() if name != "N"}
         n_blocks = math.ceil(self.d / plan.block)
-        narrow = self.packed.dtype == torch.bfloat16
-        flags |= {"HAS_D": int(self.D is not None), "NARROW_BC": int(narrow)}
+        short = torch.float32 not in (self._B.dtype, self._C.dtype)
+        flags |= {"HAS_D": int(self.D is not None), "SHORT_BC": int(short)}
         flags |= {"MIN_BLOCKS": plan.resident // plan.warps, **defines}
         tensors = {**shared, **tensors}
         cuda.launch(name, self.grid(plan)[0], plan.warps, (*sizes, n_blocks), tensors, flags)
@@ -264,7 +258,7 @@ def _forward(
         return y, final_state.copy_(initial_state), starts
     call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
     by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias])
-    call.pack(by_cuda and NARROW[0])
+    call.pack()
     flags = call.flags | {"S": SPAN, "HAS_D": D is not None, "KEEP": keep, "AHEAD": True}
     first = None if initial_state is None else call.padded_state(initial_state)
     z_ = call.x if call.z is None else call.z
@@ -399,7 +393,7 @@ def backward_into(
         [call.x, call.dt, call.z, grad_y, *written.values()],
         [call.D, call.dt_bias],
     )
-    call.pack(by_cuda and NARROW[1])
+    call.pack()
     z_ = call.x if call.z is None else call.z
     D_ = call.A if call.D is None else call.D
     bias = call.A if call.dt_bias is None else call.dt_bias

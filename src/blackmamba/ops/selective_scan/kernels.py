@@ -512,7 +512,7 @@ def sum_kernel(
     N: tl.constexpr, ROWS: tl.constexpr, OF_UNITS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of B and C: sums over the blocks of channels, always in the same order.
-    OF_UNITS: of 16 states, in the order in which scan.cu's threads have them from matrix units.
+    OF_UNITS: of 16 states, in the order in which `Turned` of scan_units.cu has them.
 
     Owns four tokens of one row. Keeps [ROWS, 8 N] sums. Moves n_blocks 8 N numbers in. Bound by
     bytes.
@@ -528,9 +528,9 @@ def sum_kernel(
         total += tl.load(partial + at * (8 * N) + place[None, :], at < n_blocks, other=0.0)
     total = tl.sum(total, 0)
     if OF_UNITS:
-        k = place // 16 % 4 * 4 + place // 4 % 2 * 2 + place % 2
-        t = tile * 4 + place // 64 * 2 + place // 8 % 2
-        of_B = place // 2 % 2 == 0
+        k = place % 4 * 4 + place // 16 % 4
+        t = tile * 4 + place // 4 % 4
+        of_B = place < 64
     else:
         k = (place // 4) % N
         t = tile * 4 + place % 4

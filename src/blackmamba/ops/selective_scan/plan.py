@@ -65,7 +65,7 @@ CUDA_BACKWARD = (
     Tuning(block=64, numbers=4, resident=16, extra=0.22, slower=0.9),
     Tuning(block=32, numbers=4, resident=20, extra=0.22),
 )
-"""Of scan.cu: sizes of which one or another fills a GPU evenly; the first of equals."""
+"""In CUDA C++: sizes of which one or another fills a GPU evenly; the first of equals."""
 CUDA_OTHERS = tuple(
     Tuning(block=block, numbers=4, resident=resident, extra=0.4)
     for block in (16, 32, 48, 64, 80)  # the backward pass takes warps by twos
@@ -77,7 +77,7 @@ OTHERS = tuple(
     for block in (8, 16, 32)
     for numbers in (2, 4, 8)
 )
-"""What `blackmamba tune` tries besides, of scan.cu and of kernels.py."""
+"""What `blackmamba tune` tries besides, in CUDA C++ and in Triton."""
 _CHUNKS_TO_TRY = (1, 2, 3, 4, 5, 6, 8, 11, 12, 16, 22, 24, 32, 44, 64)
 _TRIED_TIME = 1.4  # of the least that is expected: what may yet be the fastest
 
