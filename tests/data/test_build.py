@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import hashlib
 import json
+import multiprocessing
+import operator
 import os
 import signal
 import subprocess
@@ -218,6 +220,18 @@ def test_a_worker_that_dies_is_told():
         pytest.raises(DataError, match=r"a worker process ended \(status 3;.*go on"),
     ):
         list(map_(range(9)))
+
+
+def test_workers_are_forked_from_one_server_as_they_are_needed():
+    before = len(multiprocessing.active_children())
+    with in_order(operator.methodcaller, ("__call__",), 5) as map_:  # pyright: ignore
+        workers = list(map_([os.getpid, os.getpid]))
+        assert len({os.getpid(), *workers}) == 3
+        assert len(multiprocessing.active_children()) == before + 2
+        (server,) = set(map_([os.getppid] * 7))
+        assert len(multiprocessing.active_children()) == before + 5
+    assert server not in (os.getpid(), *workers)
+    assert len(multiprocessing.active_children()) == before
 
 
 def test_two_at_once(config: ShardConfig, tmp_path: Path):

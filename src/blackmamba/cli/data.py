@@ -11,6 +11,8 @@ from blackmamba.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from blackmamba.data.build import Done
 
+_MAX_WORKERS = 16  # as many as one reader of packed text can feed: docs/data.md
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the sub-command and its own ones."""
@@ -75,7 +77,7 @@ def _add_prepare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     prepare.add_argument("--split-seed", type=int, default=0, help="of what is held out")
     prepare.add_argument("--shard-mb", type=float, default=256.0, help="ids a shard (default 256)")
-    prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
+    prepare.add_argument("--workers", type=int, help="processes (default: one a core, 16 at most)")
     prepare.add_argument(
         "--part", metavar="I/N", help="prepare share I (from 0) of N; then `data join`"
     )
@@ -100,7 +102,9 @@ def run_prepare(args: argparse.Namespace) -> int:
         part=part,
         n_parts=n_parts,
     )
-    n_workers = args.workers if args.workers is not None else len(os.sched_getaffinity(0))
+    n_workers = args.workers
+    if n_workers is None:
+        n_workers = min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
     with _Progress() as progress:
         index = prepare_shards(config, args.out, n_workers=n_workers, on_progress=progress.show)
     _print_counts(args.out / config.part_folder)

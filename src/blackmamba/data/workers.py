@@ -1,5 +1,7 @@
 """Worker processes that do blocks of work and give the results in order.
 
+A server process without threads imports what the work needs once and forks the workers, each when
+there is a first item for it: starting Python and importing torch in every one takes seconds each.
 Each worker is fed by a pipe of its own and ends when that pipe does, so that none outlives a main
 process that was killed.
 """
@@ -12,15 +14,16 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, TypeVar
 
 from blackmamba.errors import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
-_Worker = tuple[SpawnProcess, Any]  # and our end of its pipe
+_Worker = tuple[ForkServerProcess, Any]  # and our end of its pipe
 _AHEAD = 2  # blocks that a worker has at once
 
 
@@ -33,23 +36,20 @@ def in_order(
     Args:
         make: gives a worker, from `arguments`, what it does to an item; importable by name.
         arguments: are sent to each worker once.
-        n_workers: 1 works in this process.
+        n_workers: at most; no more than items are started. 1 works in this process.
     Raises:
         DataError: a worker died.
     """
     if n_workers == 1:
         yield lambda items: map(make(*arguments), items)
         return
-    context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
+    context = multiprocessing.get_context("forkserver")  # a copy of us, with threads, may hang
+    context.set_forkserver_preload([make.__module__])
     workers: list[_Worker] = []
     try:
-        for _ in range(n_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, make, arguments), daemon=True)
-            process.start()
-            theirs.close()
-            workers.append((process, ours))
-        yield lambda items: _deal(workers, items)
+        yield lambda items: _deal(
+            workers, n_workers, partial(_start, context, make, arguments), items
+        )
     finally:
         for _, pipe in workers:
             pipe.close()
@@ -61,12 +61,24 @@ def in_order(
             process.close()
 
 
-def _deal(workers: list[_Worker], items: Iterable[T]) -> Iterator[R]:
+def _start(context: ForkServerContext, *work: Any) -> _Worker:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, *work), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _deal(
+    workers: list[_Worker], n_workers: int, start: Callable[[], _Worker], items: Iterable[T]
+) -> Iterator[R]:
     """Item i goes to worker i modulo their number."""
     waiting: collections.deque[int] = collections.deque()
     for number, item in enumerate(items):
-        worker = number % len(workers)
-        if len(waiting) == _AHEAD * len(workers):
+        worker = number % n_workers
+        if worker == len(workers):
+            workers.append(start())
+        if len(waiting) == _AHEAD * n_workers:
             yield _ask(workers[waiting.popleft()])
         _ask(workers[worker], item)
         waiting.append(worker)
