@@ -6,7 +6,7 @@ step must: the weights of all but the experts, those of the experts that so many
 at random, and the state, read and written. Prefill is measured against the rate of a large product.
 
     python benchmarks/gpu_generation.py [--preset blackmamba-1.5b] [--batches 1 4 16 64 256]
-    python benchmarks/gpu_generation.py --profile [--prompts 8x2048 1x2048]
+    python benchmarks/gpu_generation.py --profile [--prompts 8x2048 1x2048] [--fused]
 
 The second prints where the time of a recorded prompt goes, and nothing else.
 """
@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 import blackmamba
-from blackmamba.generate.captured import CapturedDecoder
+from blackmamba.generate import prefill
+from blackmamba.generate.captured import CapturedDecoder, plain_weights
 from blackmamba.generate.prefill import read_piece
 from blackmamba.model import BlackMamba, State
 from blackmamba.model.size import training_flops_per_token
@@ -105,8 +106,12 @@ def profile(preset: str, prompts: Sequence[str], tiny: bool = False) -> None:
             f"{prompt:>10}{ms['clock']:>9.2f}{ms['in a row']:>9.2f}{ms['host']:>8.2f}"
             f"{ms['kernels']:>9.2f}{ms['launches']:>9.0f}{ms['gaps']:>8.2f}{ms['share']:>13.1%}"
         )
+        print(" " * 10 + ", ".join(f"{k} {v:.2f}" for k, v in ms.items() if k not in _HEAD))
     facts = {"preset": preset, **machine(), **origin()}
     print(json.dumps({"benchmark": "gpu_generation", "tiny": tiny, **facts, "profile": found}))
+
+
+_HEAD = ("clock", "in a row", "host", "kernels", "launches", "gaps", "share")
 
 
 def _profile_prompt(model: BlackMamba, ids: torch.Tensor, rate: float) -> dict[str, float]:
@@ -117,14 +122,19 @@ def _profile_prompt(model: BlackMamba, ids: torch.Tensor, rate: float) -> dict[s
         "clock": 1e3 * clock(run, 9),
         "in a row": 1e2 * clock(lambda: [run() for _ in range(10)], 3),
     }
-    _wait()
-    start = time.perf_counter()
-    run()
-    ms["host"] = 1e3 * (time.perf_counter() - start)
+    ms["host"] = 1e3 * _host(run)
     launches = _launches(run)
     busy = [(name, (end - begin) / 1e3) for name, begin, end in launches]
     flops = training_flops_per_token(model.config, ids.shape[1]) / 3
     flops -= 2 * model.config.vocab_size * model.config.d_model
+    if model in prefill._KEPT:
+        graph = next(reversed(prefill._KEPT[model]._kept.values()))._graph
+        assert graph is not None
+        replay = graph.replay
+        ms["graph"] = 1e3 * clock(replay, 9)
+        ms["graph in a row"] = 1e2 * clock(lambda: [replay() for _ in range(10)], 3)
+        ms["graph's launch"] = 1e3 * _host(replay)
+        ms["walk"] = 1e3 * _host(lambda: plain_weights(model))
     ms |= {
         "kernels": sum(t for _, t in busy),
         "launches": len(busy),
@@ -148,6 +158,17 @@ def _profile_prompt(model: BlackMamba, ids: torch.Tensor, rate: float) -> dict[s
     for (_, _, last), (name, begin, end) in itertools.pairwise(launches[middle : middle + 61]):
         print(f"  {begin - last:>9.2f}{end - begin:>9.2f} us  {name[:80]}")
     return ms
+
+
+def _host(run: Callable[[], object]) -> float:
+    """Median seconds until all of it is launched."""
+    times: list[float] = []
+    for _ in range(9):
+        _wait()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _launches(run: Callable[[], object]) -> list[tuple[str, float, float]]:
@@ -235,7 +256,9 @@ if __name__ == "__main__":
     parser.add_argument("--profile", action="store_true", help="only where a prompt's time goes")
     parser.add_argument("--prompts", nargs="+", default=["8x2048", "1x2048"], help="to profile")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
+    parser.add_argument("--fused", action="store_true", help="the pass of generate/prompt.py")
     options = parser.parse_args()
+    prefill.FUSED = options.fused
     if options.profile:
         profile(options.preset, options.prompts, options.tiny)
     else:

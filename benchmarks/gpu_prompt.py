@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from blackmamba.ops import rms_norm
-from blackmamba.ops.linear_cross_entropy.gpu import _add_product
-from blackmamba.ops.rms_norm import add_rms_norm
+from blackmamba.ops import add_rms_norm, linear, router_choice
+from blackmamba.ops.prompt import gpu as prompt
 from blackmamba.presets import presets
 from gpu_measure import DEVICE, Call, limits, machine, normal, timed
 
@@ -43,28 +42,54 @@ def main(
 def _parts(preset: str, t: int) -> dict[str, tuple[Call, float]]:
     """What to call, and the bytes that it moves at least."""
     config = presets[preset]
-    m, d = config.d_model, config.d_inner
+    m, d, e = config.d_model, config.d_inner, config.n_experts
     stream, update, y = normal(t, m, dtype=torch.float32), normal(t, m), normal(t, d)
-    weight, norm = normal(m, d) / d**0.5, torch.ones(m, device=DEVICE)
-    added, wide = stream.clone(), torch.empty_like(stream)
-
-    def add_norm() -> None:
-        add_rms_norm(stream, update, norm, out_dtype=torch.bfloat16)
-
-    product = 2 * (t * d + d * m)
-    return {
-        "out_proj": (lambda: torch.mm(y, weight.t(), out=update), product + 2 * t * m),
-        "out_proj, float32": (
-            lambda: _add_product(wide, y, weight.t(), beta=0),
-            product + 4 * t * m,
+    norm, none = torch.ones(m, device=DEVICE), torch.zeros(m, device=DEVICE).bfloat16()
+    weight, wide = normal(m, d) / d**0.5, normal(2 * d, m) / m**0.5
+    none_wide = torch.zeros(2 * d, device=DEVICE).bfloat16()
+    router = normal(e, m, dtype=torch.float32) / m**0.5, torch.zeros(e, device=DEVICE)
+    found: dict[str, tuple[Call, float]] = {
+        "in_proj": (lambda: linear(update, wide), 2 * (t * m + 2 * d * m + 2 * t * d)),
+        "in_proj, with a bias": (
+            lambda: linear(update, wide, none_wide),
+            2 * (t * m + 2 * d * m + 2 * t * d),
         ),
-        "out_proj, added to the stream": (
-            lambda: _add_product(added, y, weight.t(), beta=1),
-            product + 8 * t * m,
+        "in_proj, in halves": (
+            lambda: [linear(part, wide) for part in update.chunk(2)],
+            2 * (t * m + 2 * d * m + 2 * t * d),
         ),
-        "norm of the sum": (add_norm, 12 * t * m),
-        "norm": (lambda: rms_norm(stream, norm, out_dtype=torch.bfloat16), 6 * t * m),
+        "out_proj": (lambda: linear(y, weight), 2 * (t * d + d * m + t * m)),
+        "out_proj, with a bias": (lambda: linear(y, weight, none), 2 * (t * d + d * m + t * m)),
+        "norm of the sum, then router": (
+            lambda: router_choice(
+                add_rms_norm(stream, update, norm, out_dtype=torch.bfloat16)[1], *router
+            ),
+            12 * t * m,
+        ),
+        "norm of the sum": (
+            lambda: add_rms_norm(stream, update, norm, out_dtype=torch.bfloat16),
+            12 * t * m,
+        ),
     }
+    for cut in prompt.NORM_CUTS:
+        for name, own in ("norm of the sum and router", router), ("norm of the sum", None):
+            found[f"{name}, {cut.rows} rows by {cut.warps} warps"] = (
+                lambda cut=cut, own=own: _norm(stream, update, norm, own, cut),
+                12 * t * m,
+            )
+    return found
+
+
+def _norm(
+    stream: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    router: tuple[torch.Tensor, torch.Tensor] | None,
+    cut: prompt.NormCut,
+) -> None:
+    usual, prompt.NORM = prompt.NORM, cut
+    prompt.norm(stream, weight, 1e-5, torch.bfloat16, update=update, router=router)
+    prompt.NORM = usual
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.generate.captured import SIZES, Weights, cannot_capture_any, plain_weights
+from blackmamba.generate.prompt import PromptPass
 from blackmamba.model import BlackMamba, State
 from blackmamba.ops import gpu
 
@@ -28,6 +29,9 @@ LENGTHS = (
     16_384,
 )  # fmt: skip
 """What rows are padded to."""
+
+FUSED = False
+"""Whether recordings are of a `PromptPass`."""
 
 
 def read_piece(
@@ -144,6 +148,7 @@ class Recording:
         self._ids = torch.zeros(b, l, dtype=torch.int64, device=device)
         self._lengths = torch.full((b,), l, device=device) if has_pads else None
         self._first = model.initial_state(b) if goes_on else None
+        self._pass = PromptPass(model) if FUSED and gpu.missing() is None else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._found: tuple[Tensor, State] | None = None
         if gpu.missing() is None and not gpu.interpreted() if graph is None else graph:
@@ -180,14 +185,18 @@ class Recording:
 
     @torch.inference_mode()
     def _run(self) -> tuple[Tensor, State]:
-        return self._model._read(self._ids, self._first, self._lengths)
+        model: Any = self._model  # a weak proxy
+        if self._pass is not None:
+            return self._pass(model, self._ids, self._first, self._lengths)
+        return model._read(self._ids, self._first, self._lengths)
 
 
 def _first_rows(state: State, b: int) -> State:
     """A copy of the first b rows."""
     found = {name: tensor[:b] for name, tensor in state.to_tensors().items()}
     copies = {name: torch.empty_like(tensor) for name, tensor in found.items()}
-    for dtype in {tensor.dtype for tensor in found.values()}:  # of one dtype, by one kernel on a GPU
+    # those of one dtype at once: by one kernel on a GPU
+    for dtype in {tensor.dtype for tensor in found.values()}:
         names = [name for name, tensor in found.items() if tensor.dtype == dtype]
         torch._foreach_copy_([copies[name] for name in names], [found[name] for name in names])
     return State.from_tensors(state, copies)

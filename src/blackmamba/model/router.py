@@ -138,7 +138,7 @@ class Router(nn.Module):
         config, k = self.config, self.config.experts_per_token
         balanced = self.training if balanced is None else balanced
         by_plan = config.router == "sinkhorn" and balanced
-        if not (by_plan or torch.is_grad_enabled()) and self._is_plain:
+        if not (by_plan or torch.is_grad_enabled()) and self.is_plain:
             logits, expert_ids, gate = router_choice(x, self.weight, self.bias)
             return Routing(expert_ids, gate, logits)
         logits = router_logits(x, self.weight, self.bias)
@@ -156,7 +156,7 @@ class Router(nn.Module):
         return Routing(expert_ids, gate.view(expert_ids.shape), logits)
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether, without a plan, the largest logit wins and its sigmoid is the gate."""
         config = self.config
         others = config.router == "softmax" or config.normalize_gates

@@ -71,21 +71,37 @@ def _forward(
     silu: bool,
 ) -> Tensor:
     y = x.new_empty(x.shape)
-    if x.numel() == 0:
-        return y
-    kept = _Kept(x, weight, bias, before, seq_idx, silu)
-    _, l, d = x.shape
+    if x.numel():
+        _run_forward(_Kept(x, weight, bias, before, seq_idx, silu), y, y, y)
+    return y
+
+
+def forward_of_prompt(
+    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d` with SiLU and its final state, of rows that are not empty, in one launch and
+    without a gradient; `before` is in x's dtype."""
+    (b, _, d), k = x.shape, weight.shape[1]
+    y, last = x.new_empty(x.shape), x.new_empty(b, d, k - 1)
+    flags = {"LAST": True, "HAS_LENGTHS": lengths is not None}
+    kept = _Kept(x, weight, bias, before, None, True)
+    _run_forward(kept, y, last, y if lengths is None else lengths, **flags)
+    return y, last
+
+
+def _run_forward(kept: "_Kept", y: Tensor, last: Tensor, lengths: Tensor, **flags: bool) -> None:
+    _, l, d = y.shape
 
     def run(cut: Cut) -> None:
         _kernels().conv1d_forward_kernel[kept.grid(cut)](
-            *kept.tensors, y, l, d, cut.chunk, *kept.strides, **kept.flags, **_sizes(cut)
-        )
+            *kept.tensors, y, last, lengths, l, d, cut.chunk, *kept.strides,
+            **kept.flags, **flags, **_sizes(cut),
+        )  # fmt: skip
 
     is_few = math.prod(kept.grid(FORWARD)) < FEW_FORWARD
     default = FORWARD_OF_FEW if is_few else FORWARD
     name = "causal_conv1d forward"
     run(tuning.pick(name, kept.size(), default, lambda: FORWARD_CUTS, run))
-    return y
 
 
 @torch.library.custom_op("blackmamba::causal_conv1d_gpu_backward", mutates_args=())

@@ -44,11 +44,12 @@ def _weighted(inputs, weights, bias, documents, K: tl.constexpr, HAS_SEQ: tl.con
 
 @triton.jit
 def conv1d_forward_kernel(
-    x, weight, bias, before, seq, y, l, d, chunk, x_b, x_l, s_b, s_l,
+    x, weight, bias, before, seq, y, last, lengths, l, d, chunk, x_b, x_l, s_b, s_l,
     BD: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_SEQ: tl.constexpr, SILU: tl.constexpr,
+    LAST: tl.constexpr = False, HAS_LENGTHS: tl.constexpr = False,
 ):  # fmt: skip
-    """y = silu(weights times the last K inputs).
+    """y = silu(weights times the last K inputs); LAST: the row's last K - 1 real inputs, too.
 
     Owns BD channels of a row over one chunk. Keeps weights and the last K inputs. Moves x and y
     once. Bound by bytes.
@@ -61,6 +62,13 @@ def conv1d_forward_kernel(
     y += row * l * d
     before += row * d * (K - 1)
     seq += row * s_b
+    if LAST:  # noqa: SIM102 # known when it is compiled, unlike the other
+        if tl.program_id(1) == 0:
+            n = tl.load(lengths + row).to(tl.int32) if HAS_LENGTHS else l
+            for j in tl.static_range(K - 1):
+                value = _input(x, before, n - (K - 1) + j, l, x_l, d, c, here, K, HAS_BEFORE)
+                at = last + row * d * (K - 1) + c * (K - 1) + j
+                tl.store(at, value.to(last.dtype.element_ty), here)
     w = ()
     for j in tl.static_range(K):
         w += (tl.load(weight + c * K + j, here, other=0.0).to(tl.float32),)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops.causal_conv1d import gpu as conv
+from blackmamba.ops.prompt.gpu import fill_pads_
 from blackmamba.ops.selective_scan import gpu as scan
 
 
@@ -74,6 +75,43 @@ def _forward(
     if not keep:
         columns, dt = x.new_empty(0), x.new_empty(0)
     return y, final_state, x if keep_x else x.new_empty(0), columns, dt, starts
+
+
+def mamba_mixer_of_prompt(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    before: Tensor | None,
+    first: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mamba_mixer` of rows that go on, without a gradient.
+
+    Args:
+        xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D: see `mamba_mixer`; A is float32.
+        before: (b, d, k - 1), the convolution's inputs before x, in xz's dtype; None: zeros.
+        first: (b, d, n), the state before x; None: zeros.
+        lengths: (b,) int64, at least 0: rows are right-padded; a pad changes no memory.
+    Returns:
+        y (b, l, d), which means nothing at pads, and the new memory of convolution and scan.
+    """
+    (d, r), n = dt_proj.shape, A.shape[1]
+    x, last = conv.forward_of_prompt(xz[..., :d], conv_weight, conv_bias, before, lengths)
+    columns = _aligned(x, *x.shape[:2], len(x_proj))
+    torch.mm(x.flatten(0, 1), x_proj.t(), out=columns.flatten(0, 1))
+    low, B, C = _parts(columns, r, n)
+    narrow = _aligned(dt_proj, d, r).copy_(dt_proj) if r % 8 else dt_proj
+    dt = torch.mm(low.flatten(0, 1), narrow.t()).view(x.shape)
+    if lengths is not None:
+        fill_pads_(dt, lengths)
+    z = xz[..., d:]
+    y, final_state, _ = scan._forward(x, dt, A, B, C, D, z, dt_bias, first, None, True, False)
+    return y, last, final_state
 
 
 @torch.library.custom_op("blackmamba::mamba_mixer_backward", mutates_args=())

@@ -1,0 +1,113 @@
+"""Launches of kernels.py. No gradient; tensors are contiguous.
+
+Letters: b batch, l sequence, t tokens (b l), m d_model, d d_inner, e experts, v vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops import gpu
+from blackmamba.ops.gpu import tuning
+
+MOST_EXPERTS = 16
+"""That a program has sums for."""
+BLOCK = 128  # columns at a time: 16 bytes of float32 a thread
+
+
+@dataclasses.dataclass(frozen=True)
+class NormCut:
+    """How the rows are cut into programs."""
+
+    rows: int
+    warps: int
+
+
+NORM = NormCut(1, 1)
+NORM_CUTS = (NormCut(1, 1), NormCut(2, 2), NormCut(4, 4), NormCut(8, 8))
+"""What `blackmamba tune` tries."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """Which expert each token goes to."""
+
+    expert_ids: Tensor
+    """(t,) int64."""
+    gate: Tensor
+    """(t,) float32: the sigmoid of the expert's logit."""
+
+
+def routable(weight: Tensor) -> bool:
+    """Whether `norm` can choose by a router of this weight, (e, m)."""
+    return weight.dtype == torch.float32 and 1 <= len(weight) <= MOST_EXPERTS
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    update: Tensor | None = None,
+    ids: Tensor | None = None,
+    stream: torch.dtype | None = None,
+    router: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Routes | None]:
+    """The residual stream, its RMSNorm, and by that the choice of an expert.
+
+    Args:
+        x: (t, m), the stream; or (v, m), the embedding, if there are `ids`.
+        weight: (m,), eps: of the norm.
+        dtype: of the norm.
+        update: (t, m), added to x first, in x's own memory.
+        ids: (t,) int64, the rows of x that the stream consists of.
+        stream: dtype of the stream, if there are `ids`.
+        router: float32 (e, m), times the norm's weight, and the bias (e,); `routable`. Its logits
+            are of the norm before that is rounded to `dtype`.
+    """
+    m = x.shape[1]
+    total, t, source, other = x, len(x), 0, x
+    if ids is not None:
+        t, source, other = len(ids), 2, ids
+        total = x.new_empty(t, m, dtype=stream)
+    elif update is not None:
+        source, other = 1, update
+    y = x.new_empty(t, m, dtype=dtype)
+    routes, n_experts, (columns, bias) = None, 0, router or (weight, weight)
+    if router is not None:
+        n_experts = len(columns)
+        routes = Routes(x.new_empty(t, dtype=torch.int64), x.new_empty(t, dtype=torch.float32))
+    expert_ids, gate = (y, y) if routes is None else (routes.expert_ids, routes.gate)
+
+    def run(cut: NormCut) -> None:
+        gpu.launch(
+            _kernels().norm_kernel, (-(-t // cut.rows),),
+            x, other, weight, eps, total, y, columns, bias, expert_ids, gate, t, m,
+            SOURCE=source, ROWS=cut.rows, BLOCK=BLOCK, BLOCKS=-(-m // BLOCK), E=n_experts,
+            num_warps=cut.warps,
+        )  # fmt: skip
+
+    if t:
+        size = f"t={tuning.rounded(t)} m={m} e={n_experts} source={source}"
+        run(tuning.pick("prompt norm", size, NORM, lambda: NORM_CUTS, run))
+    return total, y, routes
+
+
+def fill_pads_(dt: Tensor, lengths: Tensor) -> None:
+    """dt (b, l, d) = -infinity from each row's length on; lengths (b,)."""
+    b, l, d = dt.shape
+    rows, block = 64, 128
+    gpu.launch(
+        _kernels().fill_pads_kernel, (-(-d // block), -(-l // rows), b),
+        dt, lengths, l, d, dt.stride(1), ROWS=rows, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def _kernels() -> Any:
+    """kernels.py, whose language Python's types do not describe; triton is imported only now."""
+    from blackmamba.ops.prompt import kernels
+
+    return kernels

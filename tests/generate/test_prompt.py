@@ -1,0 +1,73 @@
+"""The pass over prompts that recordings are of: its kernels interpreted where there is no GPU."""
+
+import dataclasses
+
+import pytest
+import torch
+from numerics import largest_difference
+
+from blackmamba.generate.prompt import PromptPass
+from blackmamba.model import BlackMamba, State
+from blackmamba.ops import gpu
+from blackmamba.presets import presets
+
+pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason="needs triton")
+DEVICE = "cpu" if gpu.interpreted() else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("BLACKMAMBA_BACKEND", raising=False)
+
+
+def build(dtype: torch.dtype = torch.float32, **changes: object) -> BlackMamba:
+    options = {"vocab_size": 96, "unused_vocab": 0, "d_model": 24, "d_state": 4, "d_expert": 16}
+    options |= {"layers": ("mamba", "moe", "mamba")} | changes
+    config = dataclasses.replace(presets["tiny"], **options)
+    torch.manual_seed(0)
+    model = BlackMamba(config, dtype=dtype).to(DEVICE).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "router" in name or name.endswith(("conv_bias", ".D")):
+                parameter.normal_()
+    return model
+
+
+def differ(found: tuple[torch.Tensor, State], expected: tuple[torch.Tensor, State]) -> float:
+    worst = largest_difference(found[0], expected[0])
+    for name, tensor in found[1].to_tensors().items():
+        worst = max(worst, largest_difference(tensor, expected[1].to_tensors()[name]))
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("goes_on", "lengths", "changes"),
+    [
+        (False, None, {}),
+        (True, [7, 1, 9], {}),
+        (False, [2, 9, 9], {"layers": ("mamba", "mlp", "moe"), "d_mlp": 32, "d_shared_expert": 16}),
+        (True, None, {"mamba_norm": True, "router": "softmax"}),
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_as_the_model_reads(goes_on: bool, lengths: list[int] | None, changes: dict[str, object]):
+    model = build(**changes)
+    ids = torch.randint(0, 96, (3, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    state = model.prefill(ids[:, :4].flip(1))[1] if goes_on else None
+    counts = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    expected = model.prefill(ids, state, lengths=counts, logits="last")
+    found = PromptPass(model)(model, ids, state, counts)
+    assert differ(found, expected) < 2e-5
+
+
+@torch.inference_mode()
+def test_bfloat16_is_no_further_from_float32_than_the_models_own():
+    model = build()
+    narrow = build(torch.bfloat16)
+    ids = torch.randint(0, 96, (2, 8), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    exact = model.prefill(ids, logits="last")
+    own = narrow.prefill(ids, logits="last")
+    found = PromptPass(narrow)(narrow, ids, None, None)
+    assert found[0].dtype == torch.bfloat16
+    assert differ(found, exact) < 1.5 * differ(own, exact)
