@@ -1,10 +1,10 @@
-"""Norm, loss and optimizer on a GPU: each beside plain PyTorch, compiled PyTorch and its limit.
+"""Norm, loss, optimizer, activation on a GPU: each beside plain and compiled PyTorch and a limit.
 
 The limit is the larger of two times: bytes that must move at the rate of a large copy, and
 operations that must be done at the rate of a large product. Both rates are measured first. Liger's
 kernels are in the table where they are installed. Prints medians and ends with a line of JSON.
 
-    python benchmarks/gpu_losses.py [--only norm loss optimizer] [--tokens 32768]
+    python benchmarks/gpu_losses.py [--only norm loss optimizer activation] [--tokens 32768]
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from blackmamba.model import BlackMamba
 from blackmamba.ops import (
     AdamWTensors,
+    activate,
     adamw_,
     adamw_factors,
     add_rms_norm,
@@ -29,7 +30,7 @@ from blackmamba.presets import presets
 from blackmamba.train.origin import origin
 from gpu_measure import DEVICE, Limits, installed, limits, machine, normal, timed
 
-PARTS = ("norm", "loss", "optimizer")
+PARTS = ("norm", "loss", "optimizer", "activation")
 EPS = 1e-5
 
 
@@ -51,6 +52,7 @@ def main(
         "norm": lambda: norm(presets[preset].d_model, tokens, limit, repeats, tiny),
         "loss": lambda: loss(preset, tokens, limit, repeats, tiny),
         "optimizer": lambda: optimizer(preset, limit, repeats),
+        "activation": lambda: activation(tokens, limit, repeats, tiny),
     }
     found = {part: run[part]() for part in only}
     rates = {"copy_gb_s": limit.bytes_s / 1e9, "product_tflop_s": limit.flops_s / 1e12}
@@ -219,6 +221,46 @@ def _torchs_optimizer(shapes: list[torch.Size], repeats: int) -> dict[str, float
 
 def _zeros(shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
     return [torch.zeros(s, device=DEVICE, dtype=dtype) for s in shapes]
+
+
+def activation(t: int, limit: Limits, repeats: int, tiny: bool) -> dict[str, Any]:
+    """Of gated dense layers as wide as the ladder's narrow and wide transformers have them."""
+    found: dict[str, Any] = {}
+    for f, kind in ((12, "silu"),) if tiny else ((664, "silu"), (1736, "silu"), (1736, "gelu")):
+        moved = {"forward": 3 * t * f * 2, "backward": 5 * t * f * 2}
+        for way, seconds in _activation_seconds(f, kind, t, repeats, tiny).items():
+            name = f"activate {kind}, {t} x 2 x {f}, {way}"
+            found[name] = _table(name, seconds, moved[way] / limit.bytes_s)
+    return found
+
+
+def _activation_seconds(
+    f: int, kind: Any, t: int, repeats: int, tiny: bool
+) -> dict[str, dict[str, float]]:
+    h, grad = normal(t, 2 * f).requires_grad_(), normal(t, f, seed=1)
+
+    def plain(h: Tensor) -> Tensor:
+        return activate(h, kind, backend="reference")
+
+    def ours(h: Tensor) -> Tensor:
+        return activate(h, kind, backend="triton")
+
+    programs: dict[str, Any] = {"ours": ours, "plain": plain}
+    if not tiny:
+        programs["compiled"] = torch.compile(plain, dynamic=False)
+    outputs = {name: program(h) for name, program in programs.items()}
+    return {
+        "forward": timed(
+            {name: lambda p=program: p(h) for name, program in programs.items()}, repeats
+        ),
+        "backward": timed(
+            {
+                name: lambda o=output: torch.autograd.grad(o, h, grad, retain_graph=True)
+                for name, output in outputs.items()
+            },
+            repeats,
+        ),
+    }
 
 
 def _table(

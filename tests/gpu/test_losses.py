@@ -1,4 +1,4 @@
-"""Norm, loss, router's product and optimizer at the size of the 1.5B model, against float64."""
+"""Norm, loss, router's product, activation, optimizer at the 1.5B model's size, against float64."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from blackmamba.ops import (
     AdamWTensors,
+    activate,
     adamw_,
     adamw_factors,
     add_rms_norm,
@@ -108,6 +109,23 @@ def test_router_logits():
         assert relative_norm(actual, expected) < allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize(("f", "gated"), [(664, True), (1741, True), (3072, False)])
+def test_activation(f: int, gated: bool, activation: str, dtype: torch.dtype):
+    h = normal(T, 2 * f if gated else f, dtype=dtype).requires_grad_()
+    outer = normal(T, f, dtype=dtype, seed=1)
+    y = activate(h, activation, gated, backend="triton")  # pyright: ignore
+    (grad,) = torch.autograd.grad(y, h, outer)
+    wide = h.detach().double().requires_grad_()
+    exact = activate(wide, activation, gated)  # pyright: ignore
+    (exact_grad,) = torch.autograd.grad(exact, wide, outer.double())
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    for actual, wanted in ((y, exact), (grad, exact_grad)):
+        allowed = rounding * wanted.detach().abs() + 3e-6
+        assert ((actual.double() - wanted).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize("has_master", [True, False])
 def test_adamw(has_master: bool):
     shapes = [(8, 6144, 1152), (V, M), (2304, 4), (7,)]
@@ -157,7 +175,7 @@ def test_parameters_may_be_on_the_host(kind: type[MixedAdamW]):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("run", ["norm", "loss", "router", "adamw"])
+@pytest.mark.parametrize("run", ["norm", "loss", "router", "adamw", "activation"])
 def test_nothing_waits_for_the_device(run: str):
     x, weight = normal(64, M).requires_grad_(), normal(V, M, seed=1).requires_grad_()
     labels = torch.zeros(64, dtype=torch.int64, device="cuda")
@@ -177,6 +195,7 @@ def test_nothing_waits_for_the_device(run: str):
         "loss": lambda: linear_cross_entropy(x, weight, labels),
         "router": lambda: router_logits(x, *router).sum(),
         "adamw": adamw,
+        "activation": lambda: activate(x, backend="triton").sum(),
     }
     calls[run]().backward()
     torch.cuda.set_sync_debug_mode("error")
