@@ -88,7 +88,7 @@ def test_registered_as_torch_wants_it():
     inputs, ids = make(9, 8, 8, 2, idle=False)
     x, fc1, fc2, gate = (v.bfloat16().to(DEVICE).requires_grad_() for v in inputs.values())
     op = torch.ops.blackmamba.expert_mlp_gpu.default
-    torch.library.opcheck(op, (x, ids.to(DEVICE), fc1, fc2, gate, False))
+    torch.library.opcheck(op, (x, ids.to(DEVICE), fc1, fc2, gate, False, True))
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8, 2), (37, 24, 40, 4), (130, 136, 35, 3)], ids=str)

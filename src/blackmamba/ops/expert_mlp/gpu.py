@@ -1,9 +1,10 @@
-"""Routed experts on the GPU: a counting sort, torch's grouped products, Triton between them.
+"""Routed experts on the GPU: a counting sort, grouped products, Triton between them.
 
-Nothing waits for the device: how many tokens an expert has is known there alone. Kept for the
-gradient are the input, fc1's output and the order of the tokens; the rest is computed again.
-Few tokens without a gradient, as in generation, have kernels of their own, which read each chosen
-expert's weights once and are bound by that.
+The products are those of products.cu where there is a Hopper, torch's elsewhere. Nothing waits for
+the device: how many tokens an expert has is known there alone. Kept for the gradient are the input,
+fc1's output and the order of the tokens; the rest is computed again. Few tokens without a gradient,
+as in generation, have kernels of their own, which read each chosen expert's weights once and are
+bound by that.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blackmamba.ops import gpu
+from blackmamba.ops.expert_mlp import hopper
 from blackmamba.ops.expert_mlp.choices import choices_per_token, repeated, summed
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 from blackmamba.ops.gpu import tuning
@@ -78,7 +80,9 @@ def expert_mlp_gpu(
             x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate
         )
     fc1, fc2 = fc1.to(x.dtype), fc2.to(x.dtype)
-    return _forward(x, expert_ids, fc1, fc2, gate, activation == "gelu")[0]
+    inputs = (x, fc1, fc2, gate)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return _forward(x, expert_ids, fc1, fc2, gate, activation == "gelu", keep)[0]
 
 
 def sort_by_expert(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -187,16 +191,28 @@ def _(x: Tensor, expert_ids: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.custom_op("blackmamba::expert_mlp_gpu", mutates_args=())
 def _forward(
-    x: Tensor, expert_ids: Tensor, fc1: Tensor, fc2: Tensor, gate: Tensor | None, gelu: bool
+    x: Tensor,
+    expert_ids: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    gate: Tensor | None,
+    gelu: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y; and for the gradient fc1's output, sorted by expert, that order and the groups' ends."""
+    """y; and for the gradient fc1's output, sorted by expert (empty if not `keep`), that order and
+    the groups' ends."""
     from blackmamba.ops.expert_mlp import kernels
 
     order, ends = sort_by_expert(expert_ids, len(fc1))
-    k = choices_per_token(x, expert_ids)
+    k, f = choices_per_token(x, expert_ids), fc2.shape[2]
     rows = _gathered(order if k == 1 else order // k, x)[0]
+    if hopper.fits(rows, fc1, fc2):
+        h = x.new_empty(len(order), 2 * f) if keep else None
+        hidden = hopper.gated(rows, fc1, ends, gelu, h)
+        gate = None if gate is None else gate.float().contiguous()
+        y = hopper.placed(hidden, fc2, ends, order, gate)
+        return y, x.new_empty(0) if h is None else h, order, ends
     h = _product()(rows, fc1.transpose(1, 2), offs=ends)
-    f = fc2.shape[2]
     hidden = x.new_empty(len(order), f)
     blocks = -(-f // 1024)
     gpu.launch(
@@ -204,7 +220,8 @@ def _forward(
         h, hidden, len(order), f, GELU=gelu, BLOCK=1024, BLOCKS=blocks,
     )  # fmt: skip
     y = _product()(hidden, fc2.transpose(1, 2), offs=ends)
-    return _scattered(y, order, None if gate is None else gate.contiguous()), h, order, ends
+    y = _scattered(y, order, None if gate is None else gate.contiguous())
+    return y, h if keep else x.new_empty(0), order, ends
 
 
 @torch.library.custom_op("blackmamba::expert_mlp_gpu_backward", mutates_args=())
@@ -223,14 +240,15 @@ def _backward(
     """Gradients of x, fc1, fc2 and gate; empty for those not needed."""
     from blackmamba.ops.expert_mlp import kernels
 
-    product, f, k = _product(), fc2.shape[2], choices_per_token(x, order)
+    f, k = fc2.shape[2], choices_per_token(x, order)
+    by_hopper = hopper.fits(h, fc1, fc2)
     needs_x, needs_fc1, needs_fc2, _ = needs
     if needs_fc1 and k == 1:
         grad_y, rows = _gathered(order, grad_y, x)
     else:
         (grad_y,) = _gathered(order, grad_y)
         rows = _gathered(order // k, x)[0] if needs_fc1 else grad_y
-    grad = product(grad_y, fc2, offs=ends)
+    grad = hopper.product(grad_y, fc2, ends) if by_hopper else _product()(grad_y, fc2, offs=ends)
     grad_h, hidden = torch.empty_like(h), torch.empty_like(grad)
     grad_gate = x.new_empty(0) if gate is None else gate.new_empty(len(order))
     gpu.launch(
@@ -240,24 +258,38 @@ def _backward(
     )  # fmt: skip
     none = grad_x = x.new_empty(0)
     if needs_x:
-        grad_x = _scattered(product(grad_h, fc1, offs=ends), order, None)
+        grad_x = _times_placed(grad_h, fc1, order, ends)
         grad_x = grad_x if k == 1 else summed(grad_x, len(x))
     return [
         grad_x,
-        product(grad_h.t(), rows, offs=ends) if needs_fc1 else none,
-        product(grad_y.t(), hidden, offs=ends) if needs_fc2 else none,
+        _weight_gradient(grad_h, rows, ends) if needs_fc1 else none,
+        _weight_gradient(grad_y, hidden, ends) if needs_fc2 else none,
         grad_gate,
     ]
+
+
+def _times_placed(x: Tensor, w: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    """Rows order[i] = x_i W of rows x (t, m) and their groups' w (e, m, n): (t, n)."""
+    if hopper.fits(x, w):
+        return hopper.placed(x, w, ends, order, by_columns=True)
+    return _scattered(_product()(x, w, offs=ends), order, None)
+
+
+def _weight_gradient(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """The sum of x_i w_i^T over each group's rows: (e, m, n) of (t, m) and (t, n)."""
+    if hopper.fits(x, w):
+        return hopper.gradient(x, w, ends)
+    return _product()(x.t(), w, offs=ends)
 
 
 @_forward.register_fake
 def _(
     x: Tensor, expert_ids: Tensor, fc1: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    t, int32 = expert_ids.shape[0], torch.int32
+    t, int32, keep = expert_ids.shape[0], torch.int32, rest[-1]
     return (
         x.new_empty(t, x.shape[1]),
-        x.new_empty(t, fc1.shape[1]),
+        x.new_empty(t, fc1.shape[1]) if keep else x.new_empty(0),
         expert_ids.new_empty(t, dtype=int32),
         expert_ids.new_empty(fc1.shape[0], dtype=int32),
     )
@@ -274,7 +306,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, fc1, fc2, gate, ctx.gelu = inputs
+    x, _, fc1, fc2, gate, ctx.gelu, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, fc1, fc2, gate, *output[1:])
@@ -282,12 +314,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
-        return (None,) * 6
+        return (None,) * 7
     x_ids, others = ctx.needs_input_grad[:1], ctx.needs_input_grad[2:5]
     needs = [*x_ids, *others]
     found = _backward(grad_y, *ctx.saved_tensors, ctx.gelu, needs)
     x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
-    return x, None, *rest, None
+    return x, None, *rest, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -40,10 +40,19 @@ class Kernel:
         name: of the kernel.
         defines: macros that it is compiled with.
         device: index of the GPU.
+        exact: whether it needs what this generation of GPUs has alone.
     """
 
-    def __init__(self, sources: Sequence[Path], name: str, defines: Mapping[str, int], device: int):
-        binary = _compile(tuple(sources), tuple(sorted(defines.items())), _architecture(device))
+    def __init__(
+        self,
+        sources: Sequence[Path],
+        name: str,
+        defines: Mapping[str, int],
+        device: int,
+        exact: bool = False,
+    ):
+        architecture = _architecture(device) + "a" * exact
+        binary = _compile(tuple(sources), tuple(sorted(defines.items())), architecture)
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._function = ctypes.c_void_p()
         module = ctypes.c_void_p()
@@ -81,10 +90,14 @@ class Kernel:
 
 @functools.cache
 def kernel(
-    sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...], device: int
+    sources: tuple[Path, ...],
+    name: str,
+    defines: tuple[tuple[str, int], ...],
+    device: int,
+    exact: bool = False,
 ) -> Kernel:
     """The kernel, compiled and loaded once in a process."""
-    return Kernel(sources, name, dict(defines), device)
+    return Kernel(sources, name, dict(defines), device, exact)
 
 
 def _architecture(device: int) -> str:

@@ -1,0 +1,171 @@
+"""Launches of products.cu: groups of rows times their expert's matrix, on NVIDIA's Hopper (9.0).
+
+Rows are sorted by group; `ends` (e,) int32 are the groups' ends. All matrices are bfloat16.
+
+Letters: t rows, e groups, m numbers of a row, n columns of a result.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blackmamba.ops.gpu import cuda
+
+_SOURCE = Path(__file__).with_name("products.cu")
+_BY_ROWS, _BY_COLUMNS, _OVER_ROWS = range(3)  # FORM
+_PLAIN, _GATED, _PLACED = range(3)  # MODE
+_ROWS, _DEEP, _THREADS = 128, 64, 384
+_MOST_SHARED = 227 * 1024
+_FOR_ALIGNMENT = 1024
+_OF_TILE = 64
+"""Columns that could be multiplied in the time that a tile takes to begin and end."""
+
+
+@functools.cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the device has these matrix units."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) == (9, 0)
+    )
+
+
+def fits(*matrices: Tensor) -> bool:
+    """Whether rows and experts' matrices, and their results, can be read and written here."""
+    return all(
+        runs_on(t.device)
+        and t.dtype == torch.bfloat16
+        and t.shape[-1] % 8 == 0
+        and t.stride(-1) == 1
+        and not any(stride % 8 for stride in t.stride()[:-1])
+        and t.data_ptr() % 16 == 0
+        for t in matrices
+    )
+
+
+def gated(x: Tensor, w: Tensor, ends: Tensor, gelu: bool, h: Tensor | None = None) -> Tensor:
+    """act(G x) (U x) of rows x (t, m), w = [G; U] (e, 2 n, m): (t, n).
+
+    Args:
+        h: (t, 2 n), gets [G x | U x].
+    """
+    y = x.new_empty(len(x), w.shape[1] // 2)
+    flags = {"GELU": int(gelu), "KEEP": int(h is not None)}
+    _launch(_BY_ROWS, _GATED, x, w, ends, y, 256, flags, h=h)
+    return y
+
+
+def product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """W^T x of rows x (t, m), w (e, m, n): (t, n)."""
+    y = x.new_empty(len(x), w.shape[2])
+    _launch(_BY_COLUMNS, _PLAIN, x, w, ends, y, _width(w.shape[2]), {})
+    return y
+
+
+def placed(
+    x: Tensor,
+    w: Tensor,
+    ends: Tensor,
+    order: Tensor,
+    gate: Tensor | None = None,
+    *,
+    by_columns: bool = False,
+) -> Tensor:
+    """Rows order[i] = gate[order[i]] W x_i of rows x (t, m): (t, n).
+
+    Args:
+        w: (e, n, m); `by_columns`: (e, m, n), the transposed matrices.
+        order: (t,) int32, each row once.
+        gate: (t,) float32.
+    """
+    y = x.new_empty(len(x), w.shape[2 if by_columns else 1])
+    form = _BY_COLUMNS if by_columns else _BY_ROWS
+    flags = {"HAS_GATE": int(gate is not None)}
+    _launch(form, _PLACED, x, w, ends, y, _width(y.shape[1]), flags, order=order, gate=gate)
+    return y
+
+
+def gradient(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """The sum of x_i w_i^T over each group's rows, x (t, m), w (t, n): (e, m, n)."""
+    y = x.new_empty(len(ends), x.shape[1], w.shape[1])
+    _launch(_OVER_ROWS, _PLAIN, x, w, ends, y, _width(w.shape[1]), {})
+    return y
+
+
+def _width(n: int) -> int:
+    """Columns of a tile: those that take the least time for n."""
+    return min((256, 192, 128), key=lambda wide: -(-n // wide) * (wide + _OF_TILE))
+
+
+def _launch(
+    form: int,
+    mode: int,
+    x: Tensor,
+    w: Tensor,
+    ends: Tensor,
+    y: Tensor,
+    wide: int,
+    flags: dict[str, int],
+    **others: Tensor | None,
+) -> None:
+    t, m = x.shape
+    if not t:
+        y.zero_()
+        return
+    of_part = (_ROWS + wide) * _DEEP * 2 + 2 * 8
+    depth = (_MOST_SHARED - _FOR_ALIGNMENT) // of_part
+    shared = depth * of_part + _FOR_ALIGNMENT
+    flags = {"GELU": 0, "KEEP": 0, "HAS_GATE": 0} | flags
+    flags |= {"FORM": form, "MODE": mode, "WIDE": wide, "DEPTH": depth, "SHARED": shared}
+    together = _DEEP if form != _BY_ROWS else wide // 2 if mode == _GATED else wide
+    arguments = _Arguments()
+    arguments.x = _map(x.data_ptr(), t, m, x.stride(0), _DEEP if form == _OVER_ROWS else _ROWS)
+    rows = w if w.dim() == 2 else w.flatten(0, 1)
+    arguments.w = _map(rows.data_ptr(), *rows.shape, rows.stride(0), together)
+    arguments.ends, arguments.y = ends.data_ptr(), y.data_ptr()
+    for name, tensor in others.items():
+        if tensor is not None:
+            setattr(arguments, name, tensor.data_ptr())
+    arguments.n_groups, arguments.n, arguments.size = len(ends), y.shape[-1], m
+    index = x.device.index
+    kernel = cuda.kernel((_SOURCE,), "grouped_product", tuple(sorted(flags.items())), index, True)
+    blocks = torch.cuda.get_device_properties(index).multi_processor_count
+    kernel.launch(blocks, _THREADS, arguments, shared)
+
+
+class _Map(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+
+
+class _Arguments(ctypes.Structure):
+    _fields_: Any = (
+        *((name, _Map) for name in ("x", "w")),
+        *((name, ctypes.c_uint64) for name in ("ends", "y", "h", "order", "gate")),
+        *((name, ctypes.c_int) for name in ("n_groups", "n", "size")),
+        ("_", ctypes.c_int * 3),  # whole 64 bytes, as in products.cu
+    )
+
+
+@functools.lru_cache(1024)
+def _map(address: int, rows: int, columns: int, stride: int, box: int) -> _Map:
+    """How TMA reads boxes of `box` rows and 64 columns of a bfloat16 matrix whose rows are `stride`
+    numbers apart: the CUDA driver's `cuTensorMapEncodeTiled`."""
+    memory = ctypes.create_string_buffer(ctypes.sizeof(_Map) + 64)
+    aligned = -(-ctypes.addressof(memory) // 64) * 64
+    u32, u64 = ctypes.c_uint32, ctypes.c_uint64
+    bfloat16, not_interleaved, swizzle_128, promote_128, zeros = 9, 0, 3, 2, 0
+    code = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+        ctypes.c_void_p(aligned), bfloat16, u32(2), ctypes.c_void_p(address),
+        (u64 * 2)(columns, rows), (u64 * 1)(2 * stride), (u32 * 2)(_DEEP, box), (u32 * 2)(1, 1),
+        not_interleaved, swizzle_128, promote_128, zeros,
+    )  # fmt: skip
+    if code != 0:
+        raise RuntimeError(
+            f"CUDA error {code}: no tensor map of {rows} x {columns} numbers at {address:#x}"
+        )
+    return _Map.from_buffer_copy(ctypes.string_at(aligned, ctypes.sizeof(_Map)))

@@ -1,0 +1,398 @@
+// Products of groups of rows with their expert's matrix, by the matrix units of NVIDIA's Hopper, in bfloat16. FORM:
+//
+//     0    y_i = W_e x_i           both lie with the numbers that are summed over side by side
+//     1    y_i = W_e^T x_i         W_e has the columns of y side by side
+//     2    Y_e = sum of w_i x_i^T  over the rows i of group e: the gradient of a matrix; columns side by side in both
+//
+// MODE, what becomes of a row of sums s_i:
+//
+//     0    y_i = s_i
+//     1    y_i = act(g) * u of [g | u] = s_i, and h_i = s_i if KEEP           (fc1)
+//     2    y_order[i] = gate_order[i] * s_i                                   (fc2, rows back in the tokens' order)
+//
+// A block makes a tile of 128 rows of one group and WIDE columns after the other. One of its 12 warps asks for parts of x
+// and W, 64 numbers deep, DEPTH of them ahead (TMA: one instruction a part, a barrier in shared memory counts the bytes);
+// the 8 warps of two warpgroups, 64 rows each, multiply what has come and leave the place to the next. How many rows a
+// group has is known on the device alone (`ends`), so each block walks over all tiles in steps of the grid.
+//
+// Bound by the matrix units: 2 m WIDE operations for a row of a tile.
+//
+// Compiled at run time, without headers, with: FORM, MODE, GELU, KEEP, HAS_GATE (each 0 or 1), WIDE (columns of sums in a
+// tile: 64, 128, 192 or 256; in MODE 1 one half are g's), DEPTH, SHARED (bytes).
+//
+// Letters: t rows, e groups, m numbers of a row of x, n columns of y.
+
+#define ROWS 128
+#define DEEP 64                // numbers of a part: 128 bytes, which is how shared memory is swizzled
+#define HALF (WIDE / 2)
+#define OUT (MODE == 1 ? HALF : WIDE)  // columns of y in a tile
+#define CONSUMERS 2            // warpgroups that multiply
+#define THREADS (128 * (CONSUMERS + 1))
+#define LOG2E 1.4426950408889634f
+#define FULL 0xffffffffu
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+struct alignas(64) Map {  // how TMA finds its way in a matrix
+    u64 words[16];
+};
+struct Arguments {
+    Map x, w;
+    const int* ends;      // of the groups, ascending
+    u16* y;
+    u16* h;               // KEEP
+    const int* order;     // MODE 2
+    const float* gate;    // HAS_GATE
+    int n_groups, n;      // columns of y
+    int size;             // numbers that a product sums over; FORM 2: rows of Y_e
+};
+
+struct Shared {
+    u16 x[DEPTH][ROWS * DEEP];
+    u16 w[DEPTH][WIDE * DEEP];
+    u64 full[DEPTH], empty[DEPTH];
+};
+
+__device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// ---- barriers in shared memory: `full` when the bytes have come, `empty` when all have read them -----------------
+
+__device__ __forceinline__ void make_barrier(u64& barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(&barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void expect(u64& barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(&barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait(u64& barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        " @done bra.uni end;\n bra.uni again;\n"
+        "end:\n}" ::"r"(address_of(&barrier)), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void arrive(u64& barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(&barrier)) : "memory");
+}
+
+// ---- TMA: a box of a matrix, DEEP numbers of as many rows as its map says; what is outside of the matrix is 0 -------
+
+__device__ __forceinline__ void fetch(u16* to, const Map& map, int at, int row, u64& barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(address_of(to)),
+        "l"(&map), "r"(at), "r"(row), "r"(address_of(&barrier)) : "memory");
+}
+// Columns side by side: a box for each DEEP of them.
+template <int COLUMNS>
+__device__ __forceinline__ void fetch_columns(u16* to, const Map& map, int column, int row, u64& barrier) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS / DEEP; i++) fetch(to + i * DEEP * DEEP, map, column + i * DEEP, row, barrier);
+}
+
+// ---- the matrix units ------------------------------------------------------------------------------------------------
+
+// Where a matrix begins in shared memory, that it is swizzled, and how far apart its parts are: 8 rows of 128 bytes, and
+// boxes, where columns lie side by side.
+__device__ __forceinline__ u64 described(const u16* p) {
+    return (u64)((address_of(p) & 0x3ffff) >> 4) | (u64)(DEEP * 128 >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+// 16 of the numbers that are summed over: 32 bytes of a row, or 16 rows.
+#define X_STEP (FORM == 2 ? 16 * 128 >> 4 : 32 >> 4)
+#define W_STEP (FORM == 0 ? 32 >> 4 : 16 * 128 >> 4)
+
+#define R8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define R32(i) R8(i), R8(i + 8), R8(i + 16), R8(i + 24)
+#define N0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define N1 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define N2 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define N3 \
+    ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#if WIDE == 64
+#define NUMBERS "n64k16", N0, "%32, %33", "%34"
+#define REGISTERS R32(0)
+#elif WIDE == 128
+#define NUMBERS "n128k16", N0 N1, "%64, %65", "%66"
+#define REGISTERS R32(0), R32(32)
+#elif WIDE == 192
+#define NUMBERS "n192k16", N0 N1 N2, "%96, %97", "%98"
+#define REGISTERS R32(0), R32(32), R32(64)
+#else
+#define NUMBERS "n256k16", N0 N1 N2 N3, "%128, %129", "%130"
+#define REGISTERS R32(0), R32(32), R32(64), R32(96)
+#endif
+#if FORM == 0
+#define TURNED "0, 0"
+#elif FORM == 1
+#define TURNED "0, 1"
+#else
+#define TURNED "1, 1"
+#endif
+#define PRODUCT(...) PRODUCT_OF(__VA_ARGS__)
+#define PRODUCT_OF(size, numbers, matrices, add)                                         \
+    "{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\n"                                 \
+    "wgmma.mma_async.sync.aligned.m64" size ".f32.bf16.bf16 {" numbers "}, " matrices ", add, 1, 1, " TURNED ";\n}"
+
+// d = a b^T, or d += a b^T: 64 rows of a, WIDE of b, 16 numbers each, by a warpgroup. Thread 32 w + 4 g + k has of d, for
+// each 8 columns j, those 2 k and 2 k + 1 of rows 16 w + g (d[4 j], d[4 j + 1]) and 16 w + g + 8 (d[4 j + 2], d[4 j + 3]).
+__device__ __forceinline__ void multiply(float (&d)[WIDE / 2], u64 a, u64 b, int add) {
+    asm volatile(PRODUCT(NUMBERS) : REGISTERS : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// ---- tiles --------------------------------------------------------------------------------------------------------------
+
+struct Tile {  // rows of y from `row` on, of which those before `end` are the group's; columns from `column` on
+    int group, row, end, column;
+    int first, last;  // what is summed over
+};
+#if FORM == 2
+// A block's tiles, one after the other.
+struct Walk {
+    int at;
+    __device__ __forceinline__ Walk(const Arguments&) : at(blockIdx.x) {}
+    __device__ __forceinline__ bool next(const Arguments& a, Tile& tile) {
+        const int across = (a.n + OUT - 1) / OUT, down = (a.size + ROWS - 1) / ROWS;
+        tile.group = at / (down * across);
+        if (tile.group >= a.n_groups) return false;
+        const int here = at % (down * across);
+        tile.row = here % down * ROWS, tile.end = a.size, tile.column = here / down * OUT;
+        tile.first = tile.group ? a.ends[tile.group - 1] : 0, tile.last = a.ends[tile.group];
+        at += gridDim.x;
+        return true;
+    }
+};
+#else
+// The same. Of a group first all rows of the same columns, so that W is read soon again.
+struct Walk {
+    int at, group, begin, end, before;
+    __device__ __forceinline__ Walk(const Arguments& a) : at(blockIdx.x), group(0), begin(0), end(a.ends[0]), before(0) {}
+    __device__ __forceinline__ bool next(const Arguments& a, Tile& tile) {
+        const int across = (a.n + OUT - 1) / OUT;
+        for (;;) {
+            const int down = (end - begin + ROWS - 1) / ROWS, here = at - before;
+            if (here < down * across) {
+                tile.group = group;
+                tile.row = begin + here % down * ROWS, tile.end = end, tile.column = here / down * OUT;
+                tile.first = 0, tile.last = a.size;
+                at += gridDim.x;
+                return true;
+            }
+            before += down * across;
+            if (++group == a.n_groups) return false;
+            begin = end;
+            end = a.ends[group];
+        }
+    }
+};
+#endif
+
+struct Place {  // in the ring of parts
+    int at = 0;
+    u32 turn = 0;
+    __device__ __forceinline__ void next() {
+        if (++at == DEPTH) at = 0, turn ^= 1;
+    }
+};
+
+__device__ __forceinline__ void produce(const Arguments& a, Shared& shared) {
+    Walk walk(a);
+    Tile tile;
+    Place place;
+    while (walk.next(a, tile)) {
+        for (int at = tile.first; at < tile.last; at += DEEP) {
+            u64& full = shared.full[place.at];
+            u16 *const x = shared.x[place.at], *const w = shared.w[place.at];
+            wait(shared.empty[place.at], place.turn ^ 1);
+            expect(full, (ROWS + WIDE) * DEEP * 2);
+#if FORM == 2
+            fetch_columns<ROWS>(x, a.x, tile.row, at, full);
+            fetch_columns<WIDE>(w, a.w, tile.column, at, full);
+#else
+            fetch(x, a.x, at, tile.row, full);
+#if FORM == 1
+            fetch_columns<WIDE>(w, a.w, tile.column, tile.group * a.size + at, full);
+#elif MODE == 1  // first g's, then u's, a.n further down
+            fetch(w, a.w, at, tile.group * 2 * a.n + tile.column, full);
+            fetch(w + HALF * DEEP, a.w, at, tile.group * 2 * a.n + a.n + tile.column, full);
+#else
+            fetch(w, a.w, at, tile.group * a.n + tile.column, full);
+#endif
+#endif
+            place.next();
+        }
+    }
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// act(g) u of two numbers. Two reciprocals are one, of their product, as there are few units for them; what is below 2^-60
+// counts as that, so that the product is finite.
+__device__ __forceinline__ void activate(const float* g, const float* u, float* y) {
+#if GELU
+    for (int i = 0; i < 2; i++) y[i] = 0.5f * g[i] * (1.f + erff(g[i] * 0.7071067811865476f)) * u[i];
+#else
+    const float a = 1.f + exp2_fast(fminf(g[0] * -LOG2E, 60.f)), b = 1.f + exp2_fast(fminf(g[1] * -LOG2E, 60.f));
+    const float r = reciprocal(a * b);
+    y[0] = g[0] * u[0] * (r * b), y[1] = g[1] * u[1] * (r * a);
+#endif
+}
+__device__ __forceinline__ u32 narrow(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// Writes columns of a row, 4 threads of a row together: of each 32 the k-th thread gets 8 in a row from the others.
+template <int COLUMNS, typename Value>
+__device__ __forceinline__ void write(u16* row, int columns, bool inside, const Value& value) {
+    const int k = threadIdx.x & 3;
+#pragma unroll
+    for (int first = 0; first < COLUMNS / 8; first += 4) {
+        u32 v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = first + i < COLUMNS / 8 ? value(first + i) : 0;
+        // v[i] of thread k becomes v[k] of thread i: pairs change places, then pairs of pairs
+        const bool odd = k & 1, high = k & 2;
+        u32 s0 = __shfl_xor_sync(FULL, odd ? v[0] : v[1], 1), s1 = __shfl_xor_sync(FULL, odd ? v[2] : v[3], 1);
+        if (odd) v[0] = s0, v[2] = s1;
+        else v[1] = s0, v[3] = s1;
+        s0 = __shfl_xor_sync(FULL, high ? v[0] : v[2], 2), s1 = __shfl_xor_sync(FULL, high ? v[1] : v[3], 2);
+        if (high) v[0] = s0, v[1] = s1;
+        else v[2] = s0, v[3] = s1;
+        const int column = (first + k) * 8;
+        if (inside && column < columns && column < COLUMNS) *reinterpret_cast<uint4*>(row + column) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+}
+
+struct Rows {  // of a thread: two, 8 apart
+    i64 to[2];
+    float scale[2];
+    bool inside[2];
+    __device__ __forceinline__ Rows(const Arguments& a, const Tile& tile, int warpgroup) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = tile.row + warpgroup * 64 + (threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7) + half * 8;
+            inside[half] = row < tile.end;
+            to[half] = FORM == 2 ? (i64)tile.group * a.size + row : row, scale[half] = 1.f;
+#if MODE == 2
+            to[half] = inside[half] ? a.order[row] : 0;
+#if HAS_GATE
+            scale[half] = inside[half] ? a.gate[to[half]] : 0.f;
+#endif
+#endif
+        }
+    }
+};
+
+// What a warpgroup's threads do with their sums.
+__device__ __forceinline__ void finish(const Arguments& a, const Tile& tile, const Rows& rows, const float (&d)[WIDE / 2]) {
+    const int columns = a.n - tile.column;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const bool inside = rows.inside[half];
+#if MODE == 1
+        write<OUT>(a.y + rows.to[half] * a.n + tile.column, columns, inside, [&](int j) {
+            float y[2];
+            activate(d + j * 4 + half * 2, d + j * 4 + half * 2 + HALF / 2, y);
+            return narrow(y[0], y[1]);
+        });
+#if KEEP
+        u16* const h = a.h + rows.to[half] * 2 * a.n + tile.column;
+        write<OUT>(h, columns, inside, [&](int j) { return narrow(d[j * 4 + half * 2], d[j * 4 + half * 2 + 1]); });
+        write<OUT>(h + a.n, columns, inside, [&](int j) { return narrow(d[j * 4 + half * 2 + HALF / 2], d[j * 4 + half * 2 + 1 + HALF / 2]); });
+#endif
+#else
+        const float scale = rows.scale[half];
+        write<OUT>(a.y + rows.to[half] * a.n + tile.column, columns, inside, [&](int j) {
+            return narrow(d[j * 4 + half * 2] * scale, d[j * 4 + half * 2 + 1] * scale);
+        });
+#endif
+    }
+}
+
+#if FORM == 2
+// Rows of the next group that came with the last of this one count as 0, in a warpgroup's own part of x.
+__device__ __forceinline__ void clear_rows(u16* x, int from, int warpgroup) {
+    for (int at = from * DEEP + (threadIdx.x & 127) * 8; at < DEEP * DEEP; at += 128 * 8)
+        *reinterpret_cast<uint4*>(x + at) = make_uint4(0, 0, 0, 0);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+}
+#endif
+
+__device__ __forceinline__ void consume(const Arguments& a, Shared& shared, int warpgroup) {
+    Walk walk(a);
+    Tile tile;
+    Place place;
+    const bool first_lane = (threadIdx.x & 31) == 0;
+    while (walk.next(a, tile)) {
+        const Rows rows(a, tile, warpgroup);
+        const bool any = tile.row + warpgroup * 64 < tile.end;
+        float d[WIDE / 2];
+        int before = -1;
+#if FORM == 2
+        if (tile.first == tile.last)
+            for (int i = 0; i < WIDE / 2; i++) d[i] = 0.f;
+#endif
+        for (int at = tile.first; at < tile.last; at += DEEP) {
+            wait(shared.full[place.at], place.turn);
+            if (any) {
+                u16* const part = shared.x[place.at] + warpgroup * 64 * DEEP;
+                const u64 x = described(part), w = described(shared.w[place.at]);
+#if FORM == 2
+                const int left = tile.last - at;
+                if (left < DEEP) clear_rows(part, left, warpgroup);
+#endif
+                begin_products();
+#pragma unroll
+                for (int k = 0; k < DEEP / 16; k++) multiply(d, x + k * X_STEP, w + k * W_STEP, at > tile.first || k > 0);
+                end_products();
+                wait_products<1>();
+            }
+            if (before >= 0 && first_lane) arrive(shared.empty[before]);
+            before = place.at;
+            place.next();
+        }
+        wait_products<0>();
+        if (before >= 0 && first_lane) arrive(shared.empty[before]);
+        if (any) finish(a, tile, rows, d);
+    }
+}
+
+extern __shared__ char memory[];
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_product(const __grid_constant__ Arguments a) {
+    static_assert(sizeof(Shared) + 1024 == SHARED, "hopper.py counts another size");
+    Shared& shared = *reinterpret_cast<Shared*>(memory + (1024 - address_of(memory) % 1024) % 1024);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < DEPTH; i++) {
+            make_barrier(shared.full[i], 1);
+            make_barrier(shared.empty[i], CONSUMERS * 4);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    const int warpgroup = threadIdx.x / 128;
+    if (warpgroup == CONSUMERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == CONSUMERS * 128) produce(a, shared);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        consume(a, shared, warpgroup);
+    }
+}

@@ -1,0 +1,115 @@
+"""The experts' products by Hopper's matrix units (products.cu) against float64."""
+
+import pytest
+import torch
+from numerics import relative_error
+from torch import Tensor
+from torch.nn import functional as F
+
+from blackmamba.ops.expert_mlp import hopper
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not hopper.runs_on(torch.device("cuda")),
+        reason="needs a GPU of NVIDIA's Hopper generation",
+    ),
+]
+CASES = [  # rows of each group, m, n
+    ([5, 0, 130, 1, 300, 129, 0], 64, 64),
+    ([0, 0, 1], 8, 8),
+    ([1000, 3, 129], 200, 136),
+    ([64, 63, 65, 128], 72, 392),
+    ([257], 1472, 264),
+    ([300, 2100, 0, 700] * 4, 1152, 384),
+]
+EXACT = 2**-8  # half of bfloat16's last place, and the sum's own error
+
+
+def drawn(sizes: list[int], m: int, n: int) -> dict[str, Tensor]:
+    g = torch.Generator("cuda").manual_seed(sum(sizes) + m)
+    t, e = sum(sizes), len(sizes)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device="cuda").bfloat16()
+
+    return {
+        "x": normal(t, m),
+        "w": (normal(e, 2 * n, m) / m**0.5),
+        "other": normal(t, n),
+        "ends": torch.tensor(sizes, device="cuda").cumsum(0).int(),
+        "order": torch.randperm(t, generator=g, device="cuda").int(),
+        "gate": torch.rand(t, generator=g, device="cuda"),
+    }
+
+
+def groups(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(t.double().split(sizes) for t in tensors), strict=True))
+
+
+def products(sizes: list[int], x: Tensor, w: Tensor) -> Tensor:
+    return torch.cat([g @ w[i].double().t() for i, (g,) in enumerate(groups(sizes, x))])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gated(case: tuple[list[int], int, int], gelu: bool):
+    sizes, _, n = case
+    made = drawn(*case)
+    exact = products(sizes, made["x"], made["w"])
+    h = torch.full((sum(sizes), 2 * n), torch.nan, device="cuda", dtype=torch.bfloat16)
+    y = hopper.gated(made["x"], made["w"], made["ends"], gelu)
+    assert torch.equal(y, hopper.gated(made["x"], made["w"], made["ends"], gelu, h))
+    assert relative_error(h, exact) < EXACT
+    assert relative_error(y, (F.gelu if gelu else F.silu)(exact[:, :n]) * exact[:, n:]) < EXACT
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("has_gate", [False, True])
+def test_placed(case: tuple[list[int], int, int], has_gate: bool):
+    made = drawn(*case)
+    x, w, ends, order = (made[name] for name in ("x", "w", "ends", "order"))
+    gate = made["gate"] if has_gate else None
+    exact = products(case[0], x, w)
+    exact[order.long()] = exact * (gate[order.long(), None].double() if gate is not None else 1)
+    assert relative_error(hopper.placed(x, w, ends, order, gate), exact) < EXACT
+    turned = w.transpose(1, 2).contiguous()
+    found = hopper.placed(x, turned, ends, order, gate, by_columns=True)
+    assert relative_error(found, exact) < EXACT
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_product_and_gradient(case: tuple[list[int], int, int]):
+    sizes = case[0]
+    made = drawn(*case)
+    x, w, ends = made["x"], made["w"], made["ends"]
+    turned = w.transpose(1, 2).contiguous()
+    assert relative_error(hopper.product(x, turned, ends), products(sizes, x, w)) < EXACT
+    found = hopper.gradient(made["other"], x, ends)
+    for i, (rows, others) in enumerate(groups(sizes, x, made["other"])):
+        exact = others.t() @ rows
+        assert relative_error(found[i], exact) < EXACT if len(rows) else not found[i].any()
+
+
+def test_rows_that_lie_apart_and_numbers_that_are_none():
+    made = drawn([200, 100], 64, 128)
+    x, w, ends = made["x"], made["w"], made["ends"]
+    apart = torch.cat([x, x], 1)[:, :64]
+    plain = hopper.gated(x, w, ends, False)
+    assert torch.equal(hopper.gated(apart, w, ends, False), plain)
+    x[3, 5], x[250, 0] = torch.nan, torch.inf
+    found = hopper.gated(x, w, ends, False)
+    assert found[3].isnan().all()
+    kept = torch.ones(300, dtype=torch.bool, device="cuda")
+    kept[[3, 250]] = False
+    assert torch.equal(found[kept], plain[kept])
+    assert not hopper.gated(x[:0], w, ends * 0, False).numel()
+
+
+def test_what_does_not_fit():
+    x = torch.zeros(16, 16, device="cuda", dtype=torch.bfloat16)
+    assert hopper.fits(x)
+    assert not hopper.fits(x.float())
+    assert not hopper.fits(x[:, 1:9])
+    assert not hopper.fits(x[:, :12])
+    assert not hopper.fits(x.t())
