@@ -22,6 +22,20 @@ class Embedding(nn.Embedding):
             return super().forward(input)
         return cast(Tensor, _Lookup.apply(weight, input))
 
+    def with_table(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the table (v, m) for a head that multiplies with it.
+
+        Through both, the table's gradient is the head's with a few rows added. Apart from each
+        other they would be two tables, of which the tokens' is zeros but for those rows: on a CPU
+        37 ms of a 130M model's step, 128 tokens, went into writing and adding those zeros.
+        """
+        weight = self.weight
+        is_apart = weight.device.type != "cpu" or weight.dtype.itemsize > 4
+        has_gradient = weight.requires_grad and torch.is_grad_enabled()
+        if is_apart or not has_gradient or torch.compiler.is_compiling():
+            return self(ids), weight
+        return cast(tuple[Tensor, Tensor], _LookupWithTable.apply(weight, weight, ids))
+
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
@@ -34,6 +48,37 @@ class _Lookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (ids,) = ctx.saved_tensors
-        total = grads[0].new_zeros(ctx.shape, dtype=torch.float32)
-        total.index_add_(0, ids.flatten(), grads[0].reshape(-1, ctx.shape[1]).float())
-        return total.to(ctx.dtype), None
+        return _summed(grads[0], ids.flatten(), ctx.shape[0]).to(ctx.dtype), None
+
+
+class _LookupWithTable(torch.autograd.Function):
+    """The same weight twice, so that autograd adds up the two gradients: it knows whether it may
+    write into the head's."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        ctx.set_materialize_grads(False)
+        return nn.functional.embedding(ids, weight), table.view_as(table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (ids,), (of_rows, of_table) = ctx.saved_tensors, grads
+        if of_rows is None:
+            return None, of_table, None
+        if of_table is None:  # nothing to add to: gradients that stay are never sparse
+            return _summed(of_rows, ids.flatten(), ctx.shape[0]).to(ctx.dtype), None, None
+        places, numbers = ids.unique(return_inverse=True)
+        total = _summed(of_rows, numbers.flatten(), len(places)).to(ctx.dtype)
+        rows = torch.sparse_coo_tensor(
+            places[None], total, ctx.shape, is_coalesced=True, check_invariants=False
+        )
+        return rows, of_table, None
+
+
+def _summed(rows: Tensor, places: Tensor, n: int) -> Tensor:
+    """(n, m) float32: the sum of the rows of each place."""
+    total = rows.new_zeros(n, rows.shape[-1], dtype=torch.float32)
+    return total.index_add_(0, places, rows.flatten(0, -2).float())

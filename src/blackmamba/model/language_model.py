@@ -205,13 +205,13 @@ class BlackMamba(nn.Module):
                 f"{tuple(input_ids.shape)}"
             )
         check_range(self.config, "labels", labels.where(counted, labels.new_zeros(())))
-        x, loads = self._features(input_ids, seq_idx, trace, sequence_group)
+        x, weight, loads = self._features(input_ids, seq_idx, trace, sequence_group)
         n_counted = counted.sum()
         if sequence_group is not None:  # a piece may have none where its row has some
             n_counted = n_counted.clamp(min=1)
         cross_entropy = linear_cross_entropy(
             x.flatten(0, 1),
-            self._head_weight(),
+            weight,
             labels.flatten(),
             bias=self._head_bias(),
             divisor=n_counted,
@@ -292,7 +292,7 @@ class BlackMamba(nn.Module):
                 raise InputError(f"lengths={lengths.tolist()}: each must be {least} .. {l}")
         if logits == "last":
             return self._read(input_ids, state, lengths, trace)
-        x, update, state, _ = self._run(input_ids, state, lengths, None, trace)
+        x, update, state, _ = self._run(self._embed(input_ids), state, lengths, None, trace)
         return None if logits == "none" else self._logits(self._normed(x, update)), state
 
     def step(self, next_ids: Tensor, state: State) -> tuple[Tensor, State]:
@@ -352,7 +352,8 @@ class BlackMamba(nn.Module):
         seq_idx: Tensor | None,
         trace: Trace | None,
         sequence_group: ProcessGroup | None,
-    ) -> tuple[Tensor, list[RouterLoad]]:
+    ) -> tuple[Tensor, Tensor, list[RouterLoad]]:
+        """What the head multiplies, its weight, and how the experts were used."""
         check_ids(self.config, input_ids)
         if seq_idx is not None:
             check_any_integers("model", "seq_idx", seq_idx)
@@ -365,8 +366,9 @@ class BlackMamba(nn.Module):
                     "keys and values of all ranks; give each rank whole rows"
                 )
             pieces = Pieces.cut(sequence_group, seq_idx)
-        x, update, _, loads = self._run(input_ids, None, None, seq_idx, trace, pieces)
-        return self._normed(x, update), loads
+        x, weight = self._embed_with_head(input_ids)
+        x, update, _, loads = self._run(x, None, None, seq_idx, trace, pieces)
+        return self._normed(x, update), weight, loads
 
     def _read(
         self,
@@ -376,7 +378,7 @@ class BlackMamba(nn.Module):
         trace: Trace | None = None,
     ) -> tuple[Tensor, State]:
         """`prefill` with the logits of each row's last token, of arguments known to fit."""
-        x, update, state, _ = self._run(input_ids, state, lengths, None, trace)
+        x, update, state, _ = self._run(self._embed(input_ids), state, lengths, None, trace)
         b, l = input_ids.shape
         ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths
         last = torch.arange(b, device=x.device), ends - 1
@@ -384,16 +386,16 @@ class BlackMamba(nn.Module):
 
     def _run(
         self,
-        input_ids: Tensor,
+        x: Tensor,
         state: State | None,
         lengths: Tensor | None,
         seq_idx: Tensor | None,
         trace: Trace | None,
         pieces: Pieces | None = None,
     ) -> tuple[Tensor, Tensor, State, list[RouterLoad]]:
-        """The residual stream before the last layer, what that adds to it, the new memory, and how
-        the experts of each routed layer were used, if the layers say so."""
-        x, update = self._embed(input_ids), None
+        """Embedded tokens to the residual stream before the last layer, what that adds to it, the
+        new memory, and how the experts of each routed layer were used, if the layers say so."""
+        batch_size, update = len(x), None
         loads: list[RouterLoad] = []
         stack = self._stack()
         layers: list[LayerState] = [None] * len(stack) if state is None else list(state.layers)
@@ -404,7 +406,7 @@ class BlackMamba(nn.Module):
             if load is not None:
                 loads.append(load)
         assert update is not None  # there is a layer
-        return x, update, State(len(input_ids), tuple(layers)), loads
+        return x, update, State(batch_size, tuple(layers)), loads
 
     def _through(
         self, layer: Layer
@@ -415,6 +417,13 @@ class BlackMamba(nn.Module):
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.embedding(ids).to(self.residual_dtype)
+
+    def _embed_with_head(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded tokens, and the weight of the head that is to read what comes of them."""
+        if self.head is not None or not isinstance(self.embedding, Embedding):
+            return self._embed(ids), self._head_weight()
+        x, weight = self.embedding.with_table(ids)
+        return x.to(self.residual_dtype), weight
 
     def _normed(self, x: Tensor, update: Tensor | None) -> Tensor:
         return self.final_norm.add(x, update, self.compute_dtype)[1]
