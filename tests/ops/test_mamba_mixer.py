@@ -6,14 +6,31 @@ from numerics import assert_within_budget, relative_error
 from torch import Tensor
 
 from blackmamba.errors import InputError
-from blackmamba.ops import gpu, mamba_mixer
+from blackmamba.ops import gpu, mamba_mixer, native
 
 TRITON = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
+NATIVE = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+BOTH = pytest.mark.parametrize(
+    "backend", [pytest.param("native", marks=NATIVE), pytest.param("triton", marks=TRITON)]
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("xz", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")
 
 
-def make(b: int, l: int, d: int, n: int, r: int, dtype: torch.dtype = torch.float64):
+def device_of(backend: str) -> str:
+    """The native kernels are the CPU's, also where there is a GPU."""
+    return "cpu" if backend == "native" else DEVICE
+
+
+def make(
+    b: int,
+    l: int,
+    d: int,
+    n: int,
+    r: int,
+    dtype: torch.dtype = torch.float64,
+    device: str = DEVICE,
+):
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -31,7 +48,7 @@ def make(b: int, l: int, d: int, n: int, r: int, dtype: torch.dtype = torch.floa
     }
     wide = torch.promote_types(dtype, torch.float32)
     kept = ("dt_bias", "A", "D")
-    return {k: v.to(DEVICE, wide if k in kept else dtype) for k, v in inputs.items()}
+    return {k: v.to(device, wide if k in kept else dtype) for k, v in inputs.items()}
 
 
 def with_gradients(
@@ -46,39 +63,68 @@ def with_gradients(
     return {"y": y.detach(), "state": state.detach()} | grads
 
 
-@TRITON
+@BOTH
 @pytest.mark.parametrize("marked", [False, True], ids=["", "documents"])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 21, 18, 4, 3)], ids=str)
-def test_float32_is_near_float64(shape: tuple[int, int, int, int, int], marked: bool):
+def test_float32_is_near_float64(shape: tuple[int, int, int, int, int], marked: bool, backend: str):
     b, l, *_ = shape
-    seq_idx = (torch.arange(l, device=DEVICE) // 5).expand(b, l) if marked else None
-    exact = with_gradients(make(*shape), "reference", seq_idx)
-    actual = with_gradients(make(*shape, dtype=torch.float32), "triton", seq_idx)
+    device = device_of(backend)
+    seq_idx = (torch.arange(l, device=device) // 5).expand(b, l) if marked else None
+    exact = with_gradients(make(*shape, device=device), "reference", seq_idx)
+    inputs = make(*shape, dtype=torch.float32, device=device)
+    actual = with_gradients(inputs, backend, seq_idx)
     assert actual.keys() == exact.keys()
     for name in exact:
         assert relative_error(actual[name], exact[name]) < 1e-5, name  # through two products
 
 
-@TRITON
-@pytest.mark.skipif(gpu.interpreted(), reason="the interpreter cuts to bfloat16, it does not round")
-def test_bfloat16_is_as_near_as_plain_pytorch():
-    narrow = make(2, 67, 24, 8, 6, torch.bfloat16)  # enough that the worst of each are alike
+@NATIVE
+def test_large_products_are_by_our_kernels_with_the_same_bits_on_any_number_of_threads():
+    """Float32 products of this size are, also the one that adds to the scan's gradient."""
+    shape, seen = (1, 130, 384, 5, 24), []
+    exact = with_gradients(make(*shape, device="cpu"), "reference")
+    threads = torch.get_num_threads()
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            inputs = make(*shape, dtype=torch.float32, device="cpu")
+            seen.append(with_gradients(inputs, "native"))
+    finally:
+        torch.set_num_threads(threads)
+    for name in exact:
+        assert relative_error(seen[0][name], exact[name]) < 1e-5, name
+        assert torch.equal(seen[0][name], seen[1][name]), name
+
+
+INTERPRETED = pytest.mark.skipif(
+    gpu.interpreted(), reason="the interpreter cuts to bfloat16, it does not round"
+)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("native", marks=NATIVE), pytest.param("triton", marks=[TRITON, INTERPRETED])],
+)
+def test_bfloat16_is_as_near_as_plain_pytorch(backend: str):
+    # enough that the worst of each are alike
+    narrow = make(2, 67, 24, 8, 6, torch.bfloat16, device_of(backend))
     exact = with_gradients({k: v.double() for k, v in narrow.items()}, "reference")
-    eager, actual = (with_gradients(narrow, backend) for backend in ("reference", "triton"))
+    eager, actual = (with_gradients(narrow, which) for which in ("reference", backend))
     for name in exact:
         assert_within_budget(name, actual[name], eager[name], exact[name])
 
 
-@TRITON
-def test_empty_and_one_output():
+@BOTH
+def test_empty_and_one_output(backend: str):
     for shape in ((0, 5, 3, 4, 2), (2, 0, 3, 4, 2)):
-        actual = with_gradients(make(*shape, dtype=torch.float32), "triton")
+        inputs = make(*shape, dtype=torch.float32, device=device_of(backend))
+        actual = with_gradients(inputs, backend)
         assert actual["y"].shape == shape[:3]
         assert all(not v.any() for k, v in actual.items() if k.startswith("grad_"))
-    inputs = make(1, 5, 3, 4, 2)
+    inputs = make(1, 5, 3, 4, 2, device=device_of(backend))
     exact = with_gradients(inputs, "reference", final=False)
     leaves = {k: v.float().requires_grad_() for k, v in inputs.items()}
-    y, _ = mamba_mixer(**leaves, backend="triton")  # pyright: ignore
+    y, _ = mamba_mixer(**leaves, backend=backend)  # pyright: ignore
     g = torch.Generator().manual_seed(7)
     (y * torch.randn(y.shape, generator=g, dtype=torch.float64).to(y)).sum().backward()
     for name, leaf in leaves.items():
@@ -86,9 +132,10 @@ def test_empty_and_one_output():
         assert relative_error(leaf.grad, exact[f"grad_{name}"]) < 1e-5, name
 
 
-@TRITON
-def test_unwritten_memory_is_never_read(nan_filled_memory: None):
-    for name, value in with_gradients(make(2, 9, 5, 3, 2, torch.float32), "triton").items():
+@BOTH
+def test_unwritten_memory_is_never_read(nan_filled_memory: None, backend: str):
+    inputs = make(2, 9, 5, 3, 2, torch.float32, device_of(backend))
+    for name, value in with_gradients(inputs, backend).items():
         assert value.isfinite().all(), name
 
 
@@ -106,9 +153,16 @@ def test_bad_input_is_named():
         mamba_mixer(**inputs, seq_idx=inputs["xz"][..., 0])  # pyright: ignore
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "reference",
+        pytest.param("native", marks=NATIVE),
+        pytest.param("triton", marks=TRITON),
+    ],
+)
 def test_recomputing_changes_no_bit(backend: str):
-    inputs = make(2, 21, 18, 4, 3, dtype=torch.float32)
+    inputs = make(2, 21, 18, 4, 3, dtype=torch.float32, device=device_of(backend))
     results: list[list[Tensor]] = []
     for recompute in (False, True):
         leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}

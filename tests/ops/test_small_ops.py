@@ -10,7 +10,7 @@ from numerics import assert_within_budget, largest_difference, relative_error
 from torch.nn import functional as F
 
 from blackmamba.errors import BackendError, InputError
-from blackmamba.ops import expert_mlp, linear_cross_entropy, native, rms_norm
+from blackmamba.ops import add_rms_norm, expert_mlp, linear_cross_entropy, native, rms_norm
 from blackmamba.ops.backend import available_backends, describe_backends
 from blackmamba.ops.linear_cross_entropy import chunked
 
@@ -92,6 +92,34 @@ def test_native_rms_norm_is_as_near_as_plain_pytorch(
         exactness = 2e-6 if results[0].dtype == torch.float32 else 2**-8
         error = largest_difference(results[0], results[2])
         assert error <= exactness * made_of.abs().max(), name
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("update_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("read", ["both", "total", "y"])
+def test_native_norm_of_a_sum(dtype: torch.dtype, update_dtype: torch.dtype, read: str):
+    """Its gradient is that of both outputs, or of the one that is read."""
+
+    def run(backend: str, wide: bool = False) -> list[torch.Tensor]:
+        given = [
+            normal(2, 37, 53, dtype=dtype),
+            normal(2, 53, 37, dtype=update_dtype, seed=1).transpose(1, 2),
+            normal(53, dtype=torch.float32, seed=2),
+        ]
+        leaves = [t.to(torch.float64 if wide else t.dtype).requires_grad_() for t in given]
+        outputs = add_rms_norm(*leaves, out_dtype=None, backend=backend)  # pyright: ignore
+        shares = [normal(*t.shape, seed=3 + i).to(t.dtype) for i, t in enumerate(outputs)]
+        terms = [(t * w).sum() for t, w in zip(outputs, shares, strict=True)]
+        ({"both": terms[0] + terms[1], "total": terms[0], "y": terms[1]}[read]).backward()
+        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+        return [*(t.detach() for t in outputs), *grads]
+
+    exact = run("reference", wide=True)
+    for name, actual, eager, right in zip(
+        ("total", "y", "x", "update", "weight"), run("native"), run("reference"), exact, strict=True
+    ):
+        assert_within_budget(name, actual, eager, right)
 
 
 @NATIVE

@@ -1,6 +1,8 @@
 #include "causal_conv1d/cpu.hpp"
 #include "native/bindings.hpp"
 
+#include <nanobind/stl/tuple.h>
+
 namespace nb = nanobind;
 
 namespace bm {
@@ -8,6 +10,7 @@ namespace {
 
 using Address = std::uintptr_t;
 using Size = std::int64_t;
+using Rows = std::tuple<Address, Size, Size>;  // address, stride of the batch and of a row
 
 ConvInputs inputs(Address x, Size x_batch, Size x_row, Address weight, Address bias, Address before,
                   Address seq_idx, Size b, Size l, Size d, Size k, bool silu, bool is_bf16,
@@ -28,11 +31,13 @@ void bind_causal_conv1d(nb::module_& m) {
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "causal_conv1d_backward",
-      [](const ConvInputs& in, Address y, Size y_batch, Size y_row, Address x, Address weight,
-         Address bias, Address before) {
+      [](const ConvInputs& in, Rows y, Rows x, Address weight, Address bias, Address before) {
+        const auto [y_data, y_batch, y_row] = y;
+        const auto [x_data, x_batch, x_row] = x;
         BM_PICK(causal_conv1d)
-            .backward(in, {pointer<void>(y), y_batch, y_row, pointer<void>(x),
-                           pointer<float>(weight), pointer<float>(bias), pointer<void>(before)});
+            .backward(in, {pointer<void>(y_data), y_batch, y_row, pointer<void>(x_data), x_batch,
+                           x_row, pointer<float>(weight), pointer<float>(bias),
+                           pointer<void>(before)});
       },
       nb::call_guard<nb::gil_scoped_release>());
 }

@@ -188,7 +188,7 @@ void backward_task(const ConvInputs& in, const ConvGradients& grad, const Task& 
   };
   for (std::int64_t s = task.start; s < task.stop; ++s) {
     find_rows(s);
-    T* out = static_cast<T*>(grad.x) + (task.row * in.l + s) * in.d + task.channel;
+    T* out = static_cast<T*>(grad.x) + task.row * grad.x_batch + s * grad.x_row + task.channel;
     each_vector(width, [&](std::int64_t c, int n) {
       store_some(out + c, grad_of_input(c, n), n);
     });

@@ -22,8 +22,9 @@ struct ConvInputs {
 struct ConvGradients {
   const void* y;  // gradient of y (b, l, d), strides in numbers, last one 1
   std::int64_t y_batch, y_row;
-  void* x;        // (b, l, d), contiguous, as all that follow
-  float* weight;  // (k, d)
+  void* x;        // (b, l, d), strides in numbers, last one 1
+  std::int64_t x_batch, x_row;
+  float* weight;  // (k, d), contiguous, as all that follow
   float* bias;    // (d)
   void* before;   // (b, d, k - 1), or null where the input is; zeros already if l is 0
 };

@@ -32,10 +32,7 @@ def _forward(
     seq_idx: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    kept = _Kept(x, weight, bias, before, seq_idx)
-    y = x.new_empty(x.shape)
-    native.extension().causal_conv1d(kept.arguments(silu), y.data_ptr())
-    return y
+    return forward(x, weight, bias, before, seq_idx, silu)
 
 
 @torch.library.custom_op("blackmamba::causal_conv1d_backward", mutates_args=())
@@ -49,24 +46,51 @@ def _backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and before; empty for what is absent."""
+    grad_x = x.new_empty(x.shape)
+    rest = backward_into(grad_x, grad_y, x, weight, bias, before, seq_idx, silu)
+    return grad_x, *rest
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    """y; seq_idx is contiguous int64."""
+    kept = _Kept(x, weight, bias, before, seq_idx)
+    y = x.new_empty(x.shape)
+    native.extension().causal_conv1d(kept.arguments(silu), y.data_ptr())
+    return y
+
+
+def backward_into(
+    grad_x: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes x's gradient into `grad_x`, whose rows need be contiguous alone; gives the others."""
     kept = _Kept(x, weight, bias, before, seq_idx)
     grad_y = _innermost(grad_y)
-    grad_x = x.new_empty(x.shape)
     grad_rows = torch.empty_like(kept.rows)
     grad_bias = grad_rows.new_empty(len(weight))
     grad_before = x.new_zeros(0 if before is None else before.shape)
     native.extension().causal_conv1d_backward(
         kept.arguments(silu),
-        grad_y.data_ptr(),
-        grad_y.stride(0),
-        grad_y.stride(1),
-        grad_x.data_ptr(),
+        (grad_y.data_ptr(), grad_y.stride(0), grad_y.stride(1)),
+        (grad_x.data_ptr(), grad_x.stride(0), grad_x.stride(1)),
         grad_rows.data_ptr(),
         grad_bias.data_ptr(),
         0 if before is None else grad_before.data_ptr(),
     )
     return (
-        grad_x,
         grad_rows.t().to(weight.dtype).contiguous(),
         weight.new_empty(0) if bias is None else grad_bias.to(bias.dtype),
         grad_before,

@@ -5,12 +5,14 @@ from torch import Tensor
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_any_integers, check_dims, check_floating, check_shapes
 from blackmamba.ops.mamba_mixer.gpu import mamba_mixer_gpu
+from blackmamba.ops.mamba_mixer.native import mamba_mixer_native
 from blackmamba.ops.mamba_mixer.reference import mamba_mixer_reference
 
 _IMPLEMENTATIONS = Implementations(
     "mamba_mixer",
     {
         "triton": mamba_mixer_gpu,
+        "native": mamba_mixer_native,
         "torch": mamba_mixer_reference,  # as BLACKMAMBA_BACKEND=torch has each operation in it
         "reference": mamba_mixer_reference,
     },

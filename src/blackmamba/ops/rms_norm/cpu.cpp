@@ -1,5 +1,5 @@
-// A task is a block of rows. A row is read twice, the second time from cache. Bytes moved: x once
-// and y once forward; x, y's gradient and x's gradient once backward. Bound: memory.
+// A task is a block of rows. A row is read twice, the second time from cache. Bytes moved: x, an
+// update, the total and y once forward; x and all gradients once backward. Bound: memory.
 #include "rms_norm/cpu.hpp"
 
 #include <algorithm>
@@ -46,11 +46,28 @@ BM_INLINE float scale_of(const RmsNormInputs& in, const X* x) {
   return 1.0f / std::sqrt(squares / static_cast<float>(in.m) + in.eps);
 }
 
+// total = x + update, rounded to x's dtype
+template <class X, class U>
+BM_INLINE void add(const X* x, const U* update, X* total, std::int64_t m) {
+  std::int64_t c = 0;
+  for (; c + lanes <= m; c += lanes) store(total + c, load(x + c) + load(update + c));
+  const int n = static_cast<int>(m - c);
+  store_some(total + c, load_some(x + c, n) + load_some(update + c, n), n);
+}
+
 template <class X, class Y>
-void forward(const RmsNormInputs& in, void* out) {
+void forward(const RmsNormInputs& in, const RmsNormSum& sum, void* out) {
   parallel_for(n_threads(in), n_tasks(in), [&](std::int64_t i) {
     each_row(in, i, [&](std::int64_t row) {
       const X* x = static_cast<const X*>(in.x) + row * in.m;
+      if (sum.update != nullptr) {
+        X* total = static_cast<X*>(sum.total) + row * in.m;
+        if (sum.is_bf16)
+          add(x, static_cast<const bf16*>(sum.update) + row * in.m, total, in.m);
+        else
+          add(x, static_cast<const float*>(sum.update) + row * in.m, total, in.m);
+        x = total;
+      }
       Y* y = static_cast<Y*>(out) + row * in.m;
       const float scale = scale_of(in, x);
       std::int64_t c = 0;
@@ -64,7 +81,8 @@ void forward(const RmsNormInputs& in, void* out) {
 // With g = grad_y weight and s the scale: grad_x = s g - x s^3 / m sum(g x), and grad_weight is
 // the sum over rows of grad_y x s: each task sums its own rows.
 template <class X, class Y>
-void backward(const RmsNormInputs& in, const void* grad_y, void* grad_x, float* grad_weight) {
+void backward(const RmsNormInputs& in, const void* grad_y, const void* grad_total, void* grad_x,
+              float* grad_weight) {
   const std::int64_t tasks = n_tasks(in), m = in.m;
   float* parts = scratch<float>(Slot::d, tasks * m);
   parallel_for(n_threads(in), tasks, [&](std::int64_t i) {
@@ -73,6 +91,7 @@ void backward(const RmsNormInputs& in, const void* grad_y, void* grad_x, float* 
     each_row(in, i, [&](std::int64_t row) {
       const X* x = static_cast<const X*>(in.x) + row * m;
       const Y* gy = static_cast<const Y*>(grad_y) + row * m;
+      const X* beside = grad_total ? static_cast<const X*>(grad_total) + row * m : nullptr;
       X* gx = static_cast<X*>(grad_x) + row * m;
       const float scale = scale_of(in, x);
       const float along = sum_over(m, [&](std::int64_t c, int n) {
@@ -82,7 +101,9 @@ void backward(const RmsNormInputs& in, const void* grad_y, void* grad_x, float* 
       const auto one = [&](std::int64_t c, int n) {
         const vec here = load_some(x + c, n), g = load_some(gy + c, n) * scale;
         store_some(part + c, load_some(part + c, n) + g * here, n);
-        store_some(gx + c, g * load_some(in.weight + c, n) - here * back, n);
+        vec sum = g * load_some(in.weight + c, n) - here * back;
+        if (beside != nullptr) sum += load_some(beside + c, n);
+        store_some(gx + c, sum, n);
       };
       std::int64_t c = 0;
       for (; c + lanes <= m; c += lanes) one(c, lanes);
@@ -97,16 +118,18 @@ void backward(const RmsNormInputs& in, const void* grad_y, void* grad_x, float* 
   }
 }
 
-void run_forward(const RmsNormInputs& in, void* y) {
-  if (in.x_is_bf16) return in.y_is_bf16 ? forward<bf16, bf16>(in, y) : forward<bf16, float>(in, y);
-  return in.y_is_bf16 ? forward<float, bf16>(in, y) : forward<float, float>(in, y);
+void run_forward(const RmsNormInputs& in, const RmsNormSum& sum, void* y) {
+  const auto run = in.x_is_bf16 ? (in.y_is_bf16 ? forward<bf16, bf16> : forward<bf16, float>)
+                                : (in.y_is_bf16 ? forward<float, bf16> : forward<float, float>);
+  run(in, sum, y);
 }
 
-void run_backward(const RmsNormInputs& in, const void* grad_y, void* grad_x, float* grad_weight) {
+void run_backward(const RmsNormInputs& in, const void* grad_y, const void* grad_total, void* grad_x,
+                  float* grad_weight) {
   const auto run = in.x_is_bf16
                        ? (in.y_is_bf16 ? backward<bf16, bf16> : backward<bf16, float>)
                        : (in.y_is_bf16 ? backward<float, bf16> : backward<float, float>);
-  run(in, grad_y, grad_x, grad_weight);
+  run(in, grad_y, grad_total, grad_x, grad_weight);
 }
 
 }  // namespace

@@ -55,9 +55,10 @@ void bind_selective_scan(nb::module_& m) {
       "selective_scan_backward",
       [](const Sizes& sizes, const Inputs& inputs, bool bfloat16, bool softplus, int n_threads,
          Address starts, const View& grad_y, Address grad_final_state,
-         const std::tuple<Address, Address, Address, Address, Address>& like_inputs,
+         const std::tuple<Address, Address, Address, Address, View>& like_inputs,
          const std::tuple<Address, Address, Address, Address>& wide) {
         const auto& [x, dt, B, C, z] = like_inputs;
+        const auto& [z_data, z_batch, z_row] = z;
         const auto& [A, D, dt_bias, initial_state] = wide;
         BM_PICK(selective_scan)
             .backward(scan(sizes, inputs, bfloat16, softplus, n_threads),
@@ -67,7 +68,9 @@ void bind_selective_scan(nb::module_& m) {
                        .dt = pointer<void>(dt),
                        .B = pointer<void>(B),
                        .C = pointer<void>(C),
-                       .z = pointer<void>(z),
+                       .z = pointer<void>(z_data),
+                       .z_batch = z_batch,
+                       .z_row = z_row,
                        .A = pointer<float>(A),
                        .D = pointer<float>(D),
                        .dt_bias = pointer<float>(dt_bias),

@@ -475,7 +475,8 @@ void backward_task(const Scan& s, const float* starts, const Rows& grad_y, const
   const int64_t needed = cut(Arena(nullptr));
   cut(Arena(scratch<float>(Slot::a, needed)));
   const int64_t size = s.l * s.d;
-  const Rows grad_x{out.x, size, s.d}, grad_dt{out.dt, size, s.d}, grad_z{out.z, size, s.d};
+  const Rows grad_x{out.x, size, s.d}, grad_dt{out.dt, size, s.d};
+  const Rows grad_z{out.z, out.z_batch, out.z_row};
   all.to_blocks(s.A, A2, log2_e);
   all.to_blocks(grad_final + row.row * s.d * n, carry, 1.0f);
   all.pick(s.D, skip);
@@ -583,7 +584,9 @@ void backward_task(const Scan& s, const float* starts, const Rows& grad_y, const
           const int64_t offset = (row.row * s.l + start + t) * s.d + group.d0 + j;
           const vec v = load_some(row.at(s.x, start + t, group.d0 + j), m), g = load(grad + i);
           if (out.z)
-            store_some(static_cast<T*>(out.z) + offset, load(gate + i) * (load(sums + i) + D * v), m);
+            store_some(static_cast<T*>(out.z) + row.row * out.z_batch + (start + t) * out.z_row +
+                           group.d0 + j,
+                       load(gate + i) * (load(sums + i) + D * v), m);
           store_some(static_cast<T*>(out.x) + offset, load(to_drive + i) * load(delta + i) + g * D, m);
           vec rate = load(to_rate + i) * ln_2 + load(to_drive + i) * v;
           if (s.softplus) rate *= load(slope + i);

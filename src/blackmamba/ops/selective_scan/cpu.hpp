@@ -42,7 +42,9 @@ struct ScanOutputs {
 };
 
 struct ScanGradients {
-  void *x, *dt, *B, *C, *z;             // like the inputs, contiguous; z may be null
+  void *x, *dt, *B, *C;                 // like the inputs, contiguous
+  void* z;                              // strides in numbers, last one 1; may be null
+  std::int64_t z_batch, z_row;
   float *A, *D, *dt_bias, *initial_state;  // D and dt_bias may be null
 };
 

@@ -171,19 +171,44 @@ def _run_backward(
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state; empty for absent inputs."""
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+    grad_z = x.new_empty(0) if z is None else z.new_empty(z.shape)
+    return backward_into(grad_z, grad_y, grad_final, *inputs, starts, dt_softplus)
+
+
+def backward_into(
+    grad_z: Tensor,
+    grad_y: Tensor,
+    grad_final: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    starts: Tensor,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same, with z's gradient written into `grad_z`, whose rows need be contiguous alone."""
     call = _Call(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus)
     grad_y, grad_final = _rows(grad_y), grad_final.contiguous()  # pyright: ignore[reportAssignmentType]
-    grads = _gradients_of(x, dt, A, B, C, D, z, dt_bias, grad_final)
-    gx, gdt, gA, gB, gC, gD, gz, g_bias, g_state = (t.data_ptr() for t in grads)
+    grads = _gradients_of(x, dt, A, B, C, D, None, dt_bias, grad_final)
+    gx, gdt, gA, gB, gC, gD, _, g_bias, g_state = (t.data_ptr() for t in grads)
+    of_z = _view(None if z is None else grad_z)
     extension().selective_scan_backward(
         *call.arguments,
         starts.data_ptr(),
         _view(grad_y),
         grad_final.data_ptr(),
-        (gx, gdt, gB, gC, gz),
+        (gx, gdt, gB, gC, of_z),
         (gA, gD, g_bias, g_state),
     )
-    return grads
+    g_x, g_dt, g_A, g_B, g_C, g_D, _, g_dt_bias, g_state = grads
+    return g_x, g_dt, g_A, g_B, g_C, g_D, grad_z, g_dt_bias, g_state
 
 
 def _gradients_of(*inputs: Tensor | None) -> Any:
