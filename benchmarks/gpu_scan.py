@@ -24,7 +24,6 @@ The last line is JSON.
 
     python benchmarks/gpu_scan.py
     python benchmarks/gpu_scan.py --plans forward    # ways to cut a pass into blocks, compared
-    python benchmarks/gpu_scan.py --variants FORWARD=1 FORWARD=2,LANES=1    # ways to write it
     ncu --clock-control none -k regex:scan_ python benchmarks/gpu_scan.py --once    # for profilers
 """
 
@@ -39,7 +38,6 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops import causal_conv1d, selective_scan
-from blackmamba.ops.selective_scan import cuda
 from blackmamba.ops.selective_scan import gpu as scan_gpu
 from blackmamba.ops.selective_scan.plan import Plan, Tuning, cuts, planned
 from blackmamba.train.origin import origin
@@ -98,51 +96,6 @@ def once() -> None:
         forward()
         backward()
     torch.cuda.synchronize()
-
-
-def compare_variants(variants: list[str], repeats: int) -> None:
-    """Milliseconds and errors of the forward pass by macros that it is compiled with."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        calls = {shape: scan_calls(*shape)[0] for shape in SHAPES}
-        print(f"{'forward, ms (without kept states)':<44}" + "".join(f"{s!s:>20}" for s in SHAPES))
-        for variant in variants:
-            cuda.VARIANT = {
-                key: int(value) for key, value in (part.split("=") for part in variant.split(","))
-            }
-            times: list[str] = []
-            for shape in SHAPES:
-                kept = median_ms(calls[shape], repeats)
-                with torch.no_grad():
-                    alone = median_ms(calls[shape], repeats)
-                times.append(f"{kept:>11.3f} ({alone:.3f})")
-            errors = ", ".join(f"{name} {error:.1e}" for name, error in errors_of_forward().items())
-            print(
-                f"{variant:<44}{' '.join(f'{t:>19}' for t in times)}  errors: {errors}", flush=True
-            )
-    cuda.VARIANT = {}
-
-
-def errors_of_forward() -> dict[str, float]:
-    """Of y and the last state, the largest error as a share of the largest number."""
-    errors: dict[str, float] = {}
-    b, l, d = 2, 300, 104
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        inputs = [random(b, l, d), random(b, l, d) - 1, -torch.rand(d, N_STATES, device="cuda") * 9]
-        inputs += [random(b, l, N_STATES), random(b, l, N_STATES), torch.randn(d, device="cuda")]
-        inputs += [random(b, l, d), torch.randn(d, device="cuda")]
-        found: list[tuple[Tensor, Tensor]] = []
-        for kind in (dtype, torch.float64):
-            wide = torch.promote_types(kind, torch.float32)
-            cast = [t.to(wide if i in (2, 5, 7) else kind) for i, t in enumerate(inputs)]
-            backend = "torch" if kind == torch.float64 else "triton"
-            found.append(
-                selective_scan(*cast[:7], dt_bias=cast[7], dt_softplus=True, backend=backend)
-            )
-        for name, actual, exact in zip(("y", "state"), *found, strict=True):
-            error = (actual.double() - exact).abs().max() / exact.abs().max()
-            errors[f"{str(dtype).removeprefix('torch.')} {name}"] = float(error)
-    return errors
 
 
 def compare_plans(which: str, repeats: int) -> None:
@@ -299,12 +252,9 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=30, help="timed calls (default 30)")
     parser.add_argument("--once", action="store_true", help="one call of each pass, no times")
     parser.add_argument("--plans", choices=("forward", "backward"), help="time other plans")
-    parser.add_argument("--variants", nargs="+", help="compare macros, NAME=VALUE,... each")
     given = parser.parse_args()
     if given.once:
         once()
-    elif given.variants:
-        compare_variants(given.variants, given.repeats)
     elif given.plans:
         compare_plans(given.plans, given.repeats)
     else:

@@ -18,11 +18,8 @@ _SOURCES = {
     "scan_backward": ("scan.cu", "scan_units.cu", "scan_backward.cu"),
 }
 """Of each kernel, the files that are one text."""
-_FORWARDS = {1: "scan_forward.cu", 2: "scan_forward_2.cu"}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SPAN = 16
-VARIANT: dict[str, int] = {}
-"""More macros for the forward pass, for comparing ways to write it."""
 
 
 class _Rows(ctypes.Structure):
@@ -94,11 +91,7 @@ def launch(
     flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}
     shared_bytes = _shared_bytes(name, warps, present.dtype)
     flags |= {"WARPS": warps, "SHARED": shared_bytes}
-    files = _SOURCES[name]
-    if name == "scan_forward":
-        flags |= {"LANES": 0, "PARTS": 0, "UNROLLED": 2, **VARIANT}
-        files = ("scan.cu", _FORWARDS[VARIANT.get("FORWARD", 1)])
-    sources = tuple(Path(__file__).with_name(file) for file in files)
+    sources = tuple(Path(__file__).with_name(file) for file in _SOURCES[name])
     kernel = cuda.kernel(sources, name, tuple(sorted(flags.items())), present.device.index)
     kernel.launch(blocks, 32 * warps, arguments, shared_bytes)
 
@@ -106,8 +99,6 @@ def launch(
 def _shared_bytes(name: str, warps: int, dtype: torch.dtype) -> int:
     """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
     floats = {"scan_forward": 16 + 40, "scan_backward_local": 16, "scan_backward": 3 * 8}[name]
-    if VARIANT.get("FORWARD", 1) == 2 and name == "scan_forward":
-        floats += 16
     floats *= _SPAN
     if name == "scan_backward":
         short = dtype == torch.bfloat16

@@ -8,20 +8,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         float BC[2][SPAN * OF_TOKEN];
     };
     Shared& shared = shared_as<Shared>();
+    // Threads whose numbers differ in the lowest bit have one channel, in the second bit the same states of two: so delta,
+    // and B and C, are read by pairs from one place, which shared memory serves with half as many turns.
     const int lane = threadIdx.x & 31;
-#if LANES
     const Place p = place_of(f.s, (lane & 1) | (lane >> 3 & 2), lane >> 1 & 7);
-#else
-    const Place p = place_of(f.s, lane >> 3, lane & 7);
-#endif
     float2(*du)[8] = shared.du[p.warp];
-#if LANES
     int place = p.q * 8 + p.c;
     pin(place);
     float* const own_y = &shared.y[p.warp][0][place];
-#else
-    float* const own_y = &shared.y[p.warp][0][p.lane];
-#endif
     const float2* const own_du[2] = {&du[0][p.c], &du[0][p.c ^ 2]};  // of tokens 0, 1 and 2, 3 of each four
     float A2[4], h[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
@@ -87,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
 #endif
-#pragma unroll UNROLLED
+#pragma unroll 2  // not all four: slower
         for (int group = 0; group < SPAN; group += 4) {
             float parts[4];
 #pragma unroll
@@ -122,10 +116,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
                 }
 #if !LOCAL
                 parts[i] = part;
-                if (!PARTS) own_y[(group + i) * 40] = part;
 #endif
             }
-#if PARTS && !LOCAL
+#if !LOCAL  // only now: no load may come before a store that it could read
 #pragma unroll
             for (int i = 0; i < 4; i++) own_y[(group + i) * 40] = parts[i];
 #endif
