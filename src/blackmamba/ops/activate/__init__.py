@@ -13,8 +13,7 @@ from blackmamba.ops.checks import check_floating
 
 _IMPLEMENTATIONS = Implementations(
     "activate",
-    # in this order: what Triton gains is not measured yet
-    {"native": activate_native, "reference": activate_reference, "triton": activate_triton},
+    {"triton": activate_triton, "native": activate_native, "reference": activate_reference},
 )
 
 
