@@ -1,5 +1,7 @@
 """Triton's kernels of `activate`, step by step on the CPU where there is no GPU."""
 
+from typing import Any
+
 import pytest
 import torch
 from numerics import largest_difference
@@ -85,6 +87,20 @@ def test_large_numbers_are_kept_and_nan_stays_in_its_place():
     y, grad_h = with_gradient(h, normal(5, 20), "triton", "silu", True)
     assert y.isnan().nonzero().tolist() == [[2, 3], [4, 5]]
     assert grad_h.isnan().nonzero().tolist() == [[2, 3], [2, 23], [4, 5]]
+
+
+def test_numbers_of_places_may_need_64_bits(monkeypatch: pytest.MonkeyPatch):
+    h, outer = normal(5, 48, dtype=torch.float16), normal(5, 24, dtype=torch.float16, seed=1)
+    usual = with_gradient(h, outer, "triton", "silu", True)
+    options: list[bool] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **rest: Any) -> None:
+        options.append(rest["LONG"])
+        kernel[grid](*args, **rest | {"LONG": True})
+
+    monkeypatch.setattr(gpu, "launch", launch)
+    assert all(map(torch.equal, usual, with_gradient(h, outer, "triton", "silu", True)))
+    assert options == [False, False]
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

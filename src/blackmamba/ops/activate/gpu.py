@@ -8,7 +8,8 @@ from torch import Tensor
 
 from blackmamba.ops import gpu
 
-_NUMBERS, _BLOCK = 2048, 256  # of a program: in all, and of a row
+_NUMBERS = 1024  # of a program
+_UNIT = 8  # at most that are moved as one
 
 
 def activate_triton(h: Tensor, activation: str, gated: bool) -> Tensor:
@@ -50,14 +51,13 @@ def _launch(
     gelu: bool, gated: bool,
 ) -> None:  # fmt: skip
     """Start a kernel over f numbers of each row; `strided` are read by their rows' strides."""
-    t, strides = len(strided[0]), [x.stride(0) for x in strided]
-    unit = math.gcd(16, f, *strides)
-    block = min(_BLOCK, max(16, 1 << (f - 1).bit_length()))
-    rows = _NUMBERS // block
+    strides = [x.stride(0) for x in strided]
+    unit = math.gcd(_UNIT, f, *strides)
+    n, units = len(strided[0]) * f // unit, _NUMBERS // unit
     gpu.launch(
-        kernel, (-(-t // rows), -(-f // block)),
-        *tensors, t, f // unit, *(stride // unit for stride in strides),
-        GELU=gelu, GATED=gated, UNIT=unit, ROWS=rows, BLOCK=block,
+        kernel, (-(-n // units),),
+        *tensors, n, f // unit, *(stride // unit for stride in strides),
+        GELU=gelu, GATED=gated, UNIT=unit, UNITS=units, LONG=n > 2**31 - _NUMBERS,
     )  # fmt: skip
 
 
