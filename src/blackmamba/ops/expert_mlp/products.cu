@@ -27,6 +27,7 @@
 #define HALF (WIDE / 2)
 #define OUT (MODE == 1 ? HALF : WIDE)  // columns of y in a tile
 #define CONSUMERS 2            // warpgroups that multiply
+#define PARTS 8                // of a tile, beside which the sums of the one before are finished
 #define THREADS (128 * (CONSUMERS + 1))
 #define LOG2E 1.4426950408889634f
 #define FULL 0xffffffffu
@@ -256,74 +257,69 @@ __device__ __forceinline__ u32 narrow(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// Writes columns of a row, 4 threads of a row together: of each 32 the k-th thread gets 8 in a row from the others.
-template <int COLUMNS, typename Value>
-__device__ __forceinline__ void write(u16* row, int columns, bool inside, const Value& value) {
+// 32 columns of a row, which 4 threads have: of v[i], 8 columns, the k-th of them those 2 k and 2 k + 1. Each writes 8.
+__device__ __forceinline__ void write(u16* row, int column, int columns, bool inside, u32* v) {
     const int k = threadIdx.x & 3;
-#pragma unroll
-    for (int first = 0; first < COLUMNS / 8; first += 4) {
-        u32 v[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = first + i < COLUMNS / 8 ? value(first + i) : 0;
-        // v[i] of thread k becomes v[k] of thread i: pairs change places, then pairs of pairs
-        const bool odd = k & 1, high = k & 2;
-        u32 s0 = __shfl_xor_sync(FULL, odd ? v[0] : v[1], 1), s1 = __shfl_xor_sync(FULL, odd ? v[2] : v[3], 1);
-        if (odd) v[0] = s0, v[2] = s1;
-        else v[1] = s0, v[3] = s1;
-        s0 = __shfl_xor_sync(FULL, high ? v[0] : v[2], 2), s1 = __shfl_xor_sync(FULL, high ? v[1] : v[3], 2);
-        if (high) v[0] = s0, v[1] = s1;
-        else v[2] = s0, v[3] = s1;
-        const int column = (first + k) * 8;
-        if (inside && column < columns && column < COLUMNS) *reinterpret_cast<uint4*>(row + column) = make_uint4(v[0], v[1], v[2], v[3]);
-    }
+    // v[i] of thread k becomes v[k] of thread i: pairs change places, then pairs of pairs
+    const bool odd = k & 1, high = k & 2;
+    u32 s0 = __shfl_xor_sync(FULL, odd ? v[0] : v[1], 1), s1 = __shfl_xor_sync(FULL, odd ? v[2] : v[3], 1);
+    if (odd) v[0] = s0, v[2] = s1;
+    else v[1] = s0, v[3] = s1;
+    s0 = __shfl_xor_sync(FULL, high ? v[0] : v[2], 2), s1 = __shfl_xor_sync(FULL, high ? v[1] : v[3], 2);
+    if (high) v[0] = s0, v[1] = s1;
+    else v[2] = s0, v[3] = s1;
+    column += k * 8;
+    if (inside && column < columns) *reinterpret_cast<uint4*>(row + column) = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
-struct Rows {  // of a thread: two, 8 apart
-    i64 to[2];
-    float scale[2];
-    bool inside[2];
-    __device__ __forceinline__ Rows(const Arguments& a, const Tile& tile, int warpgroup) {
+// The sums of a tile that is done, in bfloat16: they are finished while the next tile is multiplied, a few after each of its
+// first parts.
+struct Done {
+    u32 sums[2][WIDE / 8];  // of the thread's two rows, 8 apart, two of each 8 columns
+    int to[2], column;      // rows of y; none before the first tile
+    enum { TASKS = OUT / 32 * 2, EACH = (TASKS + PARTS - 1) / PARTS };
+
+    __device__ __forceinline__ void take(const float (&d)[WIDE / 2], const Tile& tile, const float* scale) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = tile.row + warpgroup * 64 + (threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7) + half * 8;
-            inside[half] = row < tile.end;
-            to[half] = FORM == 2 ? (i64)tile.group * a.size + row : row, scale[half] = 1.f;
-#if MODE == 2
-            to[half] = inside[half] ? a.order[row] : 0;
-#if HAS_GATE
-            scale[half] = inside[half] ? a.gate[to[half]] : 0.f;
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int j = 0; j < WIDE / 8; j++)
+                sums[half][j] = narrow(d[j * 4 + half * 2] * scale[half], d[j * 4 + half * 2 + 1] * scale[half]);
+        column = tile.column;
+    }
+    // Some of the tasks, 32 columns of a row each.
+    __device__ __forceinline__ void finish(const Arguments& a, int part) {
+#pragma unroll
+        for (int task = part * EACH; task < (part + 1) * EACH; task++) {
+            if (task >= TASKS) break;
+            const int half = task % 2, first = task / 2 * 4;
+            const bool inside = to[half] >= 0;
+            const i64 row = inside ? to[half] : 0;
+            const int at = column + first * 8;
+#if MODE == 1
+            u32 g[4], u[4], y[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                g[i] = sums[half][first + i], u[i] = sums[half][first + i + HALF / 8];
+                const float gs[2] = {low(g[i]), high(g[i])}, us[2] = {low(u[i]), high(u[i])};
+                float ys[2];
+                activate(gs, us, ys);
+                y[i] = narrow(ys[0], ys[1]);
+            }
+            write(a.y + row * a.n, at, a.n, inside, y);
+#if KEEP
+            write(a.h + row * 2 * a.n, at, a.n, inside, g);
+            write(a.h + row * 2 * a.n + a.n, at, a.n, inside, u);
 #endif
+#else
+            write(a.y + row * a.n, at, a.n, inside, sums[half] + first);
 #endif
         }
     }
 };
-
-// What a warpgroup's threads do with their sums.
-__device__ __forceinline__ void finish(const Arguments& a, const Tile& tile, const Rows& rows, const float (&d)[WIDE / 2]) {
-    const int columns = a.n - tile.column;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const bool inside = rows.inside[half];
-#if MODE == 1
-        write<OUT>(a.y + rows.to[half] * a.n + tile.column, columns, inside, [&](int j) {
-            float y[2];
-            activate(d + j * 4 + half * 2, d + j * 4 + half * 2 + HALF / 2, y);
-            return narrow(y[0], y[1]);
-        });
-#if KEEP
-        u16* const h = a.h + rows.to[half] * 2 * a.n + tile.column;
-        write<OUT>(h, columns, inside, [&](int j) { return narrow(d[j * 4 + half * 2], d[j * 4 + half * 2 + 1]); });
-        write<OUT>(h + a.n, columns, inside, [&](int j) { return narrow(d[j * 4 + half * 2 + HALF / 2], d[j * 4 + half * 2 + 1 + HALF / 2]); });
-#endif
-#else
-        const float scale = rows.scale[half];
-        write<OUT>(a.y + rows.to[half] * a.n + tile.column, columns, inside, [&](int j) {
-            return narrow(d[j * 4 + half * 2] * scale, d[j * 4 + half * 2 + 1] * scale);
-        });
-#endif
-    }
-}
 
 #if FORM == 2
 // Rows of the next group that came with the last of this one count as 0, in a warpgroup's own part of x.
@@ -339,39 +335,67 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& shared, int 
     Walk walk(a);
     Tile tile;
     Place place;
+    Done done;
+    done.to[0] = done.to[1] = -1, done.column = 0;
     const bool first_lane = (threadIdx.x & 31) == 0;
     while (walk.next(a, tile)) {
-        const Rows rows(a, tile, warpgroup);
         const bool any = tile.row + warpgroup * 64 < tile.end;
-        float d[WIDE / 2];
-        int before = -1;
+        float d[WIDE / 2], scale[2] = {1.f, 1.f};
+        int to[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = tile.row + warpgroup * 64 + (threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7) + half * 8;
+            to[half] = row >= tile.end ? -1 : FORM == 2 ? tile.group * a.size + row : row;
+#if MODE == 2
+            if (to[half] >= 0) to[half] = a.order[row];
+#if HAS_GATE
+            if (to[half] >= 0) scale[half] = a.gate[to[half]];
+#endif
+#endif
+        }
 #if FORM == 2
         if (tile.first == tile.last)
             for (int i = 0; i < WIDE / 2; i++) d[i] = 0.f;
 #endif
-        for (int at = tile.first; at < tile.last; at += DEEP) {
+        int at = tile.first, before = -1;
+        const auto start = [&] {
             wait(shared.full[place.at], place.turn);
-            if (any) {
-                u16* const part = shared.x[place.at] + warpgroup * 64 * DEEP;
-                const u64 x = described(part), w = described(shared.w[place.at]);
+            if (!any) return;
+            u16* const part = shared.x[place.at] + warpgroup * 64 * DEEP;
+            const u64 x = described(part), w = described(shared.w[place.at]);
 #if FORM == 2
-                const int left = tile.last - at;
-                if (left < DEEP) clear_rows(part, left, warpgroup);
+            if (tile.last - at < DEEP) clear_rows(part, tile.last - at, warpgroup);
 #endif
-                begin_products();
+            begin_products();
 #pragma unroll
-                for (int k = 0; k < DEEP / 16; k++) multiply(d, x + k * X_STEP, w + k * W_STEP, at > tile.first || k > 0);
-                end_products();
-                wait_products<1>();
-            }
+            for (int k = 0; k < DEEP / 16; k++) multiply(d, x + k * X_STEP, w + k * W_STEP, at > tile.first || k > 0);
+            end_products();
+        };
+        const auto leave = [&] {  // the part before, which is multiplied by now
+            wait_products<1>();
             if (before >= 0 && first_lane) arrive(shared.empty[before]);
             before = place.at;
             place.next();
+            at += DEEP;
+        };
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            const bool more = at < tile.last;
+            if (more) start();
+            done.finish(a, part);
+            if (more) leave();
+        }
+        while (at < tile.last) {
+            start();
+            leave();
         }
         wait_products<0>();
         if (before >= 0 && first_lane) arrive(shared.empty[before]);
-        if (any) finish(a, tile, rows, d);
+        done.take(d, tile, scale);
+        done.to[0] = to[0], done.to[1] = to[1];
     }
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) done.finish(a, part);
 }
 
 extern __shared__ char memory[];
