@@ -38,8 +38,16 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops import causal_conv1d, selective_scan
-from blackmamba.ops.selective_scan import gpu as scan_gpu
-from blackmamba.ops.selective_scan.plan import Plan, Tuning, cuts, planned
+from blackmamba.ops.selective_scan import call as scan_call
+from blackmamba.ops.selective_scan.plan import (
+    CUDA_BACKWARD,
+    CUDA_FORWARD,
+    CUDA_OTHERS,
+    Plan,
+    Tuning,
+    cuts,
+    planned,
+)
 from blackmamba.train.origin import origin
 from gpu_measure import limits
 
@@ -101,18 +109,18 @@ def once() -> None:
 def compare_plans(which: str, repeats: int) -> None:
     """Milliseconds of a pass by blocks' channels, a multiprocessor's warps and rows' chunks."""
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    usual = scan_gpu.plan
+    usual = scan_call.plan
     with torch.cuda.stream(torch.cuda.Stream()):
         for shape in SHAPES:
             size = (*shape, N_STATES, processors)
-            mine = scan_gpu.CUDA_FORWARD if which == "forward" else scan_gpu.CUDA_BACKWARD
+            mine = CUDA_FORWARD if which == "forward" else CUDA_BACKWARD
             rows: list[tuple[float, Plan]] = []
-            for cut in cuts(*size, *mine, *scan_gpu.CUDA_OTHERS):
+            for cut in cuts(*size, *mine, *CUDA_OTHERS):
                 tried = functools.partial(tried_plan, usual, mine, planned(cut, shape[1]))
-                scan_gpu.plan = tried
+                scan_call.plan = tried
                 call = scan_calls(*shape)[0 if which == "forward" else 1]
                 rows.append((median_ms(call, repeats), planned(cut, shape[1])))
-            scan_gpu.plan = usual
+            scan_call.plan = usual
             chosen = usual(*size, *mine)
             print(f"{which} {shape}; chosen: {chosen}")
             for time, cut in sorted(rows, key=lambda row: row[0])[:6]:

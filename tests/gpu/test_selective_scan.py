@@ -9,8 +9,7 @@ from numerics import assert_within_budget, relative_error
 from torch import Tensor
 
 from blackmamba.ops import selective_scan
-from blackmamba.ops.selective_scan import cuda
-from blackmamba.ops.selective_scan import gpu as scan
+from blackmamba.ops.selective_scan import call, cuda, plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,14 +67,14 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(params=[1, 3])
 def n_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    planned = scan.plan
+    planned = plan.plan
 
-    def cut(*args: Any) -> scan.Plan:
-        spans = -(-args[1] // scan.SPAN)
-        chunk = -(-spans // request.param) * scan.SPAN
+    def cut(*args: Any) -> plan.Plan:
+        spans = -(-args[1] // plan.SPAN)
+        chunk = -(-spans // request.param) * plan.SPAN
         return dataclasses.replace(planned(*args), chunk=chunk, n_chunks=-(-args[1] // chunk))
 
-    monkeypatch.setattr(scan, "plan", cut)
+    monkeypatch.setattr(call, "plan", cut)
     return request.param
 
 
@@ -172,16 +171,16 @@ def test_runs_in_a_captured_graph():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("block", sorted({tuning.block for tuning in scan.CUDA_OTHERS}))
+@pytest.mark.parametrize("block", sorted({tuning.block for tuning in plan.CUDA_OTHERS}))
 def test_every_block_that_may_be_tuned(block: int, monkeypatch: pytest.MonkeyPatch):
     """Of the kernels in CUDA C++; 104 channels are whole blocks of none."""
-    tuning = next(t for t in scan.CUDA_OTHERS if t.block == block)
+    tuning = next(t for t in plan.CUDA_OTHERS if t.block == block)
 
-    def forced(b: int, l: int, d: int, n_padded: int, processors: int, *_: object) -> scan.Plan:
-        cut = scan.cuts(b, l, d, n_padded, processors, tuning)[0]
-        return scan.planned(dataclasses.replace(cut, n_chunks=2), l)
+    def forced(b: int, l: int, d: int, n_padded: int, processors: int, *_: object) -> plan.Plan:
+        cut = plan.cuts(b, l, d, n_padded, processors, tuning)[0]
+        return plan.planned(dataclasses.replace(cut, n_chunks=2), l)
 
-    monkeypatch.setattr(scan, "plan", forced)
+    monkeypatch.setattr(call, "plan", forced)
     exact = with_gradients(make((2, 67, 104, 16)), "torch")
     actual = with_gradients(make((2, 67, 104, 16), torch.float32), "triton")
     for name in exact:

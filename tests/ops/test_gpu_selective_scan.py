@@ -14,6 +14,7 @@ from torch import Tensor
 from blackmamba.errors import BackendError
 from blackmamba.ops import gpu, selective_scan
 from blackmamba.ops.gpu import cuda
+from blackmamba.ops.selective_scan import call, plan
 from blackmamba.ops.selective_scan import gpu as scan
 
 pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
@@ -77,14 +78,14 @@ def compare(shape: tuple[int, int, int, int], seq_idx: Tensor | None = None) -> 
 @pytest.fixture
 def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time is cut into chunks of one span, whatever the machine."""
-    planned = scan.plan
+    planned = plan.plan
 
-    def short(*args: int, **kwargs: int) -> scan.Plan:
+    def short(*args: int, **kwargs: int) -> plan.Plan:
         _, l, *_ = args
-        chunk = scan.SPAN
+        chunk = plan.SPAN
         return dataclasses.replace(planned(*args, **kwargs), chunk=chunk, n_chunks=-(-l // chunk))  # pyright: ignore
 
-    monkeypatch.setattr(scan, "plan", short)
+    monkeypatch.setattr(call, "plan", short)
 
 
 @pytest.mark.parametrize(
@@ -213,10 +214,10 @@ def test_float64_is_refused():
 @pytest.mark.parametrize("l", [1, 15, 16, 2048, 32768])
 @pytest.mark.parametrize("b", [1, 8])
 def test_plans_cover_every_token(b: int, l: int):
-    for tunings in ((scan.FORWARD,), (scan.BACKWARD,), scan.CUDA_FORWARD, scan.CUDA_BACKWARD):
-        plan = scan.plan(b, l, 2304, 16, 132, *tunings)
-        assert plan.chunk % scan.SPAN == 0
-        assert (plan.n_chunks - 1) * plan.chunk < l <= plan.n_chunks * plan.chunk
+    for tunings in ((plan.FORWARD,), (plan.BACKWARD,), plan.CUDA_FORWARD, plan.CUDA_BACKWARD):
+        cut = plan.plan(b, l, 2304, 16, 132, *tunings)
+        assert cut.chunk % plan.SPAN == 0
+        assert (cut.n_chunks - 1) * cut.chunk < l <= cut.n_chunks * cut.chunk
 
 
 def test_the_plan_that_fills_a_gpu():
@@ -228,9 +229,9 @@ def test_the_plan_that_fills_a_gpu():
         ((1, 16384, 2304), (32, 11), (32, 22)),
         ((1, 32768, 2304), (32, 11), (32, 22)),
     ):
-        for tunings, expected in ((scan.CUDA_FORWARD, forward), (scan.CUDA_BACKWARD, backward)):
-            plan = scan.plan(*shape, 16, 132, *tunings)
-            assert (plan.block, plan.n_chunks) == expected, shape
+        for tunings, expected in ((plan.CUDA_FORWARD, forward), (plan.CUDA_BACKWARD, backward)):
+            cut = plan.plan(*shape, 16, 132, *tunings)
+            assert (cut.block, cut.n_chunks) == expected, shape
 
 
 @pytest.fixture
@@ -255,12 +256,12 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 def test_cuda_in_float32_in_chunks_with_documents(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    planned = scan.plan
+    planned = plan.plan
 
-    def cut(*args: int, **kwargs: int) -> scan.Plan:
+    def cut(*args: int, **kwargs: int) -> plan.Plan:
         return dataclasses.replace(planned(*args, **kwargs), chunk=32, n_chunks=2)  # pyright: ignore
 
-    monkeypatch.setattr(scan, "plan", cut)
+    monkeypatch.setattr(call, "plan", cut)
     shape, seq_idx = (1, 41, 56, 12), documents(1, 41)
     exact = with_gradients(make(*shape), "reference", seq_idx)
     actual = with_gradients(make(*shape, dtype=torch.float32), "triton", seq_idx)

@@ -19,7 +19,7 @@ from blackmamba.ops.backend import ENVIRONMENT_VARIABLE
 from blackmamba.ops.causal_conv1d import gpu as conv
 from blackmamba.ops.expert_mlp import gpu as experts
 from blackmamba.ops.gpu import tuning
-from blackmamba.ops.selective_scan import gpu as scan
+from blackmamba.ops.selective_scan import plan as scan
 from blackmamba.presets import presets
 
 pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))

@@ -1,18 +1,24 @@
-"""The selective scan on the GPU: launches of its kernels, and what autograd needs to know.
+"""The selective scan on a GPU: both passes, and what autograd needs to know.
 
 Letters: b batch, l sequence, d d_inner, n d_state.
 """
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blackmamba.ops import gpu
-from blackmamba.ops.gpu import tuning
 from blackmamba.ops.selective_scan import cuda
+from blackmamba.ops.selective_scan.call import (
+    Call,
+    backward_kernels,
+    kernels,
+    padded,
+    rows,
+    strides,
+)
 from blackmamba.ops.selective_scan.plan import (
     BACKWARD,
     CUDA_BACKWARD,
@@ -23,9 +29,6 @@ from blackmamba.ops.selective_scan.plan import (
     SPAN,
     Plan,
     Tuning,
-    cuts,
-    plan,
-    planned,
 )
 
 TILES = 1
@@ -51,186 +54,10 @@ def selective_scan_gpu(
     return y, final_state
 
 
-def _processors(tensor: Tensor) -> int:
-    if tensor.device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
-def _padded(n: int) -> int:
-    """A power of two: the states of a channel with their padding."""
-    return max(4, 1 << (n - 1).bit_length())
-
-
-def _kernels() -> Any:
-    """kernels.py, whose language Python's types do not describe; triton is imported only now."""
-    from blackmamba.ops.selective_scan import kernels
-
-    return kernels
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous."""
-    return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _strides(tensor: Tensor) -> tuple[int, int]:
-    return tensor.stride(0), tensor.stride(1)
-
-
-class _Call:
-    """What all passes are launched with alike."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        seq_idx: Tensor | None,
-        dt_softplus: bool,
-    ):
-        self.b, self.l, self.d = x.shape
-        self.n = A.shape[1]
-        self.n_padded = _padded(self.n)
-        self.l_padded = math.ceil(self.l / SPAN) * SPAN
-        self.x, self.dt = _rows(x), _rows(dt)
-        self.z = None if z is None else _rows(z)
-        self.A = A.float().contiguous()
-        self.D = None if D is None else D.contiguous()
-        self.dt_bias = None if dt_bias is None else dt_bias.contiguous()
-        self.flags = {
-            "N": self.n_padded,
-            "HAS_Z": z is not None,
-            "HAS_BIAS": dt_bias is not None,
-            "SOFTPLUS": dt_softplus,
-            "HAS_SEQ": seq_idx is not None,
-        }
-        self._B, self._C, self._seq_idx = B, C, seq_idx
-
-    def pack(self) -> None:
-        """Put B and C side by side, in float32."""
-        x, B, C, seq_idx = self.x, self._B, self._C, self._seq_idx
-        self.packed = x.new_empty(self.b, self.l_padded, 2, self.n_padded, dtype=torch.float32)
-        self.resets = (
-            self.packed
-            if seq_idx is None
-            else x.new_empty(self.b, self.l_padded, dtype=torch.float32)
-        )
-        tokens = max(1, 512 // self.n_padded)
-        _kernels().pack_kernel[(math.ceil(self.l_padded / tokens), self.b)](
-            B,
-            C,
-            B if seq_idx is None else seq_idx,
-            self.packed,
-            self.resets,
-            self.l,
-            self.l_padded,
-            self.n,
-            *B.stride(),
-            *C.stride(),
-            *((0, 0) if seq_idx is None else seq_idx.stride()),
-            N=self.n_padded,
-            T=tokens,
-            HAS_SEQ=seq_idx is not None,
-        )
-
-    def run_best(
-        self,
-        name: str,
-        tunings: tuple[Tuning, ...],
-        others: tuple[Tuning, ...],
-        run: Callable[[Plan], object],
-    ) -> None:
-        """Run a pass as it was measured to be fastest, or as `plan` expects it to be."""
-        size = (self.b, self.l, self.d, self.n_padded, _processors(self.x))
-        b, l = (tuning.rounded(n) for n in size[:2])
-        best = tuning.pick(
-            f"selective_scan {name}",
-            f"b={b} l={l} d={self.d} n={self.n_padded} bytes={self.x.element_size()}",
-            plan(*size, *tunings),
-            lambda: cuts(*size, *tunings, *others),
-            lambda cut: run(planned(cut, self.l)),
-        )
-        run(planned(best, self.l))
-
-    def sizes(self, plan: Plan) -> tuple[int, int, int, int, int, int]:
-        return self.l, self.d, self.n, self.l_padded, plan.n_chunks, plan.chunk
-
-    def grid(self, plan: Plan) -> tuple[int]:
-        return (math.ceil(self.d / plan.block) * plan.n_chunks * self.b,)
-
-    def even(self, plan: Plan) -> bool:
-        return self.d % plan.block == 0 and self.l % SPAN == 0
-
-    def states(self, plan: Plan) -> Tensor:
-        return self.A.new_empty(self.b, plan.n_chunks, self.d, self.n_padded)
-
-    def carry(self, ends: Tensor, decays: Tensor, first: Tensor | None, back: bool) -> Tensor:
-        """What each chunk begins with (or, backwards, ends with), of what each leaves."""
-        carried = torch.empty_like(ends)
-        size = self.d * self.n_padded
-        _kernels().carry_kernel[(math.ceil(size / 256), self.b)](
-            ends,
-            decays,
-            ends if first is None else first,
-            carried,
-            ends.shape[1],
-            size,
-            BACK=back,
-            HAS_FIRST=first is not None,
-            BLOCK=256,
-            num_warps=4,
-        )
-        return carried
-
-    def padded_rates(self) -> Tensor:
-        """A as (d, N), zeros where there is no state."""
-        return self._padded(self.A)
-
-    def cuda(
-        self,
-        name: str,
-        plan: Plan,
-        defines: Mapping[str, int],
-        tensors: Mapping[str, Tensor | None],
-    ) -> None:
-        """Run a kernel in CUDA C++."""
-        sizes = (self.l, self.d, self.l_padded, plan.n_chunks, plan.chunk)
-        shared = {
-            "x": self.x,
-            "dt": self.dt,
-            "z": self.z,
-            "A": self.padded_rates(),
-            "BC": self.packed,
-        }
-        shared |= {"D": self.D, "bias": self.dt_bias, "resets": self.resets}
-        flags = {name: int(value) for name, value in self.flags.items() if name != "N"}
-        n_blocks = math.ceil(self.d / plan.block)
-        short = torch.float32 not in (self._B.dtype, self._C.dtype)
-        flags |= {"HAS_D": int(self.D is not None), "SHORT_BC": int(short)}
-        flags |= {"MIN_BLOCKS": plan.resident // plan.warps, **defines}
-        tensors = {**shared, **tensors}
-        cuda.launch(name, self.grid(plan)[0], plan.warps, (*sizes, n_blocks), tensors, flags)
-
-    def padded_state(self, state: Tensor) -> Tensor:
-        """(b, d, n) to contiguous float32 (b, d, N)."""
-        return self._padded(state.float()).contiguous()
-
-    def _padded(self, tensor: Tensor) -> Tensor:
-        if self.n == self.n_padded:
-            return tensor
-        return torch.nn.functional.pad(tensor, (0, self.n_padded - self.n))
-
-
 def _outputs(x: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     (b, l, d), n = x.shape, A.shape[1]
     final_state = x.new_empty(b, d, n, dtype=torch.float32)
-    starts = (b, math.ceil(l / SPAN), d, _padded(n)) if keep else (0,)
+    starts = (b, math.ceil(l / SPAN), d, padded(n)) if keep else (0,)
     kept = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     return x.new_empty(x.shape), final_state, x.new_empty(starts, dtype=kept)
 
@@ -256,7 +83,7 @@ def _forward(
         if initial_state is None:
             return y, final_state.zero_(), starts
         return y, final_state.copy_(initial_state), starts
-    call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
+    call = Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
     by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias])
     call.pack()
     flags = call.flags | {"S": SPAN, "HAS_D": D is not None, "KEEP": keep, "AHEAD": True}
@@ -275,7 +102,7 @@ def _forward(
             tensors = {"y": y, "first": first, "starts": starts, "ends": ends, "decays": decays}
             call.cuda("scan_forward", cut, {k: int(v) for k, v in defines.items()}, tensors)
             return
-        _kernels().forward_kernel[call.grid(cut)](
+        kernels().forward_kernel[call.grid(cut)](
             call.x,
             call.dt,
             call.A,
@@ -290,9 +117,9 @@ def _forward(
             ends,
             decays,
             *call.sizes(cut),
-            *_strides(call.x),
-            *_strides(call.dt),
-            *_strides(z_),
+            *strides(call.x),
+            *strides(call.dt),
+            *strides(z_),
             HAS_FIRST=has_first,
             LOCAL=local,
             BD=cut.block,
@@ -385,8 +212,8 @@ def backward_into(
         if initial_state is not None:
             grad_first.zero_() if grad_final is None else grad_first.copy_(grad_final)
         return
-    call = _Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
-    grad_y = _rows(grad_y)
+    call = Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
+    grad_y = rows(grad_y)
     written = {"grad_x": grad_x, "grad_dt": grad_dt, "grad_z": None if z is None else grad_z}
     by_cuda = cuda.fits(
         call.n_padded,
@@ -408,7 +235,7 @@ def backward_into(
                 tensors = {"grad_y": grad_y, "ends": ends, "decays": decays}
                 call.cuda("scan_backward_local", cut, {}, tensors)
             else:
-                _kernels().backward_local_kernel[call.grid(cut)](
+                backward_kernels().backward_local_kernel[call.grid(cut)](
                     call.dt,
                     call.A,
                     call.packed,
@@ -419,9 +246,9 @@ def backward_into(
                     ends,
                     decays,
                     *call.sizes(cut),
-                    *_strides(call.dt),
-                    *_strides(z_),
-                    *_strides(grad_y),
+                    *strides(call.dt),
+                    *strides(z_),
+                    *strides(grad_y),
                     **shared,
                 )
             after = call.carry(ends, decays, after, back=True)
@@ -441,7 +268,7 @@ def backward_into(
             tensors |= {"grad_D": sum_D, "grad_bias": sum_bias}
             call.cuda("scan_backward", cut, {}, tensors)
         else:
-            _kernels().backward_kernel[call.grid(cut)](
+            backward_kernels().backward_kernel[call.grid(cut)](
                 call.x,
                 call.dt,
                 call.A,
@@ -462,13 +289,13 @@ def backward_into(
                 sum_D,
                 sum_bias,
                 *call.sizes(cut),
-                *_strides(call.x),
-                *_strides(call.dt),
-                *_strides(z_),
-                *_strides(grad_y),
-                *_strides(grad_x),
-                *_strides(grad_dt),
-                *((0, 0) if z is None else _strides(grad_z)),
+                *strides(call.x),
+                *strides(call.dt),
+                *strides(z_),
+                *strides(grad_y),
+                *strides(grad_x),
+                *strides(grad_dt),
+                *((0, 0) if z is None else strides(grad_z)),
                 S=SPAN,
                 TILES=TILES,
                 HAS_D=D is not None,
@@ -476,7 +303,7 @@ def backward_into(
                 **shared,
                 **_registers(BACKWARD),
             )
-        _kernels().sum_kernel[(call.l_padded // 4, b)](
+        backward_kernels().sum_kernel[(call.l_padded // 4, b)](
             partial,
             grad_B,
             grad_C,
@@ -484,8 +311,8 @@ def backward_into(
             call.n,
             call.l_padded // 4,
             n_blocks,
-            *_strides(grad_B),
-            *_strides(grad_C),
+            *strides(grad_B),
+            *strides(grad_C),
             N=call.n_padded,
             ROWS=16,
             OF_UNITS=by_cuda,

@@ -1,0 +1,296 @@
+"""Triton kernels of the selective scan's backward pass; kernels.py explains how they work.
+
+Letters: b batch, l sequence, d d_inner, n d_state (N: padded to a power of two).
+"""
+
+import triton
+import triton.language as tl
+
+from blackmamba.ops.selective_scan.kernels import LOG2E, _at, _decay, _delta, _spread
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def backward_local_kernel(
+    dt, A, BC, z, dt_bias, resets, grad_y, ends, decays,
+    l, d, n, l_padded, n_chunks, chunk, dt_b, dt_l, z_b, z_l, gy_b, gy_l,
+    BD: tl.constexpr, N: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_SEQ: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state before each chunk, had nothing come from behind, and the chunk's
+    decay.
+
+    Owns BD channels of a row over one chunk, read backwards. Keeps the gradient, [BD, N], in
+    registers. Moves dt, z and the gradient of y once. Bound by exponentials: N + 2 for each number
+    of y.
+    """
+    pid = tl.program_id(0)
+    n_blocks = tl.cdiv(d, BD)
+    c = (pid % n_blocks) * BD + tl.arange(0, BD)
+    piece = (pid // n_blocks) % n_chunks
+    row = (pid // n_blocks // n_chunks).to(tl.int64)
+    k = tl.arange(0, N)
+    col = tl.arange(0, 4)
+    here = c < d
+    A2 = (
+        tl.load(A + c[:, None] * n + k[None, :], here[:, None] & (k < n)[None, :], other=0.0)
+        * LOG2E
+    )
+    bias = tl.load(dt_bias + c, here, other=0.0).to(tl.float32)[:, None] if HAS_BIAS else 0.0
+    begin = piece * chunk
+    end = tl.minimum(l, begin + chunk)
+    dt += row * dt_b
+    z += row * z_b
+    grad_y += row * gy_b
+    BC += row * l_padded * (2 * N)
+    resets += row * l_padded
+    g = tl.zeros([BD, N], tl.float32)
+    total = tl.zeros([BD, 4], tl.float32)
+    any_reset = 0.0
+    n_tiles = tl.cdiv(end - begin, 4)
+    for back in range(n_tiles):
+        t0 = begin + (n_tiles - 1 - back) * 4
+        t = (t0 + col)[None, :]
+        mask = here[:, None] & (t < end)
+        if EVEN:
+            mask = tl.full([BD, 4], True, tl.int1)
+        dt_t = tl.load(_at(dt, t0, dt_l, c), mask, other=0.0)
+        gy = tl.load(_at(grad_y, t0, gy_l, c), mask, other=0.0).to(tl.float32)
+        if HAS_Z:
+            zv = tl.load(_at(z, t0, z_l, c), mask, other=0.0).to(tl.float32)
+            gy *= zv / (1 + tl.exp2(zv * -LOG2E))
+        delta = _delta(dt_t.to(tl.float32) + bias, mask, SOFTPLUS)
+        total += delta
+        tile = BC + tl.cast(t0, tl.int64) * (2 * N)
+        for i in tl.static_range(3, -1, -1):
+            Ct = tl.load(tile + i * 2 * N + N + k)[None, :]
+            a = _decay(_spread(delta, i, BD), A2, resets + t0, i, HAS_SEQ)
+            g = a * (g + Ct * _spread(gy, i, BD))
+            if HAS_SEQ:
+                any_reset += tl.load(resets + t0 + i)
+    state = ((row * n_chunks + piece) * d + c[:, None]) * N + k[None, :]
+    tl.store(ends + state, g, here[:, None])
+    left = tl.exp2(tl.sum(total, 1, keep_dims=True) * A2 + any_reset)
+    tl.store(decays + state, left, here[:, None])
+
+
+@triton.jit
+def backward_kernel(
+    x, dt, A, BC, D, z, dt_bias, resets, starts, grad_y, after,
+    grad_x, grad_dt, grad_z, partial, grad_first, grad_A, grad_D, grad_bias,
+    l, d, n, l_padded, n_chunks, chunk,
+    x_b, x_l, dt_b, dt_l, z_b, z_l, gy_b, gy_l, gx_b, gx_l, gdt_b, gdt_l, gz_b, gz_l,
+    BD: tl.constexpr, N: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_SEQ: tl.constexpr, EVEN: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Every gradient; those of B and C as a sum for each block of channels, in `partial`.
+
+    Owns BD channels of a row over one chunk, read backwards. Keeps the states of TILES tiles,
+    computed again from the kept ones, and the gradients of state and A in registers. Moves x, dt,
+    z, the gradients of y, x, dt and z once, the states before every S tokens once, and 2 N / BD
+    numbers of `partial` for each of x. Bound by instructions.
+    """
+    pid = tl.program_id(0)
+    n_blocks = tl.cdiv(d, BD)
+    block = pid % n_blocks
+    c = block * BD + tl.arange(0, BD)
+    piece = (pid // n_blocks) % n_chunks
+    row = (pid // n_blocks // n_chunks).to(tl.int64)
+    k = tl.arange(0, N)
+    col = tl.arange(0, 4)
+    here = c < d
+    A2 = (
+        tl.load(A + c[:, None] * n + k[None, :], here[:, None] & (k < n)[None, :], other=0.0)
+        * LOG2E
+    )
+    bias = tl.load(dt_bias + c, here, other=0.0).to(tl.float32)[:, None] if HAS_BIAS else 0.0
+    skip = tl.load(D + c, here, other=0.0).to(tl.float32)[:, None] if HAS_D else 0.0
+    state = ((row * n_chunks + piece) * d + c[:, None]) * N + k[None, :]
+    g = tl.load(after + state, here[:, None], other=0.0)
+    sum_A = tl.zeros([BD, N], tl.float32)
+    sum_D = tl.zeros([BD, 4], tl.float32)
+    sum_bias = tl.zeros([BD, 4], tl.float32)
+
+    begin = piece * chunk
+    end = tl.minimum(l, begin + chunk)
+    x += row * x_b
+    dt += row * dt_b
+    z += row * z_b
+    grad_y += row * gy_b
+    grad_x += row * gx_b
+    grad_dt += row * gdt_b
+    grad_z += row * gz_b
+    BC += row * l_padded * (2 * N)
+    resets += row * l_padded
+    starts += row * (l_padded // S) * d * N
+    partial += (row * (l_padded // 4) * n_blocks + block) * (8 * N)
+    n_spans = tl.cdiv(end - begin, S)
+    for back in range(n_spans):
+        span = begin + (n_spans - 1 - back) * S
+        kept = starts + tl.cast(span // S, tl.int64) * d * N + c[:, None] * N + k[None, :]
+        if EVEN:
+            h = tl.load(kept).to(tl.float32)
+        else:
+            h = tl.load(kept, here[:, None], other=0.0).to(tl.float32)
+        firsts = (h,)  # before each group of TILES tiles
+        for j in tl.static_range(S // 4 - TILES):
+            t = (span + 4 * j + col)[None, :]
+            mask = here[:, None] & (t < end)
+            if EVEN:
+                mask = tl.full([BD, 4], True, tl.int1)
+            raw = tl.load(_at(dt, span + 4 * j, dt_l, c), mask, other=0.0).to(tl.float32) + bias
+            delta = _delta(raw, mask, SOFTPLUS)
+            drive = delta * tl.load(_at(x, span + 4 * j, x_l, c), mask, other=0.0).to(tl.float32)
+            tile = BC + tl.cast(span + 4 * j, tl.int64) * (2 * N)
+            for i in tl.static_range(4):
+                Bt = tl.load(tile + i * 2 * N + k)[None, :]
+                a = _decay(_spread(delta, i, BD), A2, resets + span + 4 * j, i, HAS_SEQ)
+                h = a * h + _spread(drive, i, BD) * Bt
+            if (j + 1) % TILES == 0:
+                firsts += (h,)
+        for group in tl.static_range(S // 4 // TILES - 1, -1, -1):
+            h = firsts[group]
+            states = (h,)
+            decays = (h,)
+            for tile_of_group in tl.static_range(TILES):
+                t0 = span + (group * TILES + tile_of_group) * 4
+                t = (t0 + col)[None, :]
+                mask = here[:, None] & (t < end)
+                if EVEN:
+                    mask = tl.full([BD, 4], True, tl.int1)
+                raw = tl.load(_at(dt, t0, dt_l, c), mask, other=0.0).to(tl.float32) + bias
+                delta = _delta(raw, mask, SOFTPLUS)
+                drive = delta * tl.load(_at(x, t0, x_l, c), mask, other=0.0).to(tl.float32)
+                tile = BC + tl.cast(t0, tl.int64) * (2 * N)
+                for i in tl.static_range(4):
+                    Bt = tl.load(tile + i * 2 * N + k)[None, :]
+                    a = _decay(_spread(delta, i, BD), A2, resets + t0, i, HAS_SEQ)
+                    h = a * h + _spread(drive, i, BD) * Bt
+                    decays += (a,)
+                    states += (h,)
+            for tile_of_group in tl.static_range(TILES - 1, -1, -1):
+                t0 = span + (group * TILES + tile_of_group) * 4
+                t = (t0 + col)[None, :]
+                mask = here[:, None] & (t < end)
+                if EVEN:
+                    mask = tl.full([BD, 4], True, tl.int1)
+                raw = tl.load(_at(dt, t0, dt_l, c), mask, other=0.0).to(tl.float32) + bias
+                delta = _delta(raw, mask, SOFTPLUS)
+                xv = tl.load(_at(x, t0, x_l, c), mask, other=0.0).to(tl.float32)
+                drive = delta * xv
+                gy = tl.load(_at(grad_y, t0, gy_l, c), mask, other=0.0).to(tl.float32)
+                go = gy  # the gradient before the gate
+                if HAS_Z:
+                    zv = tl.load(_at(z, t0, z_l, c), mask, other=0.0).to(tl.float32)
+                    sigmoid = 1 / (1 + tl.exp2(zv * -LOG2E))
+                    gate = zv * sigmoid
+                    go = gy * gate
+                yv = tl.zeros([BD, 4], tl.float32)
+                g_drive = tl.zeros([BD, 4], tl.float32)
+                g_decay = tl.zeros([BD, 4], tl.float32)
+                tile = BC + tl.cast(t0, tl.int64) * (2 * N)
+                at_B = partial + tl.cast(t0 // 4, tl.int64) * n_blocks * (8 * N)
+                at_C = at_B + 4 * N
+                for_B = (g,)  # the fourth token's first
+                for_C = (g,)
+                for i in tl.static_range(3, -1, -1):
+                    dl = _spread(delta, i, BD)
+                    gi = _spread(go, i, BD)
+                    Bt = tl.load(tile + i * 2 * N + k)[None, :]
+                    Ct = tl.load(tile + i * 2 * N + N + k)[None, :]
+                    h = states[tile_of_group * 4 + i + 1]
+                    now = (col == i)[None, :]
+                    g += Ct * gi
+                    if HAS_Z:
+                        yv = tl.where(now, tl.sum(h * Ct, 1, keep_dims=True), yv)
+                    g_drive = tl.where(now, tl.sum(g * Bt, 1, keep_dims=True), g_drive)
+                    of_B = g * _spread(drive, i, BD)
+                    of_C = h * gi
+                    if SUM == "add":
+                        tl.store(at_B + k * 4 + i, tl.sum(of_B, 0))
+                        tl.store(at_C + k * 4 + i, tl.sum(of_C, 0))
+                    else:
+                        for_B += (of_B,)
+                        for_C += (of_C,)
+                    g *= decays[tile_of_group * 4 + i + 1]
+                    w = g * states[tile_of_group * 4 + i]  # the gradient of delta A
+                    sum_A += w * dl
+                    g_decay = tl.where(now, tl.sum(w * A2, 1, keep_dims=True), g_decay)
+                if (
+                    SUM != "add"
+                ):  # sums over channels by the matrix units: rows of ones times [BD, 4 N]
+                    all_B = tl.join(tl.join(for_B[4], for_B[2]), tl.join(for_B[3], for_B[1]))
+                    all_C = tl.join(tl.join(for_C[4], for_C[2]), tl.join(for_C[3], for_C[1]))
+                    all_B = tl.reshape(all_B, [BD, 4 * N])
+                    all_C = tl.reshape(all_C, [BD, 4 * N])
+                    if SUM == "bf16":
+                        ones = tl.full([16, BD], 1.0, tl.bfloat16)
+                        all_B = tl.dot(ones, all_B.to(tl.bfloat16))
+                        all_C = tl.dot(ones, all_C.to(tl.bfloat16))
+                    else:
+                        ones = tl.full([16, BD], 1.0, tl.float32)
+                        all_B = tl.dot(ones, all_B, input_precision=SUM)
+                        all_C = tl.dot(ones, all_C, input_precision=SUM)
+                    place = tl.arange(0, 16)[:, None] * 0 + tl.arange(0, 4 * N)[None, :]
+                    once = tl.arange(0, 16)[:, None] + tl.arange(0, 4 * N)[None, :] * 0 == 0
+                    tl.store(at_B + place, all_B, once)
+                    tl.store(at_C + place, all_C, once)
+                g_x = g_drive * delta
+                if HAS_D:
+                    yv += skip * xv
+                    g_x += skip * go
+                    sum_D += go * xv
+                tl.store(_at(grad_x, t0, gx_l, c), g_x, mask)
+                if HAS_Z:
+                    g_z = gy * yv * (sigmoid + gate * (1 - sigmoid))
+                    tl.store(_at(grad_z, t0, gz_l, c), g_z, mask)
+                g_raw = g_decay * LN2 + g_drive * xv
+                if SOFTPLUS:
+                    g_raw *= 1 / (1 + tl.exp2(raw * -LOG2E))
+                if HAS_BIAS:
+                    sum_bias += tl.where(mask, g_raw, 0.0)
+                tl.store(_at(grad_dt, t0, gdt_l, c), g_raw, mask)
+    part = row * n_chunks + piece
+    tl.store(grad_A + (part * d + c[:, None]) * N + k[None, :], sum_A, here[:, None])
+    if HAS_D:
+        tl.store(grad_D + part * d + c, tl.sum(sum_D, 1), here)
+    if HAS_BIAS:
+        tl.store(grad_bias + part * d + c, tl.sum(sum_bias, 1), here)
+    tl.store(grad_first + (row * d + c[:, None]) * N + k[None, :], g, here[:, None] & (piece == 0))
+
+
+@triton.jit
+def sum_kernel(
+    partial, grad_B, grad_C, l, n, n_tiles, n_blocks, B_b, B_l, C_b, C_l,
+    N: tl.constexpr, ROWS: tl.constexpr, OF_UNITS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of B and C: sums over the blocks of channels, always in the same order.
+    OF_UNITS: of 16 states, in the order in which `Turned` of scan_units.cu has them.
+
+    Owns four tokens of one row. Keeps [ROWS, 8 N] sums. Moves n_blocks 8 N numbers in. Bound by
+    bytes.
+    """
+    tile = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    place = tl.arange(0, 8 * N)
+    blocks = tl.arange(0, ROWS)
+    partial += (row * n_tiles + tile) * n_blocks * (8 * N)
+    total = tl.zeros([ROWS, 8 * N], tl.float32)
+    for first in range(0, n_blocks, ROWS):
+        at = (first + blocks)[:, None]
+        total += tl.load(partial + at * (8 * N) + place[None, :], at < n_blocks, other=0.0)
+    total = tl.sum(total, 0)
+    if OF_UNITS:
+        k = place % 4 * 4 + place // 16 % 4
+        t = tile * 4 + place // 4 % 4
+        of_B = place < 64
+    else:
+        k = (place // 4) % N
+        t = tile * 4 + place % 4
+        of_B = place < 4 * N
+    real = (k < n) & (t < l)
+    tl.store(grad_B + row * B_b + t * B_l + k, total, real & of_B)
+    tl.store(grad_C + row * C_b + t * C_l + k, total, real & ~of_B)
