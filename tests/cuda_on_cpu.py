@@ -1,29 +1,34 @@
-"""Runs the scan's CUDA C++ kernels on a CPU: their text as C++, each thread of a block a coroutine.
+"""Runs CUDA C++ kernels on a CPU: their text as C++, each thread of a block a coroutine.
 
 What they have in assembler is replaced by what it means (so that a number which matrix units read
-is cut to their 11 bits); a barrier is where coroutines wait for each other. Slow, for tests.
+is cut to their 11 bits); a barrier is where coroutines wait for each other, and when all do, for
+what never comes, the launch fails. Blocks run one after the other. Slow, for tests.
 """
 
 import ctypes
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from blackmamba.ops.gpu.cuda import one_text
 
+CXX = shutil.which("c++") or shutil.which("g++")
 _COMES_FIRST = r"""
 #include <cmath>
+#include <csetjmp>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ucontext.h>
-#include <vector>
 #define __device__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __builtin_assume(x)
+#define __grid_constant__
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct uint2 { unsigned x, y; };
@@ -32,36 +37,71 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
-static struct { int x; } threadIdx, blockIdx;
-alignas(16) static char memory[1 << 18];
-
-struct Barrier { int arrived = 0, turn = 0; };
-static Barrier of_warp[32], of_block;
-static int current, n_threads;
-static ucontext_t outside;
-static std::vector<ucontext_t> threads;
-static std::vector<char> done;
-static std::vector<std::vector<char>> stacks;
-static void wait(Barrier& b, int n) {
-    const int turn = b.turn;
-    if (++b.arrived == n) { b.arrived = 0, b.turn++; return; }
-    while (b.turn == turn) { swapcontext(&threads[current], &outside); threadIdx.x = current; }
-}
-inline void __syncwarp() { wait(of_warp[current / 32], 32); }
-inline void __syncthreads() { wait(of_block, n_threads); }
-
-static float shared_by_warp[1024][6];
-inline float __shfl_xor_sync(unsigned, float v, int mask) {
-    shared_by_warp[current][0] = v;
-    __syncwarp();
-    const float other = shared_by_warp[current ^ mask][0];
-    __syncwarp();
-    return other;
-}
-inline unsigned __shfl_sync(unsigned, unsigned v, int lane) { return v; }  // one's own
-#define __cvta_generic_to_shared(p) ((const char*)(p) - memory)
 inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+static struct { int x; } threadIdx, blockIdx, gridDim;
+
+// Shared memory. Its first address is not 0, so that a kernel has to align by itself.
+alignas(16) static char memory[1 << 18];
+static const unsigned first_address = 16;
+#define __cvta_generic_to_shared(p) (first_address + ((const char*)(p) - memory))
+inline char* at_address(unsigned address) { return memory + address - first_address; }
+
+// Threads. Each but the first switch to one is a longjmp, as swapcontext asks the system each time.
+static const int stack_bytes = 1 << 15;
+struct Thread {
+    ucontext_t first;
+    jmp_buf at;
+    bool begun, done;
+    const char* waits_for;  // with two numbers in it
+    unsigned values[2];
+};
+static Thread threads[1024];
+alignas(64) static char stacks[1024][stack_bytes];
+static jmp_buf outside;
+static int current, n_threads, moves;  // `moves` counts what waiting threads cannot do
+static char trouble[1024];
+static void leave() { if (!_setjmp(threads[current].at)) _longjmp(outside, 1); }
+static void fail(const char* text, ...) {
+    va_list values;
+    va_start(values, text);
+    const int length = snprintf(trouble, sizeof trouble, "thread %d: ", current);
+    vsnprintf(trouble + length, sizeof trouble - length, text, values);
+    va_end(values);
+    leave();
+}
+template <typename Condition>
+void wait_until(const Condition& holds, const char* what, unsigned a, unsigned b = 0) {
+    moves++;
+    Thread& thread = threads[current];
+    thread.waits_for = what, thread.values[0] = a, thread.values[1] = b;
+    while (!holds()) leave();
+    moves++;
+}
+
+struct Barrier { int arrived = 0, turn = 0; };
+static Barrier of_warp[32], of_block[16];  // number 0 is __syncthreads
+// Whether it is the last that comes, which goes on at once.
+static bool wait(Barrier& b, int n, const char* what) {
+    const int turn = b.turn;
+    if (++b.arrived == n) { b.arrived = 0, b.turn++, moves++; return true; }
+    wait_until([&] { return b.turn != turn; }, what, n);
+    return false;
+}
+inline void __syncwarp() { wait(of_warp[current / 32], 32, "its warp"); }
+inline void __syncthreads() { wait(of_block[0], n_threads, "all %d threads"); }
+
+// What threads pass on in a turn is read before the next turn but one.
+static unsigned passed_on[2][1024], turns[1024];
+template <typename T> T __shfl_xor_sync(unsigned, T v, int mask) {
+    unsigned* const values = passed_on[turns[current]++ % 2];
+    memcpy(&values[current], &v, 4);
+    __syncwarp();
+    memcpy(&v, &values[current ^ mask], 4);
+    return v;
+}
+inline unsigned __shfl_sync(unsigned, unsigned v, int lane) { return v; }  // one's own
+static float shared_by_warp[1024][6];
 inline unsigned bits(float f) {  // of the nearest bfloat16
     const unsigned u = __float_as_uint(f);
     return (u + 0x7fff + (u >> 16 & 1)) >> 16;
@@ -121,37 +161,68 @@ inline void transposed(unsigned* r, const void* row) {
 _COMES_LAST = r"""
 static ARGUMENTS given;
 static void thread() {
-    threadIdx.x = current;
     KERNEL_NAME(given);
-    done[current] = 1;
-    swapcontext(&threads[current], &outside);
+    threads[current].done = true, moves++;
+    leave();
 }
-extern "C" void run(int blocks, int n, const void* arguments) {
-    memcpy((void*)&given, arguments, sizeof given);
-    n_threads = n, threads.resize(n), done.resize(n), stacks.resize(n);
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
-        memset(memory, 0xff, sizeof memory);  // NaN, until written
-        for (int i = 0; i < n; i++) {
-            done[i] = 0, stacks[i].resize(1 << 15);
-            getcontext(&threads[i]);
-            threads[i].uc_stack.ss_sp = stacks[i].data(), threads[i].uc_stack.ss_size = 1 << 15;
-            makecontext(&threads[i], thread, 0);
-        }
-        for (int left = n; left;) {
-            left = n;
-            for (current = 0; current < n; current++) {
-                if (!done[current]) swapcontext(&outside, &threads[current]);
-                left -= done[current];
-            }
-        }
+static void tell_who_waits() {
+    int length = snprintf(trouble, sizeof trouble, "deadlock in block %d", blockIdx.x);
+    char before[100] = "", what[100];
+    for (int i = 0; i < n_threads && length < sizeof trouble; i++) {
+        const Thread& thread = threads[i];
+        snprintf(what, sizeof what, thread.done ? "nothing more" : thread.waits_for,
+                 thread.values[0], thread.values[1]);
+        if (strcmp(what, before))
+            length += snprintf(trouble + length, sizeof trouble - length,
+                               "; from thread %d on they wait for %s", i, what);
+        strcpy(before, what);
     }
+}
+static void go_on(Thread& thread) {
+    if (_setjmp(outside)) return;
+    threadIdx.x = current;
+    if (thread.begun) _longjmp(thread.at, 1);
+    thread.begun = true, setcontext(&thread.first);
+}
+static void run_block(int shared_bytes) {
+    memset(memory, 0xff, sizeof memory);  // NaN, until written
+    memset(stacks, 0xff, n_threads * sizeof *stacks);  // what registers are in
+    for (Barrier& b : of_warp) b = {};
+    for (Barrier& b : of_block) b = {};
+    for (int i = 0; i < n_threads; i++) {
+        threads[i] = Thread();
+        getcontext(&threads[i].first);
+        threads[i].first.uc_stack.ss_sp = stacks[i];
+        threads[i].first.uc_stack.ss_size = stack_bytes;
+        makecontext(&threads[i].first, thread, 0);
+    }
+    for (int left = n_threads; left;) {
+        left = n_threads, moves = 0;
+        for (current = 0; current < n_threads; current++) {
+            if (!threads[current].done) go_on(threads[current]);
+            if (*trouble) return;
+            left -= threads[current].done;
+        }
+        if (left && !moves) return tell_who_waits();
+    }
+    for (int i = shared_bytes; i < sizeof memory; i++)
+        if (memory[i] != -1)
+            snprintf(trouble, sizeof trouble, "byte %d of shared memory was written", i);
+}
+// What went wrong, or nothing.
+extern "C" const char* run(int blocks, int n, const void* arguments, int bytes, int shared_bytes) {
+    if (bytes != sizeof given) return "the arguments have another size";
+    memcpy((void*)&given, arguments, sizeof given);
+    n_threads = n, gridDim.x = blocks, *trouble = 0;
+    for (blockIdx.x = 0; blockIdx.x < blocks && !*trouble; blockIdx.x++) run_block(shared_bytes);
+    return *trouble ? trouble : nullptr;
 }
 """
 _MEANINGS = (
     (r'asm\("ex2[^;]*;" : "=f"\(y\) : "f"\(x\)\);', "y = exp2f(x);"),
     (r'asm\("rcp[^;]*;" : "=f"\(y\) : "f"\(x\)\);', "y = 1.f / x;"),
     (
-        r'asm\("cvt\.rn\.bf16x2[^:]*: "=r"\((\S+)\) : "f"\((in\[\d\])\), "f"\((in\[\d\])\)\);',
+        r'asm\("cvt\.rn\.bf16x2[^:]*: "=r"\((\S+)\) : "f"\((\S+)\), "f"\((\S+)\)\);',
         r"\1 = bits(\2) << 16 | bits(\3);",
     ),
     (r'asm\("(\{\.reg \.b16|cvt\.rn\.f16x2)[^;]*;.*?\)\);', "abort();"),  # no float16 here
@@ -160,19 +231,19 @@ _MEANINGS = (
     (r'asm\("mma\.sync\.aligned\.m16n8k8.*?\)\)\);', "by_units(d, a, b0, b1);"),
     (r'asm\("mma\.sync\.aligned\.m16n8k4.*?\)\)\);', "by_units(d, a0, a1, b);"),
     (r'asm\("mma\.sync\.aligned\.m16n8k16.*?\(b1\)\);', "pairs_by_units(d, a, b0, b1);"),
-    (r'asm volatile\("ld\.shared.*?: "memory"\);', "memcpy(&v, memory + from, sizeof v);"),
+    (r'asm volatile\("ld\.shared.*?: "memory"\);', "memcpy(&v, at_address(from), sizeof v);"),
     (r'asm volatile\("st\.shared.*?: "memory"\);',
-     "*(float4*)(memory + to) = make_float4(a, b, c, d);"),
+     "*(float4*)at_address(to) = make_float4(a, b, c, d);"),
     (r'asm volatile\("\{\.reg \.pred p; setp.*?: "memory"\);',
-     "if (condition) *(float2*)(memory + to) = make_float2(a, b);"),
-    (r'asm volatile\("ldmatrix.*?: "memory"\);', "transposed(r, memory + row);"),
+     "if (condition) *(float2*)at_address(to) = make_float2(a, b);"),
+    (r'asm volatile\("ldmatrix.*?: "memory"\);', "transposed(r, at_address(row));"),
     (r'const u32 address = [^;]*;\s*asm volatile\("cp\.async\.cg.*?: "memory"\);',
      "memcpy(to, from, 16);"),
     (r'const u32 address = [^;]*;\s*(constexpr int bytes[^;]*;\s*static_assert[^;]*;)\s*'
      r'asm volatile\("cp\.async\.ca.*?: "memory"\);',
      r"\1 if (inside) memcpy(to, from, bytes); else memset(to, 0, bytes);"),
     (r'asm volatile\("cp\.async\.wait_all;" ::: "memory"\);', ""),
-    (r"extern __shared__ __align__\(16\) char memory\[\];", ""),
+    (r"extern __shared__ (__align__\(16\) )?char memory\[\];", ""),
 )  # fmt: skip
 _ARGUMENTS = {"scan_forward": "Forward"}
 
@@ -181,13 +252,9 @@ class Kernel:
     """Takes the place of `blackmamba.ops.gpu.cuda.Kernel`."""
 
     def __init__(
-        self,
-        sources: Sequence[Path],
-        name: str,
-        defines: Mapping[str, int],
-        folder: Path,
-        cxx: str,
+        self, sources: Sequence[Path], name: str, defines: Mapping[str, int], folder: Path
     ):
+        assert CXX is not None
         text = one_text(sources)
         for pattern, meaning in _MEANINGS:
             text = re.sub(pattern, meaning, text, flags=re.S)
@@ -198,12 +265,26 @@ class Kernel:
         code, library = folder / f"{number}.cpp", folder / f"{number}.so"
         code.write_text(_COMES_FIRST + text + last)
         flags = [f"-D{key}={value}" for key, value in defines.items()]
-        command = [cxx, "-O0", "-std=c++17", "-w", "-shared", "-fPIC", *flags, "-o", library, code]
-        subprocess.run(command, check=True)
+        command = [
+            CXX,
+            "-O1",
+            "-fno-strict-aliasing",
+            "-std=c++17",
+            "-w",
+            "-Wno-psabi",
+            "-shared",
+            "-fPIC",
+        ]
+        subprocess.run([*command, *flags, "-o", library, code], check=True)
+        self._name = name
         self._run = ctypes.CDLL(str(library)).run
+        self._run.restype = ctypes.c_char_p
 
     def launch(
         self, blocks: int, threads: int, arguments: ctypes.Structure, shared_bytes: int = 0
     ) -> None:
         """Run it to its end."""
-        self._run(blocks, threads, ctypes.byref(arguments))
+        bytes_ = ctypes.sizeof(arguments)
+        trouble = self._run(blocks, threads, ctypes.byref(arguments), bytes_, shared_bytes)
+        if trouble is not None:
+            raise RuntimeError(f"{self._name}: {trouble.decode()}")

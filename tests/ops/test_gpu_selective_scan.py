@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu import Kernel
+from cuda_on_cpu import CXX, Kernel
 from numerics import assert_within_budget, relative_error
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from blackmamba.ops.selective_scan import gpu as scan
 
 pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CXX = shutil.which("c++") or shutil.which("g++")
 CUDA_ON_CPU = pytest.mark.skipif(
     CXX is None or DEVICE == "cuda", reason="needs a C++ compiler, and no GPU that could run it"
 )
@@ -243,9 +241,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     def kernel(
         sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...], _: object
     ) -> Kernel:
-        assert CXX is not None
         names.append(name)
-        return Kernel(sources, name, dict(defines), tmp_path, CXX)
+        return Kernel(sources, name, dict(defines), tmp_path)
 
     monkeypatch.setattr(cuda, "kernel", kernel)
     monkeypatch.setattr(cuda, "runs_on", lambda _: True)
