@@ -3,6 +3,8 @@
 What they have in assembler is replaced by what it means (so that a number which matrix units read
 is cut to their 11 bits); a barrier is where coroutines wait for each other, and when all do, for
 what never comes, the launch fails. Blocks run one after the other. Slow, for tests.
+
+What Hopper has alone is in hopper_on_cpu.py.
 """
 
 import ctypes
@@ -11,6 +13,8 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import hopper_on_cpu
 
 from blackmamba.ops.gpu.cuda import one_text
 
@@ -189,6 +193,7 @@ static void run_block(int shared_bytes) {
     memset(stacks, 0xff, n_threads * sizeof *stacks);  // what registers are in
     for (Barrier& b : of_warp) b = {};
     for (Barrier& b : of_block) b = {};
+    for (Queue& queue : queues) queue.n = queue.begun = 0;
     for (int i = 0; i < n_threads; i++) {
         threads[i] = Thread();
         getcontext(&threads[i].first);
@@ -205,6 +210,7 @@ static void run_block(int shared_bytes) {
         }
         if (left && !moves) return tell_who_waits();
     }
+    if (const char* what = not_ended()) snprintf(trouble, sizeof trouble, "%s", what);
     for (int i = shared_bytes; i < sizeof memory; i++)
         if (memory[i] != -1)
             snprintf(trouble, sizeof trouble, "byte %d of shared memory was written", i);
@@ -245,7 +251,7 @@ _MEANINGS = (
     (r'asm volatile\("cp\.async\.wait_all;" ::: "memory"\);', ""),
     (r"extern __shared__ (__align__\(16\) )?char memory\[\];", ""),
 )  # fmt: skip
-_ARGUMENTS = {"scan_forward": "Forward"}
+_ARGUMENTS = {"scan_forward": "Forward", "grouped_product": "Arguments"}
 
 
 class Kernel:
@@ -256,14 +262,14 @@ class Kernel:
     ):
         assert CXX is not None
         text = one_text(sources)
-        for pattern, meaning in _MEANINGS:
+        for pattern, meaning in (*_MEANINGS, *hopper_on_cpu.MEANINGS):
             text = re.sub(pattern, meaning, text, flags=re.S)
         assert "asm" not in text, "something has no meaning"
         last = _COMES_LAST.replace("KERNEL_NAME", name)
         last = last.replace("ARGUMENTS", _ARGUMENTS.get(name, "Backward"))
         number = len(list(folder.glob("*.cpp")))
         code, library = folder / f"{number}.cpp", folder / f"{number}.so"
-        code.write_text(_COMES_FIRST + text + last)
+        code.write_text(_COMES_FIRST + hopper_on_cpu.COMES_FIRST + text + last)
         flags = [f"-D{key}={value}" for key, value in defines.items()]
         command = [
             CXX,
