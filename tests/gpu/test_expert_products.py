@@ -57,9 +57,11 @@ def test_gated(case: tuple[list[int], int, int], gelu: bool):
     sizes, _, n = case
     made = drawn(*case)
     exact = products(sizes, made["x"], made["w"])
-    h = torch.full((sum(sizes), 2 * n), torch.nan, device="cuda", dtype=torch.bfloat16)
-    y = hopper.gated(made["x"], made["w"], made["ends"], gelu)
-    assert torch.equal(y, hopper.gated(made["x"], made["w"], made["ends"], gelu, h))
+    y, h = hopper.gated(made["x"], made["w"], made["ends"], gelu, keep=True)
+    again, none = hopper.gated(made["x"], made["w"], made["ends"], gelu, keep=False)
+    assert torch.equal(y, again)
+    assert h is not None
+    assert none is None
     assert relative_error(h, exact) < EXACT
     g, u = h.double().split(n, 1)  # what is activated is in bfloat16
     assert relative_error(y, (F.gelu if gelu else F.silu)(g) * u) < EXACT
@@ -96,15 +98,15 @@ def test_rows_that_lie_apart_and_numbers_that_are_none():
     made = drawn([200, 100], 64, 128)
     x, w, ends = made["x"], made["w"], made["ends"]
     apart = torch.cat([x, x], 1)[:, :64]
-    plain = hopper.gated(x, w, ends, False)
-    assert torch.equal(hopper.gated(apart, w, ends, False), plain)
+    plain, _ = hopper.gated(x, w, ends, False, False)
+    assert torch.equal(hopper.gated(apart, w, ends, False, False)[0], plain)
     x[3, 5], x[250, 0] = torch.nan, torch.inf
-    found = hopper.gated(x, w, ends, False)
+    found, _ = hopper.gated(x, w, ends, False, False)
     assert found[3].isnan().all()
     kept = torch.ones(300, dtype=torch.bool, device="cuda")
     kept[[3, 250]] = False
     assert torch.equal(found[kept], plain[kept])
-    assert not hopper.gated(x[:0], w, ends * 0, False).numel()
+    assert not hopper.gated(x[:0], w, ends * 0, False, False)[0].numel()
 
 
 def test_what_does_not_fit():

@@ -8,7 +8,8 @@ from numerics import relative_error
 from torch import Tensor
 
 from blackmamba.ops import expert_mlp, gpu
-from blackmamba.ops.expert_mlp.gpu import expert_mlp_gpu, sort_by_expert
+from blackmamba.ops.expert_mlp.gpu import expert_mlp_gpu
+from blackmamba.ops.expert_mlp.order import sort_by_expert
 
 pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason="needs triton")
 DEVICE = "cpu" if gpu.interpreted() else "cuda"

@@ -8,16 +8,15 @@ bound by that.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from blackmamba.ops import gpu
-from blackmamba.ops.expert_mlp import hopper
+from blackmamba.ops.expert_mlp import hopper, library
 from blackmamba.ops.expert_mlp.choices import choices_per_token, repeated, summed
+from blackmamba.ops.expert_mlp.order import gathered, sort_by_expert
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
 from blackmamba.ops.gpu import tuning
 
@@ -25,9 +24,6 @@ FEW = 256
 """Most choices of which the kernels for few are faster than torch's grouped products."""
 FEW_WITHOUT_PRODUCT = 512
 """The same where torch has no grouped product that leaves the host alone."""
-
-_TOKENS = 512  # of a program that counts
-_ROWS = 2  # of a program that moves them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,65 +81,6 @@ def expert_mlp_gpu(
     return _forward(x, expert_ids, fc1, fc2, gate, activation == "gelu", keep)[0]
 
 
-def sort_by_expert(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """The tokens in the order of their experts, (t,) int32, and each group's end, (e,) int32."""
-    from blackmamba.ops.expert_mlp import kernels
-
-    t = len(expert_ids)
-    padded = max(2, 1 << (n_experts - 1).bit_length())
-    n_blocks = -(-t // _TOKENS)
-    new = expert_ids.new_empty
-    ends, order = new(padded, dtype=torch.int32), new(t, dtype=torch.int32)
-    if n_blocks == 1:
-        gpu.launch(
-            kernels.place_kernel, (1,), expert_ids, ends, order, ends, t, 1,
-            E=padded, BLOCK=max(16, 1 << (t - 1).bit_length()), BLOCKS=0,
-        )  # fmt: skip
-        return order, ends[:n_experts]
-    counts = new(n_blocks, padded, dtype=torch.int32)
-    gpu.launch(kernels.count_kernel, (n_blocks,), expert_ids, counts, t, E=padded, BLOCK=_TOKENS)
-    gpu.launch(
-        kernels.place_kernel, (n_blocks,),
-        expert_ids, counts, order, ends, t, n_blocks, E=padded, BLOCK=_TOKENS, BLOCKS=16,
-    )  # fmt: skip
-    return order, ends[:n_experts]
-
-
-def _product() -> Callable[..., Tensor]:
-    return getattr(F, "grouped_mm", None) or torch._grouped_mm
-
-
-def _gathered(order: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """x[order] of one or two tensors of the same shape and dtype."""
-    from blackmamba.ops.expert_mlp import kernels
-
-    rows = [x if x.stride(1) == 1 else x.contiguous() for x in tensors]
-    outs = [x.new_empty(len(order), x.shape[1]) for x in rows]
-    gpu.launch(
-        kernels.gather_kernel, (-(-len(order) // _ROWS), len(rows)),
-        rows[0], order, outs[0], rows[-1], outs[-1], *outs[0].shape,
-        rows[0].stride(0), rows[-1].stride(0), **_row_blocks(rows[0]),
-    )  # fmt: skip
-    return outs
-
-
-def _scattered(x: Tensor, order: Tensor, scale: Tensor | None) -> Tensor:
-    from blackmamba.ops.expert_mlp import kernels
-
-    out = torch.empty_like(x)
-    gpu.launch(
-        kernels.scatter_kernel, (-(-len(x) // _ROWS),),
-        x, order, x if scale is None else scale, out, *x.shape,
-        HAS_SCALE=scale is not None, **_row_blocks(x),
-    )  # fmt: skip
-    return out
-
-
-def _row_blocks(x: Tensor) -> dict[str, int]:
-    """Rows that a program moves, and how much of them at once."""
-    return {"ROWS": _ROWS, "BLOCK": min(2048, max(16, 1 << (x.shape[1] - 1).bit_length()))}
-
-
 @torch.library.custom_op("blackmamba::expert_mlp_few", mutates_args=())
 def _few(
     x: Tensor, expert_ids: Tensor, fc1: Tensor, fc2: Tensor, gate: Tensor | None, gelu: bool
@@ -189,6 +126,11 @@ def _(x: Tensor, expert_ids: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(expert_ids.shape[0], x.shape[1])
 
 
+def _products(*matrices: Tensor) -> Any:
+    """The module whose products take these rows and weights."""
+    return hopper if hopper.fits(*matrices) else library
+
+
 @torch.library.custom_op("blackmamba::expert_mlp_gpu", mutates_args=())
 def _forward(
     x: Tensor,
@@ -201,27 +143,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y; and for the gradient fc1's output, sorted by expert (empty if not `keep`), that order and
     the groups' ends."""
-    from blackmamba.ops.expert_mlp import kernels
-
     order, ends = sort_by_expert(expert_ids, len(fc1))
-    k, f = choices_per_token(x, expert_ids), fc2.shape[2]
-    rows = _gathered(order if k == 1 else order // k, x)[0]
-    if hopper.fits(rows, fc1, fc2):
-        h = x.new_empty(len(order), 2 * f) if keep else None
-        hidden = hopper.gated(rows, fc1, ends, gelu, h)
-        gate = None if gate is None else gate.float().contiguous()
-        y = hopper.placed(hidden, fc2, ends, order, gate)
-        return y, x.new_empty(0) if h is None else h, order, ends
-    h = _product()(rows, fc1.transpose(1, 2), offs=ends)
-    hidden = x.new_empty(len(order), f)
-    blocks = -(-f // 1024)
-    gpu.launch(
-        kernels.activate_kernel, (len(order) * blocks,),
-        h, hidden, len(order), f, GELU=gelu, BLOCK=1024, BLOCKS=blocks,
-    )  # fmt: skip
-    y = _product()(hidden, fc2.transpose(1, 2), offs=ends)
-    y = _scattered(y, order, None if gate is None else gate.contiguous())
-    return y, h if keep else x.new_empty(0), order, ends
+    k = choices_per_token(x, expert_ids)
+    rows = gathered(order if k == 1 else order // k, x)[0]
+    products = _products(rows, fc1, fc2)
+    hidden, h = products.gated(rows, fc1, ends, gelu, keep)
+    gate = None if gate is None else gate.float().contiguous()
+    y = products.placed(hidden, fc2, ends, order, gate)
+    return y, x.new_empty(0) if h is None else h, order, ends
 
 
 @torch.library.custom_op("blackmamba::expert_mlp_gpu_backward", mutates_args=())
@@ -241,14 +170,14 @@ def _backward(
     from blackmamba.ops.expert_mlp import kernels
 
     f, k = fc2.shape[2], choices_per_token(x, order)
-    by_hopper = hopper.fits(h, fc1, fc2)
+    products = _products(h, fc1, fc2)
     needs_x, needs_fc1, needs_fc2, _ = needs
     if needs_fc1 and k == 1:
-        grad_y, rows = _gathered(order, grad_y, x)
+        grad_y, rows = gathered(order, grad_y, x)
     else:
-        (grad_y,) = _gathered(order, grad_y)
-        rows = _gathered(order // k, x)[0] if needs_fc1 else grad_y
-    grad = hopper.product(grad_y, fc2, ends) if by_hopper else _product()(grad_y, fc2, offs=ends)
+        (grad_y,) = gathered(order, grad_y)
+        rows = gathered(order // k, x)[0] if needs_fc1 else grad_y
+    grad = products.product(grad_y, fc2, ends)
     grad_h, hidden = torch.empty_like(h), torch.empty_like(grad)
     grad_gate = x.new_empty(0) if gate is None else gate.new_empty(len(order))
     gpu.launch(
@@ -258,28 +187,14 @@ def _backward(
     )  # fmt: skip
     none = grad_x = x.new_empty(0)
     if needs_x:
-        grad_x = _times_placed(grad_h, fc1, order, ends)
+        grad_x = products.placed(grad_h, fc1, ends, order, by_columns=True)
         grad_x = grad_x if k == 1 else summed(grad_x, len(x))
     return [
         grad_x,
-        _weight_gradient(grad_h, rows, ends) if needs_fc1 else none,
-        _weight_gradient(grad_y, hidden, ends) if needs_fc2 else none,
+        products.gradient(grad_h, rows, ends) if needs_fc1 else none,
+        products.gradient(grad_y, hidden, ends) if needs_fc2 else none,
         grad_gate,
     ]
-
-
-def _times_placed(x: Tensor, w: Tensor, order: Tensor, ends: Tensor) -> Tensor:
-    """Rows order[i] = x_i W of rows x (t, m) and their groups' w (e, m, n): (t, n)."""
-    if hopper.fits(x, w):
-        return hopper.placed(x, w, ends, order, by_columns=True)
-    return _scattered(_product()(x, w, offs=ends), order, None)
-
-
-def _weight_gradient(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """The sum of x_i w_i^T over each group's rows: (e, m, n) of (t, m) and (t, n)."""
-    if hopper.fits(x, w):
-        return hopper.gradient(x, w, ends)
-    return _product()(x.t(), w, offs=ends)
 
 
 @_forward.register_fake

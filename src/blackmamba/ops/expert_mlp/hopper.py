@@ -48,16 +48,14 @@ def fits(*matrices: Tensor) -> bool:
     )
 
 
-def gated(x: Tensor, w: Tensor, ends: Tensor, gelu: bool, h: Tensor | None = None) -> Tensor:
-    """act(G x) (U x) of rows x (t, m), w = [G; U] (e, 2 n, m): (t, n).
-
-    Args:
-        h: (t, 2 n), gets [G x | U x].
-    """
+def gated(
+    x: Tensor, w: Tensor, ends: Tensor, gelu: bool, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """act(G x) (U x) of rows x (t, m), w = [G; U] (e, 2 n, m): (t, n); if `keep`, [G x | U x]."""
     y = x.new_empty(len(x), w.shape[1] // 2)
-    flags = {"GELU": int(gelu), "KEEP": int(h is not None)}
-    _launch(_BY_ROWS, _GATED, x, w, ends, y, 256, flags, h=h)
-    return y
+    h = x.new_empty(len(x), w.shape[1]) if keep else None
+    _launch(_BY_ROWS, _GATED, x, w, ends, y, 256, {"GELU": int(gelu), "KEEP": int(keep)}, h=h)
+    return y, h
 
 
 def product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
