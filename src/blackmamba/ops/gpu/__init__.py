@@ -1,9 +1,9 @@
 """Kernels in Triton, for NVIDIA and AMD GPUs: whether they can run, and what they share.
 
-An operation keeps them in kernels.py, which alone imports triton, and only when it is first run;
-gpu.py beside it is what Python and autograd see. cuda.py here compiles the few kernels that are in
-CUDA C++; each has a counterpart in Triton. Under TRITON_INTERPRET=1 they run on the CPU too,
-slowly, step by step, for tests.
+An operation keeps them in kernels.py (the scan: backward_kernels.py too), which alone imports
+triton, and only when it is first run; gpu.py beside it is what Python and autograd see. cuda.py
+here compiles the few kernels that are in CUDA C++; each has a counterpart in Triton. Under
+TRITON_INTERPRET=1 they run on the CPU too, slowly, step by step, for tests.
 """
 
 import importlib.util

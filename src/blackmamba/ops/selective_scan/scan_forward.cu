@@ -1,5 +1,10 @@
-// Keeps states and A in registers. Moves x, dt, z and y once. Bound by exponentials: 18 for each number of y.
-// LOCAL: only what the chunk leaves (ends) and what is left of what it began with (decays).
+// y, the last state and, if KEEP, the state before every span. Keeps states and A in registers. Moves x, dt, z and y once.
+// Bound by exponentials: 19 for each number of y. LOCAL: only what the chunk leaves (ends) and what is left of what it began
+// with (decays).
+//
+// Of a span: B and C have come to shared memory while the span before was scanned, x, dt and z to registers; delta and
+// delta x go to shared memory; the next span's numbers are asked for; token by token the states are advanced and each
+// thread's part of y is laid down; at last y is summed up over them, gated and stored.
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forward(const Forward f) {
     struct Shared {
