@@ -193,7 +193,7 @@ static void run_block(int shared_bytes) {
     memset(stacks, 0xff, n_threads * sizeof *stacks);  // what registers are in
     for (Barrier& b : of_warp) b = {};
     for (Barrier& b : of_block) b = {};
-    for (Queue& queue : queues) queue.n = queue.begun = 0;
+    memset(queues, 0, sizeof queues);
     for (int i = 0; i < n_threads; i++) {
         threads[i] = Thread();
         getcontext(&threads[i].first);

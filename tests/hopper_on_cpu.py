@@ -69,7 +69,11 @@ struct Product {
     unsigned read;  // a hash of the numbers in shared memory
     bool last_of_group;
 };
-struct Queue { Product of[64]; int n = 0, begun = 0; };
+struct Queue {
+    Product of[64];
+    int n, begun;
+    bool fenced;  // since sums were last at hand: registers are ready
+};
 static Queue queues[32];  // of warps: nothing but the kernel makes one wait for another
 static float* sums_of[1024];
 
@@ -129,6 +133,7 @@ static void multiply_by_warpgroup(
     sums_of[current] = d[0];
     if (wait(of_warp[current / 32], 32, "its warp's product")) {
         Queue& queue = queues[current / 32];
+        if (!queue.fenced) fail("no wgmma.fence before a product");
         if (queue.n == 64) fail("64 products that none waits for");
         Product& p = queue.of[queue.n++];
         p = {{}, a, b, add, !!a_turned, !!b_turned, registers * 2, 0, false};
@@ -148,7 +153,7 @@ static void wait_for_products(int groups_left) {
         for (; groups > groups_left; groups -= queue.of[i++].last_of_group)
             make_product(queue.of[i]);
         for (; i < queue.n; i++) queue.of[n++] = queue.of[i];
-        queue.n = n;
+        queue.n = n, queue.fenced = queue.fenced && groups_left;
     }
 }
 static const char* not_ended() {
@@ -175,11 +180,12 @@ MEANINGS = (
     (r'asm volatile\(PRODUCT\(NUMBERS\) : REGISTERS : "l"\(a\), "l"\(b\), "r"\(add\)\);',
      "float* const registers[] = {REGISTERS};"
      "multiply_by_warpgroup(PRODUCT(NUMBERS), registers, WIDE / 2, a, b, add);"),
+    (r'asm volatile\("wgmma\.fence.*?"memory"\);', "queues[current / 32].fenced = true;"),
     (r'asm volatile\("wgmma\.commit_group.*?"memory"\);', "commit_products();"),
     (r'asm volatile\("wgmma\.wait_group.*?"memory"\);', "wait_for_products(LEFT);"),
     (r'asm volatile\("bar\.sync %0, 128;" ::"r"\((.*?)\) : "memory"\);',
      r'wait(of_block[\1], 128, "%d threads");'),
-    (r'asm volatile\("(wgmma\.fence|fence\.mbarrier_init|fence\.proxy)[^;]*;" ::: "memory"\);', ""),
+    (r'asm volatile\("(fence\.mbarrier_init|fence\.proxy)[^;]*;" ::: "memory"\);', ""),
     (r'asm volatile\("setmaxnreg[^;]*;"\);', ""),
 )  # fmt: skip
 
