@@ -18,8 +18,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Declare the sub-command and its own ones."""
     parser = commands.add_parser(
         "data",
-        help="prepare text of any size as token shards, look at them, check them",
-        description="Prepare text of any size as token shards, look at them, check them.",
+        help="turn text of any size into token shards, inspect them, check them",
+        description="Turn text of any size into token shards, inspect them, check them.",
         epilog="Example: blackmamba data prepare --text texts/ --vocab-size 8192 --out prepared",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -41,8 +41,8 @@ def _add_prepare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
     prepare = actions.add_parser(
         "prepare",
         help="turn text into token shards",
-        description="Turn text into token shards. However it is stopped, the same command goes on "
-        "where it was and ends with the same files.",
+        description="Turn text into token shards. If it is stopped, the same command continues where "
+        "it was and produces the same files.",
     )
     prepare.add_argument(
         "--text",
@@ -64,19 +64,26 @@ def _add_prepare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="a tokenizer.json, a folder with one or a hub name; default: train one on a sample",
     )
     prepare.add_argument(
-        "--vocab-size", type=int, default=4096, help="of a trained tokenizer (default 4096)"
+        "--vocab-size", type=int, default=4096, help="size of a trained tokenizer (default 4096)"
     )
     prepare.add_argument(
         "--sample-mb",
         type=float,
         default=64.0,
-        help="characters to train it on (default 64 million)",
+        help="million characters to train it on (default 64)",
     )
     prepare.add_argument(
-        "--validation-fraction", type=float, default=0.01, help="held out (default 0.01)"
+        "--validation-fraction",
+        type=float,
+        default=0.01,
+        help="share of documents held out (default 0.01)",
     )
-    prepare.add_argument("--split-seed", type=int, default=0, help="of what is held out")
-    prepare.add_argument("--shard-mb", type=float, default=256.0, help="ids a shard (default 256)")
+    prepare.add_argument(
+        "--split-seed", type=int, default=0, help="another seed holds out others (default 0)"
+    )
+    prepare.add_argument(
+        "--shard-mb", type=float, default=256.0, help="megabytes of ids in a shard (default 256)"
+    )
     prepare.add_argument("--workers", type=int, help="processes (default: one a core, 16 at most)")
     prepare.add_argument(
         "--part", metavar="I/N", help="prepare share I (from 0) of N; then `data join`"

@@ -19,35 +19,39 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "generate",
         help="continue prompts",
-        description="Continue prompts. One is printed as it is written, several one after another.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=None,
+        description="Continue prompts. The text of a single prompt is printed as it is generated, "
+        "several are printed one after another at the end.",
     )
     add_model_arguments(parser)
     add_tokenizer_argument(parser)
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--prompt", action="append", default=[], help="may be given several times")
     prompts.add_argument(
-        "--prompt-file", action="append", default=[], help="a text file to continue"
+        "--prompt", action="append", default=[], help="text to continue; repeatable"
+    )
+    prompts.add_argument(
+        "--prompt-file", action="append", default=[], help="a text file to continue; repeatable"
     )
     prompts.add_argument(
         "--chat",
         metavar="TEXT",
-        help="let a model that was trained on conversations answer TEXT; interactive: line by line",
+        help="let a model that was trained on conversations answer TEXT; with the word "
+        "`interactive`, answer line by line",
     )
-    prompts.add_argument("--system", metavar="TEXT", help="what a conversation begins with")
+    prompts.add_argument("--system", metavar="TEXT", help="the conversation's system message")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=200)
-    sampling.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
-    sampling.add_argument("--top-k", type=int, default=0, help="0: off")
-    sampling.add_argument("--top-p", type=float, default=0.95, help="1: off")
-    sampling.add_argument("--min-p", type=float, default=0.0, help="0: off")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="1: off")
-    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--max-new-tokens", type=int, default=200, help="default 200")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)"
+    )
+    sampling.add_argument("--top-k", type=int, default=0, help="0: off (default)")
+    sampling.add_argument("--top-p", type=float, default=0.95, help="1: off (default 0.95)")
+    sampling.add_argument("--min-p", type=float, default=0.0, help="0: off (default)")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="1: off (default)")
+    sampling.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     sampling.add_argument(
         "--stop", action="append", default=[], help="text to stop before; repeatable"
     )
-    parser.add_argument("--no-stats", action="store_true", help="leave out the line with the speed")
+    parser.add_argument("--no-stats", action="store_true", help="do not print the speed")
     parser.set_defaults(run=run)
 
 

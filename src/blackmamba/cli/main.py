@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         "`blackmamba generate runs/tiny --prompt 'In the beginning'`.",
     )
     parser.add_argument("--version", action="version", version=f"blackmamba {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what is going on")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log progress in detail")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)

@@ -16,12 +16,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "reproduce",
         help="check the paper's claims and write a report",
         description="Train and measure small networks and write one report with every figure of "
-        "the paper that can be made at the scale. What is in OUT already is not trained again.",
+        "the paper that can be made at this scale. Runs that are in OUT already are not repeated.",
     )
     parser.add_argument(
         "--scale", choices=_SCALES, default="ci",
         help="ci: minutes on two cores (default); cpu-hour: tiny networks, many tokens; "
-        "gpu-minutes, gpu-half-hour: on a GPU; laptop, gpu: hours there; toy: to try it",
+        "gpu-minutes, gpu-half-hour: on a GPU; laptop, gpu: hours; toy: seconds, to try it",
     )  # fmt: skip
     parser.add_argument(
         "--out", required=True, type=Path, metavar="OUT", help="folder of everything"
@@ -39,12 +39,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, metavar="N",
-        help="training runs at once, on all GPUs together (default: one a core; where there are "
-        "GPUs, one on each; two hide starts and checkpoints)",
+        help="training runs at once, over all GPUs (default: one per core, or one per GPU if there "
+        "are any; two per GPU hide starts and checkpoints)",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=math.inf, metavar="S",
-        help="cut the training after so many and exit with 124; the same command goes on",
+        help="stop training after S seconds, with status 124; the same command continues",
     )  # fmt: skip
     parser.set_defaults(run=run)
 

@@ -13,7 +13,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "folder: data, checkpoints, metrics, the final model and a picture of the loss.",
         epilog="Example: blackmamba train demo --text my.txt --set train.lr=2e-3 --out runs/mine",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="demo, tiny, or a YAML file")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="demo, tiny, another name in docs/recipes.md, or a YAML file",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument(
         "--set",
@@ -33,11 +37,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--from",
         dest="source",
         metavar="MODEL",
-        help="begin with the weights of this model, run folder or hub name, and its tokenizer "
+        help="start with the weights and tokenizer of this model, run folder or hub name "
         "(train.init)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in RUN"
+        "--resume", action="store_true", help="continue from the newest checkpoint in RUN"
     )
     parser.set_defaults(run=run)
 
