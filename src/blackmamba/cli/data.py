@@ -41,8 +41,8 @@ def _add_prepare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
     prepare = actions.add_parser(
         "prepare",
         help="turn text into token shards",
-        description="Turn text into token shards. If it is stopped, the same command continues where "
-        "it was and produces the same files.",
+        description="Turn text into token shards. If it is stopped, the same command continues "
+        "where it was and produces the same files.",
     )
     prepare.add_argument(
         "--text",
