@@ -106,6 +106,14 @@ def test_rows_that_lie_apart_and_numbers_that_are_none():
     kept = torch.ones(300, dtype=torch.bool, device="cuda")
     kept[[3, 250]] = False
     assert torch.equal(found[kept], plain[kept])
+    x[3, 5], x[250, 0] = torch.nan, 0
+    found = hopper.gradient(x, x, ends)
+    assert found[0].isnan().any()
+    assert not found[1].isnan().any()
+    x[3, 5], x[250, 0] = 0, torch.nan
+    found = hopper.gradient(x, x, ends)
+    assert found[1].isnan().any()
+    assert not found[0].isnan().any()
     assert not hopper.gated(x[:0], w, ends * 0, False, False)[0].numel()
 
 

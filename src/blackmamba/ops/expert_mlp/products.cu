@@ -322,10 +322,15 @@ struct Done {
 };
 
 #if FORM == 2
-// Rows of the next group that came with the last of this one count as 0, in a warpgroup's own part of x.
-__device__ __forceinline__ void clear_rows(u16* x, int from, int warpgroup) {
-    for (int at = from * DEEP + (threadIdx.x & 127) * 8; at < DEEP * DEEP; at += 128 * 8)
-        *reinterpret_cast<uint4*>(x + at) = make_uint4(0, 0, 0, 0);
+// Rows of the next group that came with the last of this one count as 0: in a warpgroup's own part of x, and in w, where
+// both warpgroups write the same.
+__device__ __forceinline__ void clear_rows(u16* x, u16* w, int from, int warpgroup) {
+    for (int at = from * DEEP + (threadIdx.x & 127) * 8; at < DEEP * DEEP; at += 128 * 8) {
+        const uint4 zeros = make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4*>(x + at) = zeros;
+#pragma unroll
+        for (int box = 0; box < WIDE / DEEP; box++) *reinterpret_cast<uint4*>(w + box * DEEP * DEEP + at) = zeros;
+    }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
@@ -364,7 +369,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& shared, int 
             u16* const part = shared.x[place.at] + warpgroup * 64 * DEEP;
             const u64 x = described(part), w = described(shared.w[place.at]);
 #if FORM == 2
-            if (tile.last - at < DEEP) clear_rows(part, tile.last - at, warpgroup);
+            if (tile.last - at < DEEP) clear_rows(part, shared.w[place.at], tile.last - at, warpgroup);
 #endif
             begin_products();
 #pragma unroll
