@@ -345,11 +345,12 @@ void multiply(const Product& p) {
   // blocks small enough that there is work for several threads
   std::int64_t rows = most_rows, columns = most_columns;
   const auto n_blocks = [&] { return pieces(p.m, rows) * pieces(std::min(p.n, n_part), columns); };
-  if (b_in_place(p))  // the fewer the blocks in a column, the less often b is read
-    while (n_blocks() < 16 && columns > width) columns /= 2;
-  while (n_blocks() < 16 && columns > 4 * width) columns /= 2;
-  while (n_blocks() < 16 && rows > 4 * rows_at_once) rows /= 2;
-  while (n_blocks() < 16 && columns > width) columns /= 2;
+  // where b is read in place, as few as can be: its rows then come in long pieces, and once
+  const std::int64_t enough = b_in_place(p) ? 2 * n_threads : 16;
+  const std::int64_t narrow = b_in_place(p) ? width : 4 * width;
+  while (n_blocks() < enough && columns > narrow) columns /= 2;
+  while (n_blocks() < enough && rows > 4 * rows_at_once) rows /= 2;
+  while (n_blocks() < enough && columns > width) columns /= 2;
 
   for (std::int64_t n_start = 0; n_start < p.n; n_start += n_part) {
     const std::int64_t n = std::min(n_part, p.n - n_start), packs = pieces(n, width);
