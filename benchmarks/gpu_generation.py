@@ -6,7 +6,7 @@ step must: the weights of all but the experts, those of the experts that so many
 at random, and the state, read and written. Prefill is measured against the rate of a large product.
 
     python benchmarks/gpu_generation.py [--preset blackmamba-1.5b] [--batches 1 4 16 64 256]
-    python benchmarks/gpu_generation.py --profile [--prompts 8x2048 1x2048] [--fused]
+    python benchmarks/gpu_generation.py --profile [--prompts 8x2048 1x2048]
 
 The second prints where the time of a recorded prompt goes, and nothing else.
 """
@@ -256,9 +256,7 @@ if __name__ == "__main__":
     parser.add_argument("--profile", action="store_true", help="only where a prompt's time goes")
     parser.add_argument("--prompts", nargs="+", default=["8x2048", "1x2048"], help="to profile")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
-    parser.add_argument("--fused", action="store_true", help="the pass of generate/prompt.py")
     options = parser.parse_args()
-    prefill.FUSED = options.fused
     if options.profile:
         profile(options.preset, options.prompts, options.tiny)
     else:

@@ -1,6 +1,8 @@
 """The parts of a pass over a prompt, each by itself and in its alternatives, on a GPU.
 
-python benchmarks/gpu_prompt.py [--preset blackmamba-1.5b] [--tokens 16384 2048]
+The time beside each is that of its bytes at the rate of a copy.
+
+    python benchmarks/gpu_prompt.py [--preset blackmamba-1.5b] [--tokens 16384 2048] [--only norm]
 """
 
 import argparse
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from blackmamba.ops import add_rms_norm, linear, router_choice
+from blackmamba.ops.mamba_mixer import gpu as mixer
 from blackmamba.ops.prompt import gpu as prompt
 from blackmamba.presets import presets
 from gpu_measure import DEVICE, Call, limits, machine, normal, timed
@@ -20,6 +23,7 @@ def main(
     tiny: bool = False,
     preset: str = "blackmamba-1.5b",
     tokens: Sequence[int] = (16384, 2048),
+    only: Sequence[str] = ("",),
 ) -> None:
     """Print microseconds of each, and of its bytes at the rate of a copy."""
     if tiny:
@@ -28,6 +32,7 @@ def main(
     found: dict[str, dict[str, float]] = {}
     for t in tokens:
         parts = _parts(preset, t)
+        parts = {name: part for name, part in parts.items() if any(word in name for word in only)}
         with torch.inference_mode():
             seconds = timed({name: run for name, (run, _) in parts.items()}, repeats)
         print(f"{preset}, {t} tokens{'us':>38}{'bytes alone':>13}")
@@ -44,22 +49,12 @@ def _parts(preset: str, t: int) -> dict[str, tuple[Call, float]]:
     config = presets[preset]
     m, d, e = config.d_model, config.d_inner, config.n_experts
     stream, update, y = normal(t, m, dtype=torch.float32), normal(t, m), normal(t, d)
-    norm, none = torch.ones(m, device=DEVICE), torch.zeros(m, device=DEVICE).bfloat16()
+    norm = torch.ones(m, device=DEVICE)
     weight, wide = normal(m, d) / d**0.5, normal(2 * d, m) / m**0.5
-    none_wide = torch.zeros(2 * d, device=DEVICE).bfloat16()
     router = normal(e, m, dtype=torch.float32) / m**0.5, torch.zeros(e, device=DEVICE)
     found: dict[str, tuple[Call, float]] = {
         "in_proj": (lambda: linear(update, wide), 2 * (t * m + 2 * d * m + 2 * t * d)),
-        "in_proj, with a bias": (
-            lambda: linear(update, wide, none_wide),
-            2 * (t * m + 2 * d * m + 2 * t * d),
-        ),
-        "in_proj, in halves": (
-            lambda: [linear(part, wide) for part in update.chunk(2)],
-            2 * (t * m + 2 * d * m + 2 * t * d),
-        ),
         "out_proj": (lambda: linear(y, weight), 2 * (t * d + d * m + t * m)),
-        "out_proj, with a bias": (lambda: linear(y, weight, none), 2 * (t * d + d * m + t * m)),
         "norm of the sum, then router": (
             lambda: router_choice(
                 add_rms_norm(stream, update, norm, out_dtype=torch.bfloat16)[1], *router
@@ -71,25 +66,24 @@ def _parts(preset: str, t: int) -> dict[str, tuple[Call, float]]:
             12 * t * m,
         ),
     }
-    for cut in prompt.NORM_CUTS:
-        for name, own in ("norm of the sum and router", router), ("norm of the sum", None):
-            found[f"{name}, {cut.rows} rows by {cut.warps} warps"] = (
-                lambda cut=cut, own=own: _norm(stream, update, norm, own, cut),
-                12 * t * m,
-            )
+    d, r, n, k = config.d_inner, config.dt_rank, config.d_state, config.d_conv
+    rates = torch.ones(d, n, device=DEVICE)
+    weights = mixer.PromptWeights.of(
+        normal(d, k), normal(d), normal(r + 2 * n, d) / d**0.5, normal(d, r) / r**0.5,
+        normal(d), rates, normal(d), torch.bfloat16,
+    )  # fmt: skip
+    x = normal(8, t // 8, 2 * d)[..., :d]
+    moved = 2 * 3 * t * d + 8 * t * n
+    found["convolution, x_proj, dt_proj"] = (
+        lambda: mixer._projected(x, weights, None, None),
+        moved,
+    )
+    folded = router[0] * norm, router[1]
+    found["norm of the sum and router, one kernel"] = (
+        lambda: prompt.norm(stream, norm, 1e-5, torch.bfloat16, update=update, router=folded),
+        12 * t * m,
+    )
     return found
-
-
-def _norm(
-    stream: torch.Tensor,
-    update: torch.Tensor,
-    weight: torch.Tensor,
-    router: tuple[torch.Tensor, torch.Tensor] | None,
-    cut: prompt.NormCut,
-) -> None:
-    usual, prompt.NORM = prompt.NORM, cut
-    prompt.norm(stream, weight, 1e-5, torch.bfloat16, update=update, router=router)
-    prompt.NORM = usual
 
 
 if __name__ == "__main__":
@@ -99,5 +93,8 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--preset", default="blackmamba-1.5b")
     parser.add_argument("--tokens", nargs="+", type=int, default=[16384, 2048])
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="parts whose names hold one of these"
+    )
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
     main(**vars(parser.parse_args()))

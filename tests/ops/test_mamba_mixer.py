@@ -6,7 +6,8 @@ from numerics import assert_within_budget, relative_error
 from torch import Tensor
 
 from blackmamba.errors import InputError
-from blackmamba.ops import gpu, mamba_mixer, native
+from blackmamba.ops import causal_conv1d, gpu, mamba_mixer, native, selective_scan
+from blackmamba.ops.mamba_mixer import gpu as mixer_gpu
 
 TRITON = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
 NATIVE = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -169,3 +170,61 @@ def test_recomputing_changes_no_bit(backend: str):
         y, _ = mamba_mixer(**leaves, recompute=recompute, backend=backend)  # pyright: ignore
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [*leaves.values()])])
     assert all(map(torch.equal, *results))
+
+
+def of_prompt(
+    inputs: dict[str, Tensor], before: Tensor | None, first: Tensor | None, lengths: Tensor | None
+) -> list[Tensor]:
+    """What `mamba_mixer_of_prompt` means, by the operations' references."""
+    r, n = inputs["dt_proj"].shape[1], inputs["A"].shape[1]
+    x, z = inputs["xz"].chunk(2, dim=-1)
+    x, last = causal_conv1d(
+        x, inputs["conv_weight"], inputs["conv_bias"], initial_state=before, lengths=lengths,
+        backend="reference",
+    )  # fmt: skip
+    low, B, C = (x @ inputs["x_proj"].t()).split((r, n, n), dim=-1)
+    dt = low @ inputs["dt_proj"].t()
+    if lengths is not None:
+        pad = torch.arange(x.shape[1], device=DEVICE) >= lengths[:, None]
+        dt = dt.masked_fill(pad[:, :, None], -torch.inf)
+    y, state = selective_scan(
+        x, dt, inputs["A"], B, C, inputs["D"], z, dt_bias=inputs["dt_bias"], dt_softplus=True,
+        initial_state=first, backend="reference",
+    )  # fmt: skip
+    return [y if lengths is None else y.masked_fill(pad[:, :, None], 0), last, state]
+
+
+@TRITON
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize(
+    ("shape", "goes_on", "lengths"),
+    [
+        ((1, 1, 8, 5, 1), False, None),
+        ((1, 16, 24, 8, 20), True, None),
+        ((2, 17, 24, 16, 18), True, [17, 1]),
+        ((2, 5, 8, 9, 16), False, [0, 5]),
+    ],
+    ids=str,
+)
+def test_a_prompt_is_read_as_the_operations_read_it(
+    shape: tuple[int, ...], goes_on: bool, lengths: list[int] | None
+):
+    b, _, d, n, _ = shape
+    inputs, g = make(*shape), torch.Generator().manual_seed(3)
+    before = torch.randn(b, d, 3, generator=g, dtype=torch.float64).to(DEVICE)
+    first = torch.randn(b, d, n, generator=g, dtype=torch.float64).to(DEVICE)
+    counts = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    memory = (before, first) if goes_on else (None, None)
+    exact = of_prompt(inputs, *memory, counts)
+    narrow = {name: tensor.float() for name, tensor in inputs.items()}
+    weights = mixer_gpu.PromptWeights.of(
+        *(narrow[name] for name in NAMES[1:]),
+        dtype=torch.float32,  # pyright: ignore
+    )
+    memory = (before.float(), first.float()) if goes_on else (None, None)
+    found = [*mixer_gpu.mamba_mixer_of_prompt(narrow["xz"], weights, *memory, counts)]
+    if counts is not None:
+        pad = torch.arange(shape[1], device=DEVICE) >= counts[:, None]
+        found[0] = found[0].masked_fill(pad[:, :, None], 0)
+    for name, actual, expected in zip(("y", "last", "state"), found, exact, strict=True):
+        assert relative_error(actual, expected) < 1e-5, name

@@ -11,7 +11,7 @@ Letters: b batch, v vocabulary.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def cannot_capture(model: BlackMamba, batch_size: int = 1) -> str | None:
         return reason
     if batch_size > SIZES[-1]:
         return f"{batch_size} sequences: it takes at most {SIZES[-1]}"
-    if _walk(model)[0]:
+    if plain_weights(model) is not None:
         return None
     odd = next(filter(None, map(_oddity, *zip(*model.named_modules(), strict=True))), None)
     return odd or next(
@@ -73,11 +73,19 @@ def fingerprint(model: BlackMamba) -> Weights:
     return _walk(model)[1]
 
 
-def plain_weights(model: BlackMamba) -> Weights | None:
+def plain_weights(model: BlackMamba, known: Weights | None = None) -> Weights | None:
     """`fingerprint`; None if a module or a parameter is one that no recording takes. Asked before
-    every prompt, while the device waits."""
+    every prompt, while the device waits.
+
+    Args:
+        known: what this gave before, given back if it still holds.
+    """
     is_plain, weights = _walk(model)
-    return weights if is_plain else None
+    if not is_plain:
+        return None
+    if weights == known:
+        return known
+    return weights if all(map(_fits, model.parameters())) else None
 
 
 def _walk(model: nn.Module) -> tuple[bool, Weights]:
@@ -85,23 +93,23 @@ def _walk(model: nn.Module) -> tuple[bool, Weights]:
     modules, and torch's generators of them take several times as long."""
     is_plain = True
     weights: list[tuple[int, int]] = []
-    pending: list[nn.Module | None] = [model]
-    while pending:
-        module = pending.pop()
-        if module is None:
-            continue
+    pending: list[nn.Module] = [model]
+    for module in pending:  # which grows
         is_plain = is_plain and _plain(module)
-        for tensor in module._parameters.values():
-            if tensor is not None:
-                is_plain = is_plain and _fits(tensor)
-                weights.append(_mark(tensor))
-        weights.extend(_mark(tensor) for tensor in module._buffers.values() if tensor is not None)
-        pending.extend(module._modules.values())
+        own = module.__dict__
+        for tensors in own["_parameters"], own["_buffers"]:
+            if tensors:
+                weights += [_mark(tensor) for tensor in tensors.values() if tensor is not None]
+        if own["_modules"]:
+            pending += [child for child in own["_modules"].values() if child is not None]
     return is_plain, tuple(weights)
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor.data_ptr(), tensor._version
+    except RuntimeError:  # a tensor of inference mode does not count what is written to it
+        return tensor.data_ptr(), 0
 
 
 def _fits(parameter: Tensor) -> bool:
@@ -110,12 +118,13 @@ def _fits(parameter: Tensor) -> bool:
 
 def _plain(module: nn.Module) -> bool:
     """Whether a recording can do what the module does."""
+    own = module.__dict__  # what follows is asked of each of them for every prompt
     return (
         type(module) in _PLAIN
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and REPLACED_METHODS.isdisjoint(module.__dict__)
-        and not (type(module) is Layer and _is_pair(module))
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and own.keys().isdisjoint(REPLACED_METHODS)
+        and not (type(module) is Layer and _is_pair(own["_modules"]))
     )
 
 
@@ -127,13 +136,13 @@ def _oddity(name: str, module: nn.Module) -> str | None:
         return f"{name} is quantised"
     if type(module) not in KNOWN_MODULES:
         return f"{name or 'the model'} is a {type(module).__name__}, which has its own ways"
-    if isinstance(module, Layer) and _is_pair(module):
+    if isinstance(module, Layer) and _is_pair(module._modules):
         return f"{name} is a parallel pair"
     return f"{name or 'the model'} has hooks or replaced methods, which would not be called"
 
 
-def _is_pair(layer: Layer) -> bool:
-    return layer.mixer is not None and layer.feed_forward is not None
+def _is_pair(parts: Mapping[str, nn.Module | None]) -> bool:
+    return parts.get("mixer") is not None and parts.get("feed_forward") is not None
 
 
 _PLAIN = frozenset(KNOWN_MODULES) - {QuantizedStorage, QuantizedLinear, QuantizedEmbedding}

@@ -1,4 +1,4 @@
-"""Prompts of a few thousand tokens on a GPU: read by one CUDA graph in place of some 400 launches.
+"""Prompts of a few thousand tokens on a GPU: read by one CUDA graph in place of some 250 launches.
 
 Up to `MOST_TOKENS` the device would wait for the host. So the pass is recorded for a ladder of
 shapes, each when it is met for the second time, and shorter pieces are padded to the next one. A
@@ -30,9 +30,6 @@ LENGTHS = (
 )  # fmt: skip
 """What rows are padded to."""
 
-FUSED = False
-"""Whether recordings are of a `PromptPass`."""
-
 
 def read_piece(
     model: BlackMamba, input_ids: Tensor, state: State | None, lengths: Tensor | None
@@ -49,14 +46,15 @@ def read_piece(
     """
     device = next(model.parameters()).device
     shape = _shape(*input_ids.shape)
-    weights = None
+    recordings = weights = None
     if device.type == "cuda" and shape is not None and cannot_capture_any(model.config) is None:
-        weights = plain_weights(model)
-    if weights is not None and shape is not None:
+        recordings = _KEPT.setdefault(model, _Recordings())
+        weights = plain_weights(model, recordings.weights)
+    if recordings is not None and weights is not None and shape is not None:
         has_pads = input_ids.shape[1] < shape[1] or (
             lengths is not None and bool((lengths < shape[1]).any())
         )
-        recording = _KEPT.setdefault(model, _Recordings()).find(
+        recording = recordings.find(
             model, weights, shape, goes_on=has_pads or state is not None, has_pads=has_pads
         )
         if recording is not None:
@@ -85,8 +83,10 @@ class _Recordings:
         self._lock = threading.Lock()
         self._met: set[_Key] = set()
         self._kept: OrderedDict[_Key, Recording] = OrderedDict()
-        self._weights: object = None
+        self.weights: Weights | None = None
+        """That the recordings are for."""
         self._pool: Any = None
+        self._pass: PromptPass | None = None
 
     def find(
         self,
@@ -100,16 +100,18 @@ class _Recordings:
         """The recording for this; None the first time."""
         key = (*shape, goes_on, has_pads)
         with self._lock:
-            if self._weights != weights:
+            if self.weights != weights:
                 self._kept.clear()
-                self._weights, self._pool = weights, torch.cuda.graph_pool_handle()
+                self.weights, self._pool = weights, torch.cuda.graph_pool_handle()
+                self._pass = PromptPass(model)
             if key not in self._kept:
                 if key not in self._met:
                     self._met.add(key)
                     return None
                 self._kept[key] = Recording(
-                    model, *shape, goes_on=goes_on, has_pads=has_pads, pool=self._pool
-                )
+                    model, *shape, goes_on=goes_on, has_pads=has_pads, pool=self._pool,
+                    run=self._pass,
+                )  # fmt: skip
             self._kept.move_to_end(key)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
@@ -129,6 +131,7 @@ class Recording:
         has_pads: whether rows may be shorter than l.
         pool: memory that recordings which never run at the same time may share.
         graph: whether to record; without, the kernels are launched one by one.
+        run: the pass; None: made here, or the model's own where there is no GPU.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class Recording:
         has_pads: bool,
         pool: Any = None,
         graph: bool | None = None,
+        run: PromptPass | None = None,
     ):
         device = next(model.parameters()).device
         self._model = weakref.proxy(model)
@@ -148,7 +152,7 @@ class Recording:
         self._ids = torch.zeros(b, l, dtype=torch.int64, device=device)
         self._lengths = torch.full((b,), l, device=device) if has_pads else None
         self._first = model.initial_state(b) if goes_on else None
-        self._pass = PromptPass(model) if FUSED and gpu.missing() is None else None
+        self._pass = run or (PromptPass(model) if device.type == "cuda" else None)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._found: tuple[Tensor, State] | None = None
         if gpu.missing() is None and not gpu.interpreted() if graph is None else graph:

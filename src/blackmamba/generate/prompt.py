@@ -13,15 +13,15 @@ from blackmamba.model.layer import Layer
 from blackmamba.model.mamba import Mamba
 from blackmamba.model.moe import MoE
 from blackmamba.model.state import LayerState, MambaState
-from blackmamba.ops.mamba_mixer.gpu import mamba_mixer_of_prompt
+from blackmamba.ops.mamba_mixer.gpu import PromptWeights, mamba_mixer_of_prompt
 from blackmamba.ops.prompt import gpu as kernels
 
 
 class PromptPass:
     """What `model.prefill` computes, with the logits of each row's last token.
 
-    What depends on the weights alone is computed here, once. Routers see the norm before it is
-    rounded: for a bfloat16 model the results differ from the model's by that.
+    What depends on the weights alone is computed here, once. Of few tokens routers see the norm
+    before it is rounded: for a bfloat16 model the results differ from the model's by that.
 
     Args:
         model: in evaluation mode; sequential layers, each a Mamba, MLP or MoE layer without biases.
@@ -30,16 +30,19 @@ class PromptPass:
 
     @torch.no_grad()
     def __init__(self, model: BlackMamba):
-        self._rates: list[Tensor | None] = []
+        self._mixers: list[PromptWeights | None] = []
         self._routers: list[tuple[Tensor, Tensor] | None] = []
         for layer in model._stack():
             mixer, fed = layer.mixer, layer.feed_forward
-            rates = router = None
+            weights = router = None
             if isinstance(mixer, Mamba) and mixer.dt_norm is None:
-                rates = mixer.decay_rates().float()
+                weights = PromptWeights.of(
+                    mixer.conv_weight, mixer.conv_bias, mixer.x_proj.weight, mixer.dt_proj.weight,
+                    mixer.dt_bias, mixer.decay_rates(), mixer.D, model.compute_dtype,
+                )  # fmt: skip
             if isinstance(fed, MoE) and fed.router.is_plain and kernels.routable(fed.router.weight):
                 router = fed.router.weight * layer.norm.weight, fed.router.bias
-            self._rates.append(rates)
+            self._mixers.append(weights)
             self._routers.append(router)
 
     @torch.inference_mode()
@@ -54,13 +57,18 @@ class PromptPass:
         b, l = ids.shape
         x, update, first = model.embedding.weight, None, ids.flatten()
         assert isinstance(x, Tensor)
-        layers: list[LayerState] = [None] * len(self._rates) if state is None else [*state.layers]
+        layers: list[LayerState] = [None] * len(self._mixers) if state is None else [*state.layers]
         for i, layer in enumerate(model._stack()):
-            x, y, routes = kernels.norm(
-                x, layer.norm.weight, layer.norm.eps, model.compute_dtype, update=update,
-                ids=first, stream=model.residual_dtype, router=self._routers[i],
-            )  # fmt: skip
-            first = None
+            router = self._routers[i]
+            if first is not None or (router is not None and len(x) <= kernels.FEW):
+                x, y, routes = kernels.norm(
+                    x, layer.norm.weight, layer.norm.eps, model.compute_dtype, update=update,
+                    ids=first, stream=model.residual_dtype, router=router,
+                )  # fmt: skip
+                first = None
+            else:
+                x, y = layer.norm.add(x, update, model.compute_dtype)
+                routes = None
             fed = layer.feed_forward
             if fed is None:
                 update, layers[i] = self._mixed(layer, y.view(b, l, -1), i, layers[i], lengths)
@@ -83,24 +91,15 @@ class PromptPass:
         self, layer: Layer, y: Tensor, i: int, state: LayerState, lengths: Tensor | None
     ) -> tuple[Tensor, LayerState]:
         """What the Mamba layer of index i makes of y (b, l, m), as (t, m), and its new memory."""
-        mixer, rates = layer.mixer, self._rates[i]
+        mixer, weights = layer.mixer, self._mixers[i]
         assert isinstance(mixer, Mamba)
         assert state is None or isinstance(state, MambaState)
-        if rates is None:
+        if weights is None:
             update, state = mixer(y, state, lengths)
             return update.flatten(0, 1), state
         xz = mixer.in_proj(y)
-        y, conv, ssm = mamba_mixer_of_prompt(
-            xz,
-            mixer.conv_weight.to(xz.dtype),
-            mixer.conv_bias.to(xz.dtype),
-            mixer.x_proj.weight.to(xz.dtype),
-            mixer.dt_proj.weight.to(xz.dtype),
-            mixer.dt_bias,
-            rates,
-            mixer.D,
-            None if state is None else state.conv.to(xz.dtype),
-            None if state is None else state.ssm,
-            lengths,
-        )
+        before = first = None
+        if state is not None:
+            before, first = state.conv.to(xz.dtype), state.ssm
+        y, conv, ssm = mamba_mixer_of_prompt(xz, weights, before, first, lengths)
         return mixer.out_proj(y.flatten(0, 1)), MambaState(conv, ssm)

@@ -7,6 +7,7 @@ copied or added up by a kernel of its own.
 Letters: b batch, l sequence, d d_inner, n d_state, r dt_rank, k d_conv.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -75,43 +76,6 @@ def _forward(
     if not keep:
         columns, dt = x.new_empty(0), x.new_empty(0)
     return y, final_state, x if keep_x else x.new_empty(0), columns, dt, starts
-
-
-def mamba_mixer_of_prompt(
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    before: Tensor | None,
-    first: Tensor | None,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`mamba_mixer` of rows that go on, without a gradient.
-
-    Args:
-        xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D: see `mamba_mixer`; A is float32.
-        before: (b, d, k - 1), the convolution's inputs before x, in xz's dtype; None: zeros.
-        first: (b, d, n), the state before x; None: zeros.
-        lengths: (b,) int64, at least 0: rows are right-padded; a pad changes no memory.
-    Returns:
-        y (b, l, d), which means nothing at pads, and the new memory of convolution and scan.
-    """
-    (d, r), n = dt_proj.shape, A.shape[1]
-    x, last = conv.forward_of_prompt(xz[..., :d], conv_weight, conv_bias, before, lengths)
-    columns = _aligned(x, *x.shape[:2], len(x_proj))
-    torch.mm(x.flatten(0, 1), x_proj.t(), out=columns.flatten(0, 1))
-    low, B, C = _parts(columns, r, n)
-    narrow = _aligned(dt_proj, d, r).copy_(dt_proj) if r % 8 else dt_proj
-    dt = torch.mm(low.flatten(0, 1), narrow.t()).view(x.shape)
-    if lengths is not None:
-        fill_pads_(dt, lengths)
-    z = xz[..., d:]
-    y, final_state, _ = scan._forward(x, dt, A, B, C, D, z, dt_bias, first, None, True, False)
-    return y, last, final_state
 
 
 @torch.library.custom_op("blackmamba::mamba_mixer_backward", mutates_args=())
@@ -184,6 +148,89 @@ def _backward(
         True,
     )
     return g_xz, g_conv_weight, g_conv_bias, g_x_proj, g_dt_proj, g_dt_bias, g_A, g_D
+
+
+# ---- without a gradient -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptWeights:
+    """What `mamba_mixer_of_prompt` reads, laid out for it once."""
+
+    conv_weight: Tensor
+    """(d, k), in the products' dtype, as the next two."""
+    conv_bias: Tensor
+    """(d,)."""
+    x_proj: Tensor
+    """(r + 2 n, d)."""
+    dt_proj: Tensor
+    """(d, r), columns of a matrix of whole 16 bytes a row, zeros behind them."""
+    dt_bias: Tensor
+    """(d,), float32, as all that follow."""
+    A: Tensor
+    """(d, n), negative."""
+    D: Tensor
+    """(d,)."""
+
+    @staticmethod
+    def of(
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        x_proj: Tensor,
+        dt_proj: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        dtype: torch.dtype,
+    ) -> "PromptWeights":
+        """Of the weights of `mamba_mixer`, for products in `dtype`."""
+        d, r = dt_proj.shape
+        padded = dt_proj.new_zeros(d, -(-r // 8) * 8, dtype=dtype)
+        padded[:, :r] = dt_proj
+        narrow = (t.to(dtype).contiguous() for t in (conv_weight, conv_bias, x_proj))
+        wide = (t.float().contiguous() for t in (dt_bias, A, D))
+        conv_weight, conv_bias, x_proj = narrow
+        return PromptWeights(conv_weight, conv_bias, x_proj, padded[:, :r], *wide)
+
+
+def mamba_mixer_of_prompt(
+    xz: Tensor,
+    weights: PromptWeights,
+    before: Tensor | None,
+    first: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mamba_mixer` of rows that go on, without a gradient.
+
+    Args:
+        xz: (b, l, 2 d), columns [x | z], contiguous; l is at least 1.
+        before: (b, d, k - 1), the convolution's inputs before x, in xz's dtype; None: zeros.
+        first: (b, d, n), the state before x; None: zeros.
+        lengths: (b,) int64, at least 0: rows are right-padded; a pad changes no memory.
+    Returns:
+        y (b, l, d), which means nothing at pads, and the new memory of convolution and scan.
+    """
+    x, z = xz.chunk(2, dim=-1)
+    x, dt, B, C, last = _projected(x, weights, before, lengths)
+    y, final_state, _ = scan._forward(
+        x, dt, weights.A, B, C, weights.D, z, weights.dt_bias, first, None, True, False
+    )
+    return y, last, final_state
+
+
+def _projected(
+    x: Tensor, weights: PromptWeights, before: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x behind the convolution, dt, B, C, and the convolution's new memory."""
+    r, n = weights.dt_proj.shape[1], weights.A.shape[1]
+    x, last = conv.forward_of_prompt(x, weights.conv_weight, weights.conv_bias, before, lengths)
+    columns = _aligned(x, *x.shape[:2], len(weights.x_proj))
+    torch.mm(x.flatten(0, 1), weights.x_proj.t(), out=columns.flatten(0, 1))
+    low, B, C = _parts(columns, r, n)
+    dt = torch.mm(low.flatten(0, 1), weights.dt_proj.t()).view(x.shape)
+    if lengths is not None:
+        fill_pads_(dt, lengths)
+    return x, dt, B, C, last
 
 
 # ---- what autograd, torch.compile and fake tensors need to know ----------------------------------
