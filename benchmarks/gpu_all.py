@@ -53,7 +53,7 @@ TESTS = (
     "tests/gpu", *(f"tests/ops/test_gpu_{name}.py" for name in (
         "backend", "causal_conv1d", "expert_mlp", "norm_and_loss", "selective_scan", "sinkhorn"
     )), "tests/ops/test_router_logits.py", "tests/generate/test_captured.py",
-    "tests/generate/test_prefill.py",
+    "tests/generate/test_prefill.py", "tests/generate/test_prompt.py",
 )  # fmt: skip
 PARTS = {
     "tests": Part(
