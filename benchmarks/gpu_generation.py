@@ -26,7 +26,6 @@ from blackmamba.generate.captured import CapturedDecoder, plain_weights
 from blackmamba.generate.prefill import read_piece
 from blackmamba.model import BlackMamba, State
 from blackmamba.model.size import training_flops_per_token
-from blackmamba.ops.mamba_mixer import gpu as mixer
 from blackmamba.presets import presets
 from blackmamba.train.origin import origin
 from gpu_measure import DEVICE, limits, machine
@@ -257,10 +256,7 @@ if __name__ == "__main__":
     parser.add_argument("--profile", action="store_true", help="only where a prompt's time goes")
     parser.add_argument("--prompts", nargs="+", default=["8x2048", "1x2048"], help="to profile")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
-    parser.add_argument("--at-once", type=int, help="tokens from which on one kernel projects")
     options = parser.parse_args()
-    if options.at_once is not None:
-        mixer.LEAST_TOKENS = options.at_once
     if options.profile:
         profile(options.preset, options.prompts, options.tiny)
     else:

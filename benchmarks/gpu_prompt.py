@@ -31,7 +31,7 @@ def main(
     limit = limits(tiny)
     found: dict[str, dict[str, float]] = {}
     for t in tokens:
-        parts = _parts(preset, t, tiny)
+        parts = _parts(preset, t)
         parts = {name: part for name, part in parts.items() if any(word in name for word in only)}
         with torch.inference_mode():
             seconds = timed({name: run for name, (run, _) in parts.items()}, repeats)
@@ -44,7 +44,7 @@ def main(
     print(json.dumps({"benchmark": "gpu_prompt", **facts, "us": found}))
 
 
-def _parts(preset: str, t: int, tiny: bool) -> dict[str, tuple[Call, float]]:
+def _parts(preset: str, t: int) -> dict[str, tuple[Call, float]]:
     """What to call, and the bytes that it moves at least."""
     config = presets[preset]
     m, d, e = config.d_model, config.d_inner, config.n_experts
@@ -78,23 +78,12 @@ def _parts(preset: str, t: int, tiny: bool) -> dict[str, tuple[Call, float]]:
         lambda: mixer._projected(x, weights, None, None),
         moved,
     )
-    for cut in mixer.PROJECT_CUTS[: 1 if tiny else None]:
-        found[f"at once: {cut.tokens} {cut.block} {cut.warps} {cut.stages}"] = (
-            lambda cut=cut: _at_once(x, weights, cut),
-            moved,
-        )
     folded = router[0] * norm, router[1]
     found["norm of the sum and router, one kernel"] = (
         lambda: prompt.norm(stream, norm, 1e-5, torch.bfloat16, update=update, router=folded),
         12 * t * m,
     )
     return found
-
-
-def _at_once(x: torch.Tensor, weights: mixer.PromptWeights, cut: mixer.ProjectCut) -> None:
-    usual, mixer.PROJECT = mixer.PROJECT, cut
-    mixer._projected_at_once(x, weights, None, None)
-    mixer.PROJECT = usual
 
 
 if __name__ == "__main__":

@@ -196,7 +196,6 @@ def of_prompt(
 
 @TRITON
 @pytest.mark.usefixtures("nan_filled_memory")
-@pytest.mark.parametrize("at_once", [True, False], ids=["one kernel", "products"])
 @pytest.mark.parametrize(
     ("shape", "goes_on", "lengths"),
     [
@@ -208,11 +207,8 @@ def of_prompt(
     ids=str,
 )
 def test_a_prompt_is_read_as_the_operations_read_it(
-    shape: tuple[int, ...], goes_on: bool, lengths: list[int] | None, at_once: bool,
-    monkeypatch: pytest.MonkeyPatch,
-):  # fmt: skip
-    monkeypatch.setattr(mixer_gpu, "LEAST_TOKENS", 0 if at_once else 1 << 62)
-    monkeypatch.setattr(mixer_gpu, "PROJECT", mixer_gpu.ProjectCut(16, 16, 4, 3))
+    shape: tuple[int, ...], goes_on: bool, lengths: list[int] | None
+):
     b, _, d, n, _ = shape
     inputs, g = make(*shape), torch.Generator().manual_seed(3)
     before = torch.randn(b, d, 3, generator=g, dtype=torch.float64).to(DEVICE)

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blackmamba.ops import gpu
 from blackmamba.ops.causal_conv1d import gpu as conv
-from blackmamba.ops.gpu import tuning
 from blackmamba.ops.prompt.gpu import fill_pads_
 from blackmamba.ops.selective_scan import gpu as scan
 
@@ -173,10 +171,6 @@ class PromptWeights:
     """(d, n), negative."""
     D: Tensor
     """(d,)."""
-    taps: Tensor
-    """(k, d): the convolution's weight."""
-    bias: Tensor
-    """(d,): the convolution's bias."""
 
     @staticmethod
     def of(
@@ -194,32 +188,9 @@ class PromptWeights:
         padded = dt_proj.new_zeros(d, -(-r // 8) * 8, dtype=dtype)
         padded[:, :r] = dt_proj
         narrow = (t.to(dtype).contiguous() for t in (conv_weight, conv_bias, x_proj))
-        wide = (t.float().contiguous() for t in (dt_bias, A, D, conv_weight.t(), conv_bias))
+        wide = (t.float().contiguous() for t in (dt_bias, A, D))
         conv_weight, conv_bias, x_proj = narrow
         return PromptWeights(conv_weight, conv_bias, x_proj, padded[:, :r], *wide)
-
-
-@dataclasses.dataclass(frozen=True)
-class ProjectCut:
-    """How `project_kernel` is cut into programs."""
-
-    tokens: int
-    block: int
-    """Channels at a time."""
-    warps: int
-    stages: int
-    """Of dt_proj's weight, on their way at once."""
-
-
-PROJECT = ProjectCut(64, 64, 4, 3)
-PROJECT_CUTS = (
-    ProjectCut(64, 64, 4, 3), ProjectCut(64, 64, 8, 3), ProjectCut(64, 32, 4, 3),
-    ProjectCut(32, 64, 4, 3), ProjectCut(128, 64, 8, 3),
-)  # fmt: skip
-"""What `blackmamba tune` tries."""
-LEAST_TOKENS = 1 << 62
-"""From which on one kernel takes the place of the convolution and both products: never, until it is
-measured."""
 
 
 def mamba_mixer_of_prompt(
@@ -240,9 +211,7 @@ def mamba_mixer_of_prompt(
         y (b, l, d), which means nothing at pads, and the new memory of convolution and scan.
     """
     x, z = xz.chunk(2, dim=-1)
-    is_many = xz.shape[0] * xz.shape[1] >= LEAST_TOKENS
-    run = _projected_at_once if is_many and _can_be_at_once(xz, weights) else _projected
-    x, dt, B, C, last = run(x, weights, before, lengths)
+    x, dt, B, C, last = _projected(x, weights, before, lengths)
     y, final_state, _ = scan._forward(
         x, dt, weights.A, B, C, weights.D, z, weights.dt_bias, first, None, True, False
     )
@@ -262,44 +231,6 @@ def _projected(
     if lengths is not None:
         fill_pads_(dt, lengths)
     return x, dt, B, C, last
-
-
-def _can_be_at_once(xz: Tensor, weights: PromptWeights) -> bool:
-    (d, r), n = weights.dt_proj.shape, weights.A.shape[1]
-    is_narrow = xz.dtype != torch.float32 or gpu.interpreted()
-    return is_narrow and d % 8 == 0 and r <= 256 and 4 < n <= 64
-
-
-def _projected_at_once(
-    x: Tensor, weights: PromptWeights, before: Tensor | None, lengths: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_projected` by one kernel."""
-    from blackmamba.ops.mamba_mixer import kernels
-
-    (b, l, d), k, n = x.shape, len(weights.taps), weights.A.shape[1]
-    r, width = weights.dt_proj.shape[1], weights.dt_proj.stride(0)
-    padded = 1 << (n - 1).bit_length()
-    most = max(16, 1 << (r.bit_length() - 1))
-    y, dt = x.new_empty(b, l, d), x.new_empty(b, l, d)
-    BC = x.new_empty(b, l, 2, padded, dtype=torch.float32)
-    last = x.new_empty(b, d, k - 1)
-    before = None if before is None else before.transpose(1, 2).contiguous()
-
-    def run(cut: ProjectCut) -> None:
-        gpu.launch(
-            kernels.project_kernel, (-(-l // cut.tokens), b),
-            x, weights.taps, weights.bias, y if before is None else before,
-            y if lengths is None else lengths, weights.x_proj, weights.dt_proj, y, dt, BC, last,
-            l, d, n, r, width // 8, x.stride(0), x.stride(1),
-            T=cut.tokens, BD=cut.block, K=k, N=padded, R=most,
-            REST=max(16, 1 << (max(1, r - most) - 1).bit_length()),
-            HAS_BEFORE=before is not None, HAS_LENGTHS=lengths is not None,
-            OPERAND=kernels.operand(x.dtype), STAGES=cut.stages, num_warps=cut.warps,
-        )  # fmt: skip
-
-    size = f"t={tuning.rounded(b * l)} d={d} r={r} n={n} bytes={x.element_size()}"
-    run(tuning.pick("mamba_mixer of prompt", size, PROJECT, lambda: PROJECT_CUTS, run))
-    return y, dt, BC[:, :, 0, :n], BC[:, :, 1, :n], last
 
 
 # ---- what autograd, torch.compile and fake tensors need to know ----------------------------------

@@ -50,12 +50,8 @@ class Call:
         self._B, self._C, self._seq_idx = B, C, seq_idx
 
     def pack(self) -> None:
-        """Put B and C side by side, in float32; if they lie so they stay."""
+        """Put B and C side by side, in float32."""
         x, B, C, seq_idx = self.x, self._B, self._C, self._seq_idx
-        if seq_idx is None and self._is_packed():
-            self.packed = B.as_strided((self.b, self.l, 2, self.n), (*B.stride()[:2], self.n, 1))
-            self.resets = self.packed
-            return
         self.packed = x.new_empty(self.b, self.l_padded, 2, self.n_padded, dtype=torch.float32)
         self.resets = (
             self.packed
@@ -78,17 +74,6 @@ class Call:
             N=self.n_padded,
             T=tokens,
             HAS_SEQ=seq_idx is not None,
-        )
-
-    def _is_packed(self) -> bool:
-        B, C = self._B, self._C
-        strides = (self.l * 2 * self.n, 2 * self.n, 1)
-        return (
-            (self.l, self.n) == (self.l_padded, self.n_padded)
-            and B.dtype == C.dtype == torch.float32
-            and B.stride() == C.stride() == strides
-            and C.data_ptr() == B.data_ptr() + 4 * self.n
-            and B.data_ptr() % 16 == 0
         )
 
     def run_best(
