@@ -18,7 +18,7 @@
 // Bound by the matrix units: 2 m WIDE operations for a row of a tile.
 //
 // Compiled at run time, without headers, with: FORM, MODE, GELU, KEEP, HAS_GATE (each 0 or 1), WIDE (columns of sums in a
-// tile: 64, 128, 192 or 256; in MODE 1 one half are g's), DEPTH, SHARED (bytes).
+// tile: 128, 192 or 256; in MODE 1 one half are g's), DEPTH, SHARED (bytes).
 //
 // Letters: t rows, e groups, m numbers of a row of x, n columns of y.
 
@@ -110,10 +110,7 @@ __device__ __forceinline__ u64 described(const u16* p) {
 #define N2 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define N3 \
     ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#if WIDE == 64
-#define NUMBERS "n64k16", N0, "%32, %33", "%34"
-#define REGISTERS R32(0)
-#elif WIDE == 128
+#if WIDE == 128
 #define NUMBERS "n128k16", N0 N1, "%64, %65", "%66"
 #define REGISTERS R32(0), R32(32)
 #elif WIDE == 192
