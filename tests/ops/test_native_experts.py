@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import relative_error
+from numerics import assert_within_budget, relative_error
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -134,8 +134,9 @@ def test_matches_meaning(t, e, m, f, gated, biases, narrow, activation):
     options = {"activation": activation, "gated": gated}
     y = expert_mlp(*inputs, **extra, **options, backend="native")
     assert y.dtype == dtype
-    error = (y.double() - exact(inputs, extra, **options)).abs()
-    assert (error <= bound(inputs, extra, activation, gated, narrow)).all()
+    wanted = exact(inputs, extra, **options)
+    assert relative_error(y, wanted) < (4e-3 if narrow else 5e-6)
+    assert ((y.double() - wanted).abs() <= bound(inputs, extra, activation, gated, narrow)).all()
 
 
 @torch.no_grad()
@@ -330,8 +331,11 @@ def test_products_of_pairs_match_meaning(t, e, m, f, k, gated, activation):
         assert torch.equal(one, two)
     exact_ = meaning(inputs, torch.float64, "reference", k, **options)
     allowed = bounds_of_pairs(inputs, k, **options)
-    for name, one, wanted, most in zip(NAMES, actual, exact_, allowed, strict=True):
-        assert one.shape == wanted.shape == most.shape
+    eager = meaning(inputs, torch.bfloat16, "torch", k, **options)
+    for name, one, other, wanted, most in zip(NAMES, actual, eager, exact_, allowed, strict=True):
+        # of a few draws in a thousand, plain PyTorch is right by luck, and this then too strict
+        assert_within_budget(name, one.bfloat16(), other.bfloat16(), wanted)
+        assert one.shape == most.shape
         assert ((one.double() - wanted).abs() <= most).all(), name
 
 
