@@ -21,11 +21,17 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 QUIET = ("-p", "no:cacheprovider", "-p", "no:benchmark")  # pytest-benchmark warns beside xdist
-SANITIZED = "selective_scan causal_conv1d expert_mlp norm_and_loss sinkhorn"
+SANITIZED = (
+    *(f"tests/ops/test_gpu_{name}.py" for name in (
+        "selective_scan", "causal_conv1d", "expert_mlp", "norm_and_loss", "sinkhorn"
+    )), "tests/gpu/test_selective_scan.py", "tests/gpu/test_expert_products.py",
+)  # fmt: skip
 CHECKED = (
     "(chunks and 48) or test_documents or (optional and bias) or (sort and 600 and 8)"
     " or (silu and bfloat16 and 37 and few_tokens) or (as_near_as_plain and gate-silu and 37)"
     " or (as_the_plan_says and paper and 700) or (keeps_a_wide)"
+    " or (float64 and cuda and documents and 40) or (parts_of_wider and cuda)"
+    " or (gated and True and 392) or (placed and True and 392) or (and_gradient and 392)"
 )
 """One test or two of each kernel: every one takes seconds in there."""
 Found = dict[str, dict[str, Any]]
@@ -43,24 +49,26 @@ class Part:
 
 def sanitizer(tool: str) -> Part:
     """The kernels' small tests under a tool of compute-sanitizer."""
-    files = [f"tests/ops/test_gpu_{name}.py" for name in SANITIZED.split()]
-    tests = [sys.executable, "-m", "pytest", "-q", *QUIET, *files, "-k", CHECKED]
+    tests = [sys.executable, "-m", "pytest", "-q", *QUIET, *SANITIZED, "-k", CHECKED]
     command = ["compute-sanitizer", "--tool", tool, *tests, "--timeout", "0"]
-    return Part(command, 150, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return Part(command, 300, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 TESTS = (
     "tests/gpu", *(f"tests/ops/test_gpu_{name}.py" for name in (
-        "backend", "causal_conv1d", "expert_mlp", "norm_and_loss", "selective_scan", "sinkhorn"
-    )), "tests/ops/test_router_logits.py", "tests/generate/test_captured.py",
-    "tests/generate/test_prefill.py", "tests/generate/test_prompt.py",
+        "activate", "backend", "causal_conv1d", "cuda", "expert_mlp", "norm_and_loss",
+        "selective_scan", "sinkhorn", "tuning",
+    )), *(f"tests/ops/test_{name}.py" for name in (
+        "adamw", "mamba_mixer", "rotary", "router_logits"
+    )), *(f"tests/generate/test_{name}.py" for name in ("captured", "prefill", "prompt")),
+    "tests/train/test_run.py::test_a_gpu_learns_the_same",
 )  # fmt: skip
 PARTS = {
     "tests": Part(
         (
-            sys.executable, "-m", "pytest", "-v", "-n", "8", "--dist", "loadgroup",
+            sys.executable, "-m", "pytest", "-v", "-n", "12", "--dist", "loadgroup",
             *QUIET, *TESTS,
-        ), 300,
+        ), 400,
     ),
     "memcheck": sanitizer("memcheck"),
     "racecheck": sanitizer("racecheck"),
