@@ -18,7 +18,7 @@ from blackmamba.ops import causal_conv1d, expert_mlp, gpu, selective_scan
 from blackmamba.ops.backend import ENVIRONMENT_VARIABLE
 from blackmamba.ops.causal_conv1d import gpu as conv
 from blackmamba.ops.expert_mlp import gpu as experts
-from blackmamba.ops.gpu import tuning
+from blackmamba.ops.gpu import cuda, tuning
 from blackmamba.ops.selective_scan import plan as scan
 from blackmamba.presets import presets
 
@@ -222,7 +222,8 @@ def test_all_kernels_of_a_model_are_seen(
     products = ("norm_linear_kernel", "add_linear_kernel", "expert_in_kernel")
     assert names >= {f"decode, {name}" for name in products}
     assert names >= {"causal_conv1d forward", "causal_conv1d backward", "expert_mlp of few"}
-    assert names >= {"selective_scan forward", "selective_scan backward"}
+    kernels = ", CUDA" if cuda.runs_on(torch.empty(0, device=DEVICE)) else ""
+    assert names >= {f"selective_scan {way}{kernels}" for way in ("forward", "backward")}
     assert all(found.chosen != found.default for found in session.found.values())
     shown = capsys.readouterr().out
     assert "training, 1 x 5" in shown

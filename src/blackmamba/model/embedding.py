@@ -72,9 +72,8 @@ class _LookupWithTable(torch.autograd.Function):
             return _summed(of_rows, ids.flatten(), ctx.shape[0]).to(ctx.dtype), None, None
         places, numbers = ids.unique(return_inverse=True)
         total = _summed(of_rows, numbers.flatten(), len(places)).to(ctx.dtype)
-        rows = torch.sparse_coo_tensor(
-            places[None], total, ctx.shape, is_coalesced=True, check_invariants=False
-        )
+        with torch.sparse.check_sparse_tensor_invariants(False):  # the argument warns in torch 2.11
+            rows = torch.sparse_coo_tensor(places[None], total, ctx.shape, is_coalesced=True)
         return rows, of_table, None
 
 
