@@ -274,6 +274,7 @@ class Kernel:
         command = [
             CXX,
             "-O1",
+            "-U_FORTIFY_SOURCE",  # it would take a change of threads for a broken stack
             "-fno-strict-aliasing",
             "-std=c++17",
             "-w",
