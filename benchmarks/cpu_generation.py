@@ -254,7 +254,8 @@ def steady(name: str, model: BlackMamba, count: int) -> dict[str, object]:
 def allocations(step: Callable[[Tensor], object], ids: Tensor) -> int:
     """How often torch takes memory in a step for each row of `ids`, by its profiler."""
     rows = list(ids.unbind())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as record:
         for row in rows:
             step(row)
     with tempfile.TemporaryDirectory() as folder:
