@@ -85,9 +85,9 @@ def _parts(preset: str, t: int) -> dict[str, tuple[Call, float]]:
         found[f"{name}, the library"] = (lambda x=rows, w=matrix: x @ w.t(), moved)
         if hopper.fits(rows, matrix):
             end = torch.tensor([t], dtype=torch.int32, device=DEVICE)
-            for wide in (256, 192, 128):
-                found[f"{name}, products.cu, {wide} columns"] = (
-                    lambda x=rows, w=matrix, e=end, c=wide: hopper.dense(x, w, e, c),
+            for columns in (256, 192, 128):
+                found[f"{name}, products.cu, {columns} columns"] = (
+                    lambda x=rows, w=matrix, e=end, c=columns: hopper.dense(x, w, e, c),
                     moved,
                 )
     folded = router[0] * norm, router[1]

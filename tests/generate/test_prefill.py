@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 from numerics import largest_difference
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import blackmamba
+from blackmamba.config import ModelConfig
 from blackmamba.generate import prefill
+from blackmamba.generate.captured import fingerprint
 from blackmamba.generate.prefill import Recording, read_piece
 from blackmamba.model import BlackMamba, State
 from blackmamba.presets import presets
@@ -70,6 +73,57 @@ def test_the_ladder():
     assert prefill._shape(8, 2049) is None
     assert prefill._shape(257, 1) is None
     assert list(prefill.LENGTHS) == sorted(prefill.LENGTHS)
+
+
+@torch.inference_mode()
+def test_read_before_the_weights_are_looked_at(monkeypatch: pytest.MonkeyPatch):
+    def none(config: ModelConfig) -> None:
+        del config
+
+    monkeypatch.setattr(prefill, "cannot_capture_any", none)
+    with torch.inference_mode(False):
+        model, ids = build(), torch.arange(16)[None]
+    kept = prefill._KEPT[model] = prefill._Recordings()
+    recording = Recording(model, 1, 16, goes_on=False, has_pads=False, graph=False)
+    kept.weights, kept._memory = fingerprint(model), prefill.Memory(model)
+    kept._kept[1, 16, False, False] = recording
+    read: list[Tensor] = []
+    own = recording.read
+
+    def counted(
+        input_ids: Tensor, state: State | None, lengths: Tensor | None
+    ) -> tuple[Tensor, State]:
+        read.append(input_ids)
+        return own(input_ids, state, lengths)
+
+    monkeypatch.setattr(recording, "read", counted)
+
+    def check(times: int) -> None:
+        expected = model.prefill(ids.to(DEVICE), logits="last")
+        assert differ(read_piece(model, ids, None, None), expected) < 1e-5
+        assert len(read) == times
+
+    check(1)
+    check(2)
+    weight = model.final_norm.weight
+    with torch.no_grad():
+        weight.mul_(2)
+    before = read_piece(model, ids, None, None)
+    check(4)  # both were thrown away
+    seen: list[object] = []
+
+    def hook(*args: object) -> None:
+        seen.append(args)
+
+    kept.weights = fingerprint(model)
+    handle = model.layers[0].register_forward_hook(hook)
+    check(5)
+    assert len(seen) == (2 if HAS_GPU else 3)  # the model's own pass; without a GPU a recording is
+    handle.remove()
+    check(6)
+    weight.data = weight.data.clone()
+    check(6)  # they lie elsewhere: not even begun
+    assert differ(read_piece(model, ids, None, None), before) < 1e-5
 
 
 @pytest.mark.gpu

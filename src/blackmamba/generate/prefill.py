@@ -4,6 +4,10 @@ Up to `MOST_TOKENS` the device would wait for the host. So the pass is recorded 
 shapes, each when it is met for the second time, and shorter pieces are padded to the next one. A
 model keeps its last `KEPT` recordings; they share their working memory.
 
+A recording is of the weights as they were. Where they still lie in the same memory the device
+begins to read the prompt, and meanwhile the host looks whether anything has changed: then what was
+read is thrown away.
+
 Letters: b batch, l sequence, v vocabulary.
 """
 
@@ -44,19 +48,24 @@ def read_piece(
     Returns:
         Logits (b, v) and the new memory, on the model's device.
     """
-    device = next(model.parameters()).device
-    shape = _shape(*input_ids.shape)
-    recordings = weights = None
-    if device.type == "cuda" and shape is not None and cannot_capture_any(model.config) is None:
-        recordings = _KEPT.setdefault(model, _Recordings())
-        weights = plain_weights(model, recordings.weights)
-    if recordings is not None and weights is not None and shape is not None:
+    shape, recordings = _shape(*input_ids.shape), _KEPT.get(model)
+    key: _Key | None = None
+    if shape is not None:
         has_pads = input_ids.shape[1] < shape[1] or (
             lengths is not None and bool((lengths < shape[1]).any())
         )
-        recording = recordings.find(
-            model, weights, shape, goes_on=has_pads or state is not None, has_pads=has_pads
-        )
+        key = (*shape, has_pads or state is not None, has_pads)
+    if recordings is not None and key is not None:
+        found = recordings.read_at_once(model, key, input_ids, state, lengths)
+        if found is not None:
+            return found
+    device = next(model.parameters()).device
+    weights = None
+    if device.type == "cuda" and key is not None and cannot_capture_any(model.config) is None:
+        recordings = _KEPT.setdefault(model, _Recordings())
+        weights = plain_weights(model, recordings.weights)
+    if recordings is not None and weights is not None and key is not None:
+        recording = recordings.find(model, weights, key)
         if recording is not None:
             return recording.read(input_ids, state, lengths)
     on_device = None if lengths is None else lengths.to(device)
@@ -85,37 +94,62 @@ class _Recordings:
         self._kept: OrderedDict[_Key, Recording] = OrderedDict()
         self.weights: Weights | None = None
         """That the recordings are for."""
+        self._memory: Memory | None = None
         self._pool: Any = None
         self._pass: PromptPass | None = None
 
-    def find(
+    def read_at_once(
         self,
         model: BlackMamba,
-        weights: Weights,
-        shape: tuple[int, int],
-        *,
-        goes_on: bool,
-        has_pads: bool,
-    ) -> "Recording | None":
+        key: _Key,
+        input_ids: Tensor,
+        state: State | None,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, State] | None:
+        """`read_piece` by a recording; None if there is none, or its weights are others by now."""
+        with self._lock:
+            recording, weights, memory = self._kept.get(key), self.weights, self._memory
+            if recording is None or memory is None or not memory.is_same():
+                return None
+            self._kept.move_to_end(key)
+        found = recording.read(input_ids, state, lengths)
+        is_fit = cannot_capture_any(model.config) is None
+        return found if is_fit and plain_weights(model, weights) == weights else None
+
+    def find(self, model: BlackMamba, weights: Weights, key: _Key) -> "Recording | None":
         """The recording for this; None the first time."""
-        key = (*shape, goes_on, has_pads)
         with self._lock:
             if self.weights != weights:
                 self._kept.clear()
                 self.weights, self._pool = weights, torch.cuda.graph_pool_handle()
-                self._pass = PromptPass(model)
+                self._pass, self._memory = PromptPass(model), Memory(model)
             if key not in self._kept:
                 if key not in self._met:
                     self._met.add(key)
                     return None
+                b, l, goes_on, has_pads = key
                 self._kept[key] = Recording(
-                    model, *shape, goes_on=goes_on, has_pads=has_pads, pool=self._pool,
-                    run=self._pass,
-                )  # fmt: skip
+                    model, b, l, goes_on=goes_on, has_pads=has_pads, pool=self._pool, run=self._pass
+                )
             self._kept.move_to_end(key)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
             return self._kept[key]
+
+
+class Memory:
+    """Where a model's parameters and buffers lie. Keeps none of them alive."""
+
+    def __init__(self, model: BlackMamba):
+        tensors = (*model.parameters(), *model.buffers())
+        self._tensors = [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
+
+    def is_same(self) -> bool:
+        """Whether all of them are still there: what was recorded may be run, for good or bad."""
+        return all(
+            (tensor := find()) is not None and tensor.data_ptr() == address
+            for find, address in self._tensors
+        )
 
 
 _KEPT: weakref.WeakKeyDictionary[BlackMamba, _Recordings] = weakref.WeakKeyDictionary()
@@ -152,6 +186,7 @@ class Recording:
         self._ids = torch.zeros(b, l, dtype=torch.int64, device=device)
         self._lengths = torch.full((b,), l, device=device) if has_pads else None
         self._first = model.initial_state(b) if goes_on else None
+        self._own = {} if self._first is None else self._first.to_tensors()
         self._pass = run or (PromptPass(model) if device.type == "cuda" else None)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._found: tuple[Tensor, State] | None = None
@@ -175,12 +210,13 @@ class Recording:
                     self._lengths[:b].fill_(l)
                 else:
                     self._lengths[:b].copy_(lengths, non_blocking=True)
-            if self._first is not None:
-                own = {name: t[:b] for name, t in self._first.to_tensors().items()}
+            if self._own:
+                whole = b == len(self._ids)
+                own = self._own if whole else {name: t[:b] for name, t in self._own.items()}
                 given = {} if state is None else state.to_tensors()
                 if given:
                     torch._foreach_copy_(list(own.values()), [given[name] for name in own])
-                elif own:
+                else:
                     torch._foreach_zero_(list(own.values()))
             if self._graph is not None:
                 self._graph.replay()
