@@ -150,6 +150,31 @@ inline void pairs_by_units(float* d, const unsigned* a, unsigned b0, unsigned b1
     }
     __syncwarp();
 }
+// A says which numbers of B are taken; one that is infinite or NaN as float16 makes all of its
+// column NaN.
+inline void halves_by_units(unsigned* d, const unsigned* a, unsigned b0, unsigned b1) {
+    unsigned* const mine = pairs_by_warp[current];
+    for (int j = 0; j < 4; j++) mine[j] = a[j];
+    mine[4] = b0, mine[5] = b1;
+    __syncwarp();
+    const int first = current / 32 * 32, g = current % 32 / 4, k = current % 4;
+    for (int j = 0; j < 4; j++) {
+        const int row = g + j / 2 * 8, column = 2 * k + j % 2;
+        unsigned taken = 0, number = 0;
+        for (int i = 0; i < 16; i++) {
+            const unsigned* const of_row = pairs_by_warp[first + row % 8 * 4 + i % 8 / 2];
+            const unsigned* const of_column = pairs_by_warp[first + column * 4 + i % 8 / 2];
+            const unsigned one = of_row[row / 8 + i / 8 * 2] >> 16 * (i % 2) & 0xffff;
+            const unsigned from = of_column[4 + i / 8] >> 16 * (i % 2) & 0xffff;
+            if (one == 0x3c00) number |= from, taken++;
+            else if (one) fail("neither 0 nor 1: %d", one);
+            if ((from & 0x7c00) == 0x7c00) number |= 0x7fff;
+        }
+        if (taken != 1) fail("%d numbers would be added", taken);
+        d[j / 2] = j % 2 ? d[j / 2] & 0xffff | number << 16 : number;
+    }
+    __syncwarp();
+}
 static const unsigned short* row_of_lane[1024];
 inline void transposed(unsigned* r, const void* row) {
     row_of_lane[current] = (const unsigned short*)row;
@@ -236,6 +261,8 @@ _MEANINGS = (
     (r'asm volatile\("" : "\+[rl]"\(\w+\)\);', ""),
     (r'asm\("mma\.sync\.aligned\.m16n8k8.*?\)\)\);', "by_units(d, a, b0, b1);"),
     (r'asm\("mma\.sync\.aligned\.m16n8k4.*?\)\)\);', "by_units(d, a0, a1, b);"),
+    (r'asm\("mma\.sync\.aligned\.m16n8k16\.row\.col\.f16.*?\(0\)\);',
+     "halves_by_units(d, a, b0, b1);"),
     (r'asm\("mma\.sync\.aligned\.m16n8k16.*?\(b1\)\);', "pairs_by_units(d, a, b0, b1);"),
     (r'asm volatile\("ld\.shared.*?: "memory"\);', "memcpy(&v, at_address(from), sizeof v);"),
     (r'asm volatile\("st\.shared.*?: "memory"\);',
