@@ -3,7 +3,8 @@
 Decoding is greedy. "steps" are tokens a second of the steps alone, "generate" those of a whole call
 that reads a prompt and writes new tokens, text aside. The limit is the time to read once what a
 step must: the weights of all but the experts, those of the experts that so many tokens choose among
-at random, and the state, read and written. Prefill is measured against the rate of a large product.
+at random, and the state, read and written. Prefill is measured against the rate of a large product,
+by the FLOPs that are needed (`prompt_flops`).
 
     python benchmarks/gpu_generation.py [--preset blackmamba-1.5b] [--batches 1 4 16 64 256]
     python benchmarks/gpu_generation.py --profile [--prompts 8x2048 1x2048]
@@ -21,11 +22,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 import blackmamba
-from blackmamba.generate import prefill
+from blackmamba.generate import prefill, prompt
 from blackmamba.generate.captured import CapturedDecoder, plain_weights
 from blackmamba.generate.prefill import read_piece
 from blackmamba.model import BlackMamba, State
-from blackmamba.model.size import training_flops_per_token
+from blackmamba.model.size import prompt_flops
 from blackmamba.presets import presets
 from blackmamba.train.origin import origin
 from gpu_measure import DEVICE, limits, machine
@@ -37,7 +38,7 @@ def main(
     batches: Sequence[int] = (1, 4, 16, 64, 256),
     contexts: Sequence[int] = (1024, 100_000),
     prefills: Sequence[int] = (2048, 16384, 131072, 262144),
-    prompt: int = 128,
+    prompt_length: int = 128,
     new: int = 128,
     steps: int = 200,
     tiny: bool = False,
@@ -51,9 +52,11 @@ def main(
     print(f"{'batch':>8}{'steps':>12}{'limit':>12}{'ratio':>8}{'generate':>12}   tokens/s")
     with torch.inference_mode():
         for b in batches:
-            rate = decode_rate(model, torch.randint(0, config.n_tokens, (b, prompt)), steps)
+            rate = decode_rate(model, torch.randint(0, config.n_tokens, (b, prompt_length)), steps)
             bound = b * limit.bytes_s / step_bytes(model, b)
-            prompts = [[(7 * i + j) % config.n_tokens for j in range(prompt)] for i in range(b)]
+            prompts = [
+                [(7 * i + j) % config.n_tokens for j in range(prompt_length)] for i in range(b)
+            ]
             blackmamba.generate(model, prompts, max_new_tokens=4)
             seconds = clock(lambda p=prompts: blackmamba.generate(model, p, max_new_tokens=new), 3)
             found[f"decode {b}"], found[f"generate {b}"] = rate, b * new / seconds
@@ -68,9 +71,7 @@ def main(
             torch.cuda.reset_peak_memory_stats()
             seconds = clock(lambda ids=ids: read(model, ids), 3)
             rate = ids.numel() / seconds
-            # forward alone, and the head for the last token only
-            flops = training_flops_per_token(config, length) / 3
-            flops -= 2 * config.vocab_size * config.d_model
+            flops = prompt_flops(config, length) / length
             found[f"prefill {b} x {length}"] = rate
             found[f"prefill {b} x {length}, of the product's rate"] = rate * flops / limit.flops_s
             share, peak = rate * flops / limit.flops_s, torch.cuda.max_memory_allocated() / 1e9
@@ -95,15 +96,15 @@ def profile(preset: str, prompts: Sequence[str], tiny: bool = False) -> None:
     rate = limits(tiny).flops_s
     found: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
-        for prompt in prompts:
-            b, length = map(int, prompt.split("x"))
+        for name in prompts:
+            b, length = map(int, name.split("x"))
             ids = torch.randint(0, config.n_tokens, (b, length), device=DEVICE)
-            found[prompt] = _profile_prompt(model, ids, rate)
+            found[name] = _profile_prompt(model, ids, rate)
     print(f"{'prompt':>10}{'clock':>9}{'in a row':>9}{'host':>8}{'kernels':>9}{'launches':>9}"
           f"{'gaps':>8}   ms{'rate':>11}")  # fmt: skip
-    for prompt, ms in found.items():
+    for name, ms in found.items():
         print(
-            f"{prompt:>10}{ms['clock']:>9.2f}{ms['in a row']:>9.2f}{ms['host']:>8.2f}"
+            f"{name:>10}{ms['clock']:>9.2f}{ms['in a row']:>9.2f}{ms['host']:>8.2f}"
             f"{ms['kernels']:>9.2f}{ms['launches']:>9.0f}{ms['gaps']:>8.2f}{ms['share']:>13.1%}"
         )
         print(" " * 10 + ", ".join(f"{k} {v:.2f}" for k, v in ms.items() if k not in _HEAD))
@@ -125,8 +126,7 @@ def _profile_prompt(model: BlackMamba, ids: torch.Tensor, rate: float) -> dict[s
     ms["host"] = 1e3 * _host(run)
     launches = _launches(run)
     busy = [(name, (end - begin) / 1e3) for name, begin, end in launches]
-    flops = training_flops_per_token(model.config, ids.shape[1]) / 3
-    flops -= 2 * model.config.vocab_size * model.config.d_model
+    flops = prompt_flops(model.config, ids.shape[1]) / ids.shape[1]
     if model in prefill._KEPT:
         graph = next(reversed(prefill._KEPT[model]._kept.values()))._graph
         assert graph is not None
@@ -255,8 +255,10 @@ if __name__ == "__main__":
     parser.add_argument("--prefills", nargs="+", type=int, default=[2048, 16384, 131072, 262144])
     parser.add_argument("--profile", action="store_true", help="only where a prompt's time goes")
     parser.add_argument("--prompts", nargs="+", default=["8x2048", "1x2048"], help="to profile")
+    parser.add_argument("--try", nargs="*", default=[], help="of prompt.TRY, not in use yet")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
     options = parser.parse_args()
+    prompt.TRY.update(vars(options)["try"])
     if options.profile:
         profile(options.preset, options.prompts, options.tiny)
     else:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from numerics import largest_difference
 
+from blackmamba.generate import prompt
 from blackmamba.generate.prompt import PromptPass
 from blackmamba.model import BlackMamba, State
 from blackmamba.ops import gpu
@@ -18,6 +19,7 @@ DEVICE = "cpu" if gpu.interpreted() else "cuda"
 @pytest.fixture(autouse=True)
 def triton(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("BLACKMAMBA_BACKEND", raising=False)
+    monkeypatch.setattr(prompt, "TRY", {"last"})
 
 
 def build(dtype: torch.dtype = torch.float32, **changes: object) -> BlackMamba:
@@ -47,6 +49,8 @@ def differ(found: tuple[torch.Tensor, State], expected: tuple[torch.Tensor, Stat
         (True, [6, 1], {}),
         (False, [2, 6], {"layers": ("mamba", "mlp", "moe"), "d_mlp": 32, "d_shared_expert": 16}),
         (True, None, {"mamba_norm": True, "router": "softmax"}),
+        (True, [3, 6], {"mamba_norm": True, "layers": ("mamba", "moe", "moe")}),
+        (False, [4, 6], {"layers": ("moe", "mlp"), "d_mlp": 32}),
     ],
     ids=str,
 )

@@ -9,7 +9,9 @@ from blackmamba.config import ModelConfig
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import (
     flops_per_token,
+    layer_flops,
     parameters,
+    prompt_flops,
     state_bytes,
     training_flops_per_token,
 )
@@ -100,6 +102,18 @@ def test_flops_agree_with_torch_counts_of_the_products(monkeypatch: pytest.Monke
     d, n, k = config.d_inner, config.d_state, config.d_conv
     elsewhere = config.layers.count("mamba") * (2 * k * d + 8 * d * n + 5 * d)
     assert sum(by_op.values()) == n_tokens * (flops_per_token(config, 0) - elsewhere)
+
+
+def test_a_prompt_takes_what_its_memory_and_last_logits_need():
+    config = dataclasses.replace(presets["tiny"], layers=("mamba", "moe", "mamba", "moe"))
+    for name in ("tiny", "blackmamba-1.5b"):  # one token: all of it
+        assert prompt_flops(presets[name], 1) == flops_per_token(presets[name], 0)
+    one, more = prompt_flops(config, 1), prompt_flops(config, 11)
+    m, d, n = config.d_model, config.d_inner, config.d_state
+    pair = sum(layer_flops(config, spec, 0).total for spec in config.layer_specs[:2])
+    of_mamba = layer_flops(config, config.layer_specs[2], 0).total
+    left_out = 2 * m * d + 2 * d * n + 2 * d * m + 2 * d * n + 4 * d  # of z, C, out_proj, C h, gate
+    assert more - one == 10 * (pair + of_mamba - left_out)
 
 
 def test_training_takes_three_times_the_products_and_scans():

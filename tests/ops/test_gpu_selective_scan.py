@@ -101,6 +101,22 @@ def test_chunks_give_the_same(shape: tuple[int, int, int, int], marked: bool, in
     compare(shape, documents(*shape[:2]) if marked else None)
 
 
+def check_final_state(shape: tuple[int, int, int, int], has_first: bool) -> None:
+    names = ("x", "dt", "A", "B", "dt_bias", "initial_state")
+    exact, narrow = make(*shape), make(*shape, dtype=torch.float32)
+    if not has_first:
+        del exact["initial_state"], narrow["initial_state"]
+    state = scan.final_state(*(narrow.get(name) for name in names), True)  # pyright: ignore
+    expected = selective_scan(**exact, dt_softplus=True, backend="reference")[1]  # pyright: ignore
+    assert relative_error(state, expected) < 3e-6
+
+
+@pytest.mark.parametrize("has_first", [False, True])
+@pytest.mark.parametrize("shape", [(2, 37, 5, 5), (2, 9, 7, 16)], ids=str)
+def test_final_state_alone(shape: tuple[int, int, int, int], has_first: bool, in_chunks: None):
+    check_final_state(shape, has_first)
+
+
 def test_documents():
     compare((2, 37, 18, 4), documents(2, 37))
 
@@ -265,6 +281,7 @@ def test_cuda_in_float32_in_chunks_with_documents(
     assert sorted(launched) == ["scan_backward", "scan_backward_local"] + ["scan_forward"] * 2
     for name in exact:
         assert relative_error(actual[name], exact[name]) < 3e-6, name
+    check_final_state(shape, has_first=True)
 
 
 @CUDA_ON_CPU

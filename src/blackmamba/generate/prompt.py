@@ -13,15 +13,25 @@ from blackmamba.model.layer import Layer
 from blackmamba.model.mamba import Mamba
 from blackmamba.model.moe import MoE
 from blackmamba.model.state import LayerState, MambaState
-from blackmamba.ops.mamba_mixer.gpu import PromptWeights, mamba_mixer_of_prompt
+from blackmamba.ops import linear
+from blackmamba.ops.mamba_mixer.gpu import (
+    PromptWeights,
+    mamba_mixer_of_last,
+    mamba_mixer_of_prompt,
+)
 from blackmamba.ops.prompt import gpu as kernels
+
+TRY: set[str] = set()
+"""What is not in use before it was measured: "last", behind the last mixer each row's last token
+alone."""
 
 
 class PromptPass:
     """What `model.prefill` computes, with the logits of each row's last token.
 
-    What depends on the weights alone is computed here, once. Of few tokens routers see the norm
-    before it is rounded: for a bfloat16 model the results differ from the model's by that.
+    What depends on the weights alone is computed here, once. What no memory and no logits depend on
+    is left out: behind the last mixer, all tokens but each row's last. Of few tokens routers see
+    the norm before it is rounded: for a bfloat16 model the results differ from the model's by that.
 
     Args:
         model: in evaluation mode; sequential layers, each a Mamba, MLP or MoE layer without biases.
@@ -44,6 +54,10 @@ class PromptPass:
                 router = fed.router.weight * layer.norm.weight, fed.router.bias
             self._mixers.append(weights)
             self._routers.append(router)
+        mixing = [i for i, layer in enumerate(model._stack()) if layer.mixer is not None]
+        self._last_mixer = mixing[-1] if mixing else -1
+        if "last" not in TRY:
+            self._last_mixer = len(self._mixers)
 
     @torch.inference_mode()
     def __call__(
@@ -55,8 +69,16 @@ class PromptPass:
             Logits (b, v), and the new memory.
         """
         b, l = ids.shape
+        ends = (
+            torch.arange(1, b + 1, device=ids.device) * l
+            if lengths is None
+            else (torch.arange(b, device=ids.device) * l + lengths)
+        )
+        last = ends - 1
         x, update, first = model.embedding.weight, None, ids.flatten()
         assert isinstance(x, Tensor)
+        if self._last_mixer < 0:
+            first = first[last]
         layers: list[LayerState] = [None] * len(self._mixers) if state is None else [*state.layers]
         for i, layer in enumerate(model._stack()):
             router = self._routers[i]
@@ -71,35 +93,51 @@ class PromptPass:
                 routes = None
             fed = layer.feed_forward
             if fed is None:
-                update, layers[i] = self._mixed(layer, y.view(b, l, -1), i, layers[i], lengths)
+                of = last if i == self._last_mixer else None
+                y = y.view(b, l, -1)
+                update, layers[i] = self._mixed(layer, y, i, layers[i], lengths, of)
+                x = x if of is None else x[of]
             elif routes is not None and isinstance(fed, MoE):
                 shared = None if fed.shared is None else partial(fed.shared, y)
                 update = fed.routed(y, routes.expert_ids, routes.gate, shared)
             else:
                 update = fed(y, balanced=False)[0] if isinstance(fed, MoE) else fed(y)
-        ends = (
-            torch.arange(1, b + 1, device=x.device) * l
-            if lengths is None
-            else (torch.arange(b, device=x.device) * l + lengths)
-        )
-        last = ends - 1
         assert update is not None  # there is a layer
-        logits = model._logits(model._normed(x[last], update[last]))
+        if len(update) != b:
+            x, update = x[last], update[last]
+        logits = model._logits(model._normed(x, update))
         return logits, State(b, tuple(layers))
 
     def _mixed(
-        self, layer: Layer, y: Tensor, i: int, state: LayerState, lengths: Tensor | None
+        self,
+        layer: Layer,
+        y: Tensor,
+        i: int,
+        state: LayerState,
+        lengths: Tensor | None,
+        last: Tensor | None,
     ) -> tuple[Tensor, LayerState]:
-        """What the Mamba layer of index i makes of y (b, l, m), as (t, m), and its new memory."""
+        """What the Mamba layer of index i makes of y (b, l, m), as (t, m), and its new memory.
+
+        Args:
+            last: (b,), of which of the t tokens alone, as (b, m); None: of all.
+        """
         mixer, weights = layer.mixer, self._mixers[i]
         assert isinstance(mixer, Mamba)
         assert state is None or isinstance(state, MambaState)
         if weights is None:
             update, state = mixer(y, state, lengths)
-            return update.flatten(0, 1), state
-        xz = mixer.in_proj(y)
+            update = update.flatten(0, 1)
+            return update if last is None else update[last], state
         before = first = None
         if state is not None:
-            before, first = state.conv.to(xz.dtype), state.ssm
-        y, conv, ssm = mamba_mixer_of_prompt(xz, weights, before, first, lengths)
-        return mixer.out_proj(y.flatten(0, 1)), MambaState(conv, ssm)
+            before, first = state.conv.to(y.dtype), state.ssm
+        if last is None:
+            xz = mixer.in_proj(y)
+            y, conv, ssm = mamba_mixer_of_prompt(xz, weights, before, first, lengths)
+            y = y.flatten(0, 1)
+        else:
+            of_x, of_z = mixer.in_proj.weight.to(y.dtype).chunk(2)
+            x, z = linear(y, of_x), linear(y.flatten(0, 1)[last], of_z)
+            y, conv, ssm = mamba_mixer_of_last(x, z, weights, before, first, lengths, last)
+        return mixer.out_proj(y), MambaState(conv, ssm)

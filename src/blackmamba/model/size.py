@@ -148,6 +148,38 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 6 * active + 3 * extra
 
 
+def prompt_flops(config: ModelConfig, seq_len: int) -> int:
+    """Forward FLOPs that reading a row takes at least, if its memory is kept and the logits of its
+    last token are asked for.
+
+    Behind the last mixer that is one token; of the last mixer, if it is a Mamba layer, all tokens
+    need what their state depends on, and one needs z, C and what is behind the scan.
+
+    Args:
+        config: the model.
+        seq_len: tokens of the row.
+    """
+    specs = config.layer_specs
+    mixing = [i for i, spec in enumerate(specs) if spec.mixer != "none"]
+    last = mixing[-1] if mixing else -1
+    total = 2 * config.d_model * config.vocab_size
+    for i, spec in enumerate(specs):
+        of_token = layer_flops(config, spec, seq_len // 2).total
+        total += (seq_len if i < last else 1) * of_token
+        if i == last:
+            total += (seq_len - 1) * _remembering_flops(config, spec, seq_len // 2)
+    return total
+
+
+def _remembering_flops(config: ModelConfig, spec: LayerSpec, context: int) -> int:
+    """Of one token, to keep the mixer's memory alone."""
+    m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
+    if spec.mixer != "mamba":
+        return layer_flops(config, spec, context).total
+    products = 2 * m * d + 2 * d * (r + n) + 2 * r * d
+    return products + 2 * config.d_conv * d + 6 * d * n + d
+
+
 def _scan_flops(config: ModelConfig) -> int:
     """exp(dt A) 2, decay and drive 2 + 2, C.h 2 for each of d n; dt x, D x, gate for d."""
     return 8 * config.d_inner * config.d_state + 5 * config.d_inner

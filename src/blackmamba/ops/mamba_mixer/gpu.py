@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops.causal_conv1d import gpu as conv
-from blackmamba.ops.prompt.gpu import fill_pads_
+from blackmamba.ops.prompt.gpu import fill_pads_, last_output
 from blackmamba.ops.selective_scan import gpu as scan
 
 
@@ -216,6 +216,28 @@ def mamba_mixer_of_prompt(
         x, dt, weights.A, B, C, weights.D, z, weights.dt_bias, first, None, True, False
     )
     return y, last, final_state
+
+
+def mamba_mixer_of_last(
+    x: Tensor,
+    z: Tensor,
+    weights: PromptWeights,
+    before: Tensor | None,
+    first: Tensor | None,
+    lengths: Tensor | None,
+    last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mamba_mixer_of_prompt` with y of one token a row, (b, d).
+
+    Args:
+        x: (b, l, d), contiguous, or with any stride of tokens.
+        z: (b, d), contiguous, of the tokens `last`.
+        last: (b,) int64: where among b l tokens each row's last real one is.
+    """
+    x, dt, B, C, conv_memory = _projected(x, weights, before, lengths)
+    state = scan.final_state(x, dt, weights.A, B, weights.dt_bias, first, True)
+    y = last_output(state, C.flatten(0, 1), x, z, weights.D, last)
+    return y, conv_memory, state
 
 
 def _projected(

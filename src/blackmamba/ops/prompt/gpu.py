@@ -1,6 +1,7 @@
 """Launches of kernels.py. No gradient; tensors are contiguous.
 
-Letters: b batch, l sequence, t tokens (b l), m d_model, d d_inner, e experts, v vocabulary.
+Letters: b batch, l sequence, t tokens (b l), m d_model, d d_inner, n d_state, e experts, v
+vocabulary.
 """
 
 import dataclasses
@@ -90,6 +91,26 @@ def fill_pads_(dt: Tensor, lengths: Tensor) -> None:
         _kernels().fill_pads_kernel, (-(-d // block), -(-l // rows), b),
         dt, lengths, l, d, dt.stride(1), ROWS=rows, BLOCK=block, num_warps=4,
     )  # fmt: skip
+
+
+def last_output(state: Tensor, C: Tensor, x: Tensor, z: Tensor, D: Tensor, last: Tensor) -> Tensor:
+    """What a Mamba layer's scan and gate give of each row's last token: (b, d).
+
+    Args:
+        state: (b, d, n), float32, that these tokens leave.
+        C: (t, n), with any stride of rows, and x: (t, d): of all tokens.
+        z: (b, d), of the last ones.
+        D: (d,), float32.
+        last: (b,) int64: where the last ones are among all.
+    """
+    (b, d, n), block = state.shape, 64
+    y = z.new_empty(b, d)
+    gpu.launch(
+        _kernels().last_kernel, (-(-d // block), b),
+        state, C, x, z, D, last, y, d, n, C.stride(0),
+        BLOCK=block, N=1 << (n - 1).bit_length(), num_warps=2,
+    )  # fmt: skip
+    return y
 
 
 def _kernels() -> Any:

@@ -1,6 +1,6 @@
 """Triton kernels of a pass over prompts, between its products; gpu.py launches them.
 
-Letters: b batch, l sequence, t tokens (b l), m d_model, d d_inner, e experts.
+Letters: b batch, l sequence, t tokens (b l), m d_model, d d_inner, n d_state, e experts.
 """
 
 import triton
@@ -81,3 +81,27 @@ def fill_pads_kernel(dt, lengths, l, d, stride, ROWS: tl.constexpr, BLOCK: tl.co
         at = (row.to(tl.int64) * l + t)[:, None] * stride + k[None, :]
         pad = ((t >= length) & (t < l))[:, None] & (k < d)[None, :]
         tl.store(dt + at, tl.full([ROWS, BLOCK], float("-inf"), tl.float32), pad)
+
+
+@triton.jit
+def last_kernel(
+    state, C, x, z, D, last, y, d, n, C_stride,
+    BLOCK: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """y = (C h + D x) silu(z) of each row's last token alone, which state h was left by.
+
+    Owns BLOCK channels of a row. Moves h once. Bound by its launch.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    token = tl.load(last + row)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, N)
+    inside = k < d
+    c = tl.load(C + token * C_stride + j, j < n, other=0.0).to(tl.float32)
+    at = (row * d + k)[:, None] * n + j[None, :]
+    h = tl.load(state + at, inside[:, None] & (j < n)[None, :], other=0.0)
+    v = tl.load(x + token * d + k, inside, other=0.0).to(tl.float32)
+    out = tl.sum(h * c[None, :], 1) + tl.load(D + k, inside, other=0.0) * v
+    gate = tl.load(z + row * d + k, inside, other=0.0).to(tl.float32)
+    out = out * gate / (1 + tl.exp2(-LOG2E * gate))
+    tl.store(y + row * d + k, out.to(y.dtype.element_ty), inside)

@@ -3,6 +3,7 @@
 Letters: b batch, l sequence, d d_inner, n d_state.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -86,55 +87,19 @@ def _forward(
     call = Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
     by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias])
     call.pack()
-    flags = call.flags | {"S": SPAN, "HAS_D": D is not None, "KEEP": keep, "AHEAD": True}
     first = None if initial_state is None else call.padded_state(initial_state)
-    z_ = call.x if call.z is None else call.z
     last = (
         final_state
         if call.n == call.n_padded
         else final_state.new_empty(*final_state.shape[:2], call.n_padded)
     )
 
-    def launch(cut: Plan, local: bool, first: Tensor | None, ends: Tensor, decays: Tensor) -> None:
-        has_first = first is not None and not local
-        if by_cuda:
-            defines = {"LOCAL": local, "KEEP": keep, "HAS_FIRST": has_first}
-            tensors = {"y": y, "first": first, "starts": starts, "ends": ends, "decays": decays}
-            call.cuda("scan_forward", cut, {k: int(v) for k, v in defines.items()}, tensors)
-            return
-        kernels().forward_kernel[call.grid(cut)](
-            call.x,
-            call.dt,
-            call.A,
-            call.packed,
-            call.A if call.D is None else call.D,
-            z_,
-            call.A if call.dt_bias is None else call.dt_bias,
-            call.resets,
-            call.A if first is None or local else first,
-            y,
-            starts,
-            ends,
-            decays,
-            *call.sizes(cut),
-            *strides(call.x),
-            *strides(call.dt),
-            *strides(z_),
-            HAS_FIRST=has_first,
-            LOCAL=local,
-            BD=cut.block,
-            EVEN=call.even(cut),
-            num_warps=cut.warps,
-            **flags,
-        )
-
     def run(cut: Plan) -> None:
         begin = first
         if cut.n_chunks > 1:
-            ends, decays = call.states(cut), call.states(cut)
-            launch(cut, True, None, ends, decays)
+            ends, decays = _left(call, cut, by_cuda)
             begin = call.carry(ends, decays, first, back=False)
-        launch(cut, False, begin, last, last)
+        _launch_forward(call, cut, by_cuda, begin, y, starts, last, last, keep=keep)
 
     if by_cuda:
         call.run_best("forward, CUDA", CUDA_FORWARD, CUDA_OTHERS, run)
@@ -143,6 +108,92 @@ def _forward(
     if last is not final_state:
         final_state.copy_(last[..., : call.n])
     return y, final_state, starts
+
+
+def final_state(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """`selective_scan`'s final state alone, (b, d, n) float32, of rows that are not empty and
+    without a gradient: the pass that finds what chunks leave behind is all that it takes."""
+    call = Call(x, dt, A, B, B, None, None, dt_bias, None, dt_softplus)
+    by_cuda = cuda.fits(call.n_padded, [call.x, call.dt], [call.dt_bias])
+    call.pack()
+    first = None if initial_state is None else call.padded_state(initial_state)
+    found: list[Tensor] = []
+
+    def run(cut: Plan) -> None:
+        ends, decays = _left(call, cut, by_cuda)
+        begin = first
+        if cut.n_chunks > 1:
+            begin = call.carry(ends, decays, first, back=False)[:, -1]
+        state = ends[:, -1]
+        found[:] = [state if begin is None else torch.addcmul(state, decays[:, -1], begin)]
+
+    tunings = CUDA_FORWARD if by_cuda else (FORWARD,)
+    alone = tuple(dataclasses.replace(each, extra=0) for each in tunings)
+    call.run_best("final state", alone, (), run)
+    return found[0][..., : call.n].contiguous()
+
+
+def _left(call: Call, cut: Plan, by_cuda: bool) -> tuple[Tensor, Tensor]:
+    """What chunks leave behind had they begun with nothing, and what is left of what they begin
+    with."""
+    ends, decays = call.states(cut), call.states(cut)
+    _launch_forward(call, cut, by_cuda, None, None, None, ends, decays, local=True)
+    return ends, decays
+
+
+def _launch_forward(
+    call: Call,
+    cut: Plan,
+    by_cuda: bool,
+    first: Tensor | None,
+    y: Tensor | None,
+    starts: Tensor | None,
+    ends: Tensor,
+    decays: Tensor,
+    *,
+    keep: bool = False,
+    local: bool = False,
+) -> None:
+    if by_cuda:
+        defines = {"LOCAL": local, "KEEP": keep, "HAS_FIRST": first is not None}
+        tensors = {"y": y, "first": first, "starts": starts, "ends": ends, "decays": decays}
+        call.cuda("scan_forward", cut, {k: int(v) for k, v in defines.items()}, tensors)
+        return
+    flags = call.flags | {"S": SPAN, "HAS_D": call.D is not None, "KEEP": keep, "AHEAD": True}
+    z = call.x if call.z is None else call.z
+    kernels().forward_kernel[call.grid(cut)](
+        call.x,
+        call.dt,
+        call.A,
+        call.packed,
+        call.A if call.D is None else call.D,
+        z,
+        call.A if call.dt_bias is None else call.dt_bias,
+        call.resets,
+        call.A if first is None else first,
+        call.x if y is None else y,
+        ends if starts is None else starts,
+        ends,
+        decays,
+        *call.sizes(cut),
+        *strides(call.x),
+        *strides(call.dt),
+        *strides(z),
+        HAS_FIRST=first is not None,
+        LOCAL=local,
+        BD=cut.block,
+        EVEN=call.even(cut),
+        num_warps=cut.warps,
+        **flags,
+    )
 
 
 @torch.library.custom_op("blackmamba::selective_scan_gpu_backward", mutates_args=())
