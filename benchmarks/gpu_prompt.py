@@ -10,10 +10,8 @@ import json
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from blackmamba.ops import add_rms_norm, linear, router_choice
-from blackmamba.ops.expert_mlp import hopper
 from blackmamba.ops.mamba_mixer import gpu as mixer
 from blackmamba.ops.prompt import gpu as prompt
 from blackmamba.presets import presets
@@ -80,33 +78,18 @@ def _parts(preset: str, t: int) -> dict[str, tuple[Call, float]]:
         lambda: mixer._projected(x, weights, None, None),
         moved,
     )
-    for name, rows, matrix in _products(config.d_model, d, r, n, t):
-        moved = 2 * (rows.numel() + matrix.numel() + t * len(matrix))
-        found[f"{name}, the library"] = (lambda x=rows, w=matrix: x @ w.t(), moved)
-        if hopper.fits(rows, matrix):
-            end = torch.tensor([t], dtype=torch.int32, device=DEVICE)
-            for columns in (256, 192, 128):
-                found[f"{name}, products.cu, {columns} columns"] = (
-                    lambda x=rows, w=matrix, e=end, c=columns: hopper.dense(x, w, e, c),
-                    moved,
-                )
     folded = router[0] * norm, router[1]
     found["norm of the sum and router, one kernel"] = (
         lambda: prompt.norm(stream, norm, 1e-5, torch.bfloat16, update=update, router=folded),
         12 * t * m,
     )
+    if prompt.chooses(stream, update, torch.bfloat16, folded[0]):
+        for cut in prompt.NORM_CUTS:
+            found[f"norm of the sum and router, {cut.rows} rows, {cut.warps} warps"] = (
+                lambda c=cut: prompt.norm_and_choice(stream, update, norm, 1e-5, folded, c),
+                12 * t * m,
+            )
     return found
-
-
-def _products(m: int, d: int, r: int, n: int, t: int) -> list[tuple[str, Tensor, Tensor]]:
-    """A Mamba layer's products: rows and matrices."""
-    columns = normal(t, r + 2 * n)
-    return [
-        ("in_proj", normal(t, m), normal(2 * d, m) / m**0.5),
-        ("out_proj", normal(t, d), normal(m, d) / d**0.5),
-        ("x_proj", normal(t, d), normal(r + 2 * n, d) / d**0.5),
-        ("dt_proj", columns[:, :r], normal(d, r) / r**0.5),
-    ]
 
 
 if __name__ == "__main__":

@@ -278,7 +278,11 @@ _MEANINGS = (
     (r'asm volatile\("cp\.async\.wait_all;" ::: "memory"\);', ""),
     (r"extern __shared__ (__align__\(16\) )?char memory\[\];", ""),
 )  # fmt: skip
-_ARGUMENTS = {"scan_forward": "Forward", "grouped_product": "Arguments"}
+_ARGUMENTS = {
+    "scan_forward": "Forward",
+    "grouped_product": "Arguments",
+    "norm_and_choice": "Arguments",
+}
 
 
 class Kernel:

@@ -19,7 +19,7 @@ DEVICE = "cpu" if gpu.interpreted() else "cuda"
 @pytest.fixture(autouse=True)
 def triton(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("BLACKMAMBA_BACKEND", raising=False)
-    monkeypatch.setattr(prompt, "TRY", {"last"})
+    monkeypatch.setattr(prompt, "TRY", {"last", "norm"})
 
 
 def build(dtype: torch.dtype = torch.float32, **changes: object) -> BlackMamba:

@@ -134,14 +134,6 @@ def test_product(results: Results):
     assert_near(hopper.product(x, w, ends), exact)
 
 
-@pytest.mark.parametrize(("n", "wide"), [(40, None), (200, 192)])
-@pytest.mark.usefixtures("results")
-def test_dense(n: int, wide: int | None):
-    x, w = matrix(T, 72), matrix(n, 72)
-    y = hopper.dense(x, w, torch.tensor([T], dtype=torch.int32), wide)
-    assert_near(y, x.double() @ w.double().t())
-
-
 def test_gradient(results: Results):
     x, w, ends = matrix(T, 200), matrix(T, 264), torch.tensor(SIZES).cumsum(0).int()
     groups = zip(x.double().split(SIZES), w.double().split(SIZES), strict=True)

@@ -23,7 +23,7 @@ from blackmamba.ops.prompt import gpu as kernels
 
 TRY: set[str] = set()
 """What is not in use before it was measured: "last", behind the last mixer each row's last token
-alone."""
+alone; "norm", norm and choice of an expert by norm.cu."""
 
 
 class PromptPass:
@@ -82,7 +82,16 @@ class PromptPass:
         layers: list[LayerState] = [None] * len(self._mixers) if state is None else [*state.layers]
         for i, layer in enumerate(model._stack()):
             router = self._routers[i]
-            if first is not None or (router is not None and len(x) <= kernels.FEW):
+            if (
+                "norm" in TRY
+                and router is not None
+                and update is not None
+                and kernels.chooses(x, update, model.compute_dtype, router[0])
+            ):
+                y, routes = kernels.norm_and_choice(
+                    x, update, layer.norm.weight, layer.norm.eps, router
+                )
+            elif first is not None or (router is not None and len(x) <= kernels.FEW):
                 x, y, routes = kernels.norm(
                     x, layer.norm.weight, layer.norm.eps, model.compute_dtype, update=update,
                     ids=first, stream=model.residual_dtype, router=router,

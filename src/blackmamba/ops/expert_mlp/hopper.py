@@ -65,18 +65,6 @@ def product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     return y
 
 
-def dense(x: Tensor, w: Tensor, end: Tensor, wide: int | None = None) -> Tensor:
-    """W x of rows x (t, m), one matrix w (n, m): (t, n).
-
-    Args:
-        end: (1,) int32, the number of rows.
-        wide: columns of a tile, 128, 192 or 256; None: those that fill the GPU best.
-    """
-    y = x.new_empty(len(x), len(w))
-    _launch(_BY_ROWS, _PLAIN, x, w, end, y, wide or _filling(x, len(w)), {})
-    return y
-
-
 def placed(
     x: Tensor,
     w: Tensor,
@@ -112,17 +100,6 @@ def _width(n: int) -> int:
     return min((256, 192, 128), key=lambda wide: -(-n // wide) * (wide + _OF_TILE))
 
 
-def _filling(x: Tensor, n: int) -> int:
-    """The same for so few rows that it matters how many tiles each multiprocessor makes."""
-    processors = _processors(x.device.index)
-    down = -(-len(x) // _ROWS)
-    return min((256, 192, 128), key=lambda w: -(-down * -(-n // w) // processors) * (w + _OF_TILE))
-
-
-def _processors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _launch(
     form: int,
     mode: int,
@@ -155,7 +132,8 @@ def _launch(
     arguments.n_groups, arguments.n, arguments.size = len(ends), y.shape[-1], m
     index = x.device.index
     kernel = cuda.kernel((_SOURCE,), "grouped_product", tuple(sorted(flags.items())), index, True)
-    kernel.launch(_processors(index), _THREADS, arguments, shared)
+    blocks = torch.cuda.get_device_properties(index).multi_processor_count
+    kernel.launch(blocks, _THREADS, arguments, shared)
 
 
 class _Map(ctypes.Structure):

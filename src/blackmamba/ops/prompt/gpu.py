@@ -1,16 +1,19 @@
-"""Launches of kernels.py. No gradient; tensors are contiguous.
+"""Launches of kernels.py and norm.cu. No gradient; tensors are contiguous.
 
 Letters: b batch, l sequence, t tokens (b l), m d_model, d d_inner, n d_state, e experts, v
 vocabulary.
 """
 
+import ctypes
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blackmamba.ops import gpu
+from blackmamba.ops.gpu import cuda
 
 MOST_EXPERTS = 16
 """That a program has sums for."""
@@ -81,6 +84,87 @@ def norm(
             num_warps=_WARPS,
         )  # fmt: skip
     return total, y, routes
+
+
+@dataclasses.dataclass(frozen=True)
+class NormCut:
+    """How `norm_and_choice` is cut into programs."""
+
+    rows: int
+    """Of a warp at a time."""
+    warps: int
+
+
+NORM_CUTS = (NormCut(2, 16), NormCut(1, 24), NormCut(1, 16), NormCut(4, 8))
+_MOST_SUMS = 16
+_WIDEST = {1: 2048, 2: 1280, 4: 1152}
+"""That registers hold, by the rows."""
+
+
+def chooses(x: Tensor, update: Tensor | None, dtype: torch.dtype, router: Tensor) -> bool:
+    """Whether `norm_and_choice` can take these."""
+    return (
+        update is not None
+        and cuda.runs_on(x)
+        and (x.dtype, update.dtype, dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+        and routable(router)
+        and x.shape[1] % 4 == 0
+        and x.shape[1] <= _WIDEST[1]
+        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, update, router))
+    )
+
+
+def norm_and_choice(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    eps: float,
+    router: tuple[Tensor, Tensor],
+    cut: NormCut | None = None,
+) -> tuple[Tensor, Routes]:
+    """`norm` of x + update with a choice, in CUDA C++ and in bfloat16: y, and which expert.
+
+    Args:
+        x: (t, m) float32, which the sum is written to.
+        update: (t, m) bfloat16.
+        weight, eps, router: as for `norm`; see `chooses`.
+        cut: None: the one that was measured to be fastest of those that fit.
+    """
+    (t, m), (columns, bias) = x.shape, router
+    if cut is None:
+        cut = next(c for c in NORM_CUTS if _fits(c, m, len(columns)))
+    y = torch.empty_like(update)
+    routes = Routes(x.new_empty(t, dtype=torch.int64), x.new_empty(t, dtype=torch.float32))
+    if t:
+        shared = (len(columns) + 1) * -(-m // 128) * 128 * 4
+        flags = {"WIDTH": m, "EXPERTS": len(columns), "SHARED": shared}
+        flags |= {"ROWS": cut.rows, "WARPS": cut.warps}
+        tensors = (x, update, weight, columns, bias, y, routes.expert_ids, routes.gate)
+        arguments = _Norm(*(tensor.data_ptr() for tensor in tensors), t, eps)
+        blocks = min(_processors(x), -(-t // cut.rows))
+        source, index = Path(__file__).with_name("norm.cu"), x.device.index
+        kernel = cuda.kernel((source,), "norm_and_choice", tuple(sorted(flags.items())), index)
+        kernel.launch(blocks, 32 * cut.warps, arguments, shared)
+    return y, routes
+
+
+def _fits(cut: NormCut, m: int, n_experts: int) -> bool:
+    return m <= _WIDEST[cut.rows] and cut.rows * n_experts <= max(_MOST_SUMS, n_experts)
+
+
+def _processors(tensor: Tensor) -> int:
+    if tensor.device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("x", "update", "weight", "router", "bias")),
+        *((name, ctypes.c_uint64) for name in ("y", "ids", "gate")),
+        ("t", ctypes.c_int),
+        ("eps", ctypes.c_float),
+    )
 
 
 def fill_pads_(dt: Tensor, lengths: Tensor) -> None:

@@ -1,0 +1,168 @@
+// The residual stream, its RMSNorm and by that the choice of an expert: total = x + update in x's own memory, y = total /
+// sqrt(mean(total^2) + eps) * weight, and which of EXPERTS logits is largest, the first of equals, and its sigmoid.
+//
+// A warp owns ROWS rows at a time and keeps them in registers, four numbers of each 128 a thread. The router, times the
+// norm's weight, lies in shared memory; each of its numbers is read once for ROWS rows. Its sums are of rows before they are
+// scaled, as the scale is the same for all of them. A block walks over rows in steps of the grid. Moves rows once each way.
+// Bound by bytes.
+//
+// Compiled at run time, without headers, with: WIDTH (numbers of a row, a multiple of 4), EXPERTS, ROWS, WARPS (of a block),
+// SHARED (bytes).
+
+#define CHUNKS ((WIDTH + 127) / 128)
+#define PADDED (CHUNKS * 128)
+#define LOG2E 1.4426950408889634f
+#define FULL 0xffffffffu
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+struct Arguments {
+    float* x;           // (t, WIDTH), the stream
+    const u16* update;  // bfloat16
+    const float* weight;
+    const float* router;  // (EXPERTS, WIDTH)
+    const float* bias;
+    u16* y;
+    i64* ids;
+    float* gate;
+    int t;
+    float eps;
+};
+
+struct Shared {
+    float router[EXPERTS][PADDED];
+    float weight[PADDED];
+};
+
+extern __shared__ __align__(16) char memory[];
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ u32 narrow(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float summed(float v) {  // over a warp
+#pragma unroll
+    for (int mask = 16; mask; mask >>= 1) v += __shfl_xor_sync(FULL, v, mask);
+    return v;
+}
+
+struct Row {
+    float v[CHUNKS][4];
+};
+
+__device__ __forceinline__ void load(const Arguments& a, Row (&rows)[ROWS], int first) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const i64 row = (i64)min(first + r, a.t - 1) * WIDTH;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const int k = i * 128 + lane * 4;
+            float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+            uint2 update = {0, 0};
+            if (k < WIDTH) {
+                x = *reinterpret_cast<const float4*>(a.x + row + k);
+                update = *reinterpret_cast<const uint2*>(a.update + row + k);
+            }
+            float* const v = rows[r].v[i];
+            v[0] = x.x + low(update.x), v[1] = x.y + high(update.x);
+            v[2] = x.z + low(update.y), v[3] = x.w + high(update.y);
+        }
+    }
+}
+
+__device__ __forceinline__ void finish(const Arguments& a, const Shared& shared, const Row (&rows)[ROWS], int first) {
+    const int lane = threadIdx.x & 31;
+    float squares[ROWS], sums[ROWS][EXPERTS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        squares[r] = 0.f;
+#pragma unroll
+        for (int e = 0; e < EXPERTS; e++) sums[r][e] = 0.f;
+        if (first + r >= a.t) continue;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const int k = i * 128 + lane * 4;
+            const float* const v = rows[r].v[i];
+            if (k < WIDTH) *reinterpret_cast<float4*>(a.x + (i64)(first + r) * WIDTH + k) = make_float4(v[0], v[1], v[2], v[3]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) squares[r] += rows[r].v[i][j] * rows[r].v[i][j];
+#pragma unroll
+        for (int e = 0; e < EXPERTS; e++) {
+            const float4 w = *reinterpret_cast<const float4*>(&shared.router[e][i * 128 + lane * 4]);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const float* const v = rows[r].v[i];
+                sums[r][e] += v[0] * w.x + v[1] * w.y + v[2] * w.z + v[3] * w.w;
+            }
+        }
+    }
+    float scale[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) scale[r] = 1.f / sqrtf(summed(squares[r]) * (1.f / WIDTH) + a.eps);
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        const int k = i * 128 + lane * 4;
+        const float4 w = *reinterpret_cast<const float4*>(&shared.weight[k]);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            if (k >= WIDTH || first + r >= a.t) continue;
+            const float* const v = rows[r].v[i];
+            uint2 y;
+            y.x = narrow(v[0] * scale[r] * w.x, v[1] * scale[r] * w.y);
+            y.y = narrow(v[2] * scale[r] * w.z, v[3] * scale[r] * w.w);
+            *reinterpret_cast<uint2*>(a.y + (i64)(first + r) * WIDTH + k) = y;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        int chosen = 0;
+        float best = 0.f;
+#pragma unroll
+        for (int e = 0; e < EXPERTS; e++) {
+            const float logit = summed(sums[r][e]) * scale[r] + a.bias[e];
+            if (e == 0 || logit > best) best = logit, chosen = e;
+        }
+        if (lane == 0 && first + r < a.t) {
+            a.ids[first + r] = chosen;
+            a.gate[first + r] = 1.f / (1.f + exp2_fast(best * -LOG2E));
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) norm_and_choice(const Arguments a) {
+    static_assert(sizeof(Shared) == SHARED, "gpu.py counts another size");
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    Row rows[ROWS];
+    int first = (blockIdx.x + gridDim.x * (threadIdx.x >> 5)) * ROWS;
+    const int step = gridDim.x * WARPS * ROWS;
+    if (first < a.t) load(a, rows, first);  // on its way while the router comes
+    for (int at = threadIdx.x * 4; at < (EXPERTS + 1) * PADDED; at += 32 * WARPS * 4) {
+        const int row = at / PADDED, k = at % PADDED;
+        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (k < WIDTH) v = *reinterpret_cast<const float4*>((row < EXPERTS ? a.router + row * WIDTH : a.weight) + k);
+        *reinterpret_cast<float4*>(row < EXPERTS ? &shared.router[row][k] : &shared.weight[k]) = v;
+    }
+    __syncthreads();
+    while (first < a.t) {
+        finish(a, shared, rows, first);
+        first += step;
+        if (first < a.t) load(a, rows, first);
+    }
+}
