@@ -286,7 +286,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T
     for key, value in mapping.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in fields:
-            raise ConfigError(f"unknown key {path!r}; {nearest(str(key), fields)}")
+            raise ConfigError(f"unknown key {path!r}; {_meant(str(key), fields, hints)}")
         values[key] = _convert(hints[key], value, path)
     missing = [
         name
@@ -310,6 +310,15 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
     names = [str(v) for v in valid]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"valid are: {', '.join(names)}"
+
+
+def _meant(key: str, fields: typing.Iterable[str], hints: Mapping[str, Any]) -> str:
+    """`nearest`; first of all the same key one level further in, as in train.lr for lr."""
+    for name in fields:
+        inner = hints[name]
+        if dataclasses.is_dataclass(inner) and key in {f.name for f in dataclasses.fields(inner)}:
+            return f"did you mean '{name}.{key}'?"
+    return nearest(key, fields)
 
 
 def _plain(value: Any) -> Any:

@@ -317,7 +317,7 @@ def test_folders_that_are_not_there(tmp_path: Path):
         with pytest.raises(CheckpointError, match="no such folder"):
             load(name)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="file: a file, must be a model's folder"):
         load(tmp_path / "file")
     with pytest.raises(CheckpointError, match=r"no config\.json in this folder"):
         load(tmp_path)

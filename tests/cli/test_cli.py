@@ -1,5 +1,6 @@
 """The command line: what it prints, and that every mistake is one line and exit status 2."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from blackmamba.checkpoint import load, load_config, save
+from blackmamba.cli import main as main_module
 from blackmamba.cli.main import build_parser, main
 from blackmamba.data import Tokenizer
 from blackmamba.model import BlackMamba
@@ -145,7 +147,11 @@ def test_doctor(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["generate", "MODEL", "--prompt", "x", "--device", "tpu"], "--device tpu"),
         (["generate", "MODEL", "--prompt", "x", "--tokenizer", "no.json"], "no.json"),
         (["generate", "./nowhere", "--prompt", "x"], "nowhere: no such folder"),
+        (["generate", "EMPTY", "--prompt", "x"], "empty: a file, must be a model's folder"),
+        (["generate", "BARE", "--prompt", "x"], "has no tokenizer.json; give --tokenizer"),
         (["convert", "./nowhere", "out"], "nowhere: no such folder"),
+        (["convert", "BARE", "BARE"], "bare: holds the model to convert"),
+        (["convert", "MODEL", "EMPTY"], "empty: a file; a model is written into a folder"),
         (["doctor", "MODEL"], "give both MODEL and --text"),
         (["doctor", "MODEL", "--text", "BINARY"], "not UTF-8 text"),
         (["doctor", "MODEL", "--text", "EMPTY"], "empty"),
@@ -153,6 +159,7 @@ def test_doctor(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["train", "demoo", "--out", "RUN"], "did you mean 'demo'"),
         (["train", "tiny", "--out", "RUN", "--set", "train.stepz=3"], "did you mean 'steps'"),
         (["train", "tiny", "--out", "RUN", "--set", "train.lr"], "train.lr"),
+        (["train", "tiny", "--out", "RUN", "--set", "lr=1"], "did you mean 'train.lr'?"),
         (["train", "tiny", "--out", "RUN", "--text", "nowhere.txt"], "nowhere.txt"),
         (["train", "tiny", "--out", "RUN", "--text", "BINARY"], "UTF-8"),
         (["train", "tiny", "--out", "RUN", "--text", "EMPTY"], "empty"),
@@ -170,14 +177,84 @@ def test_mistakes_are_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "binary").write_bytes(b"words \xff\xfe words")
     (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").symlink_to(folder / "config.json")
+    (tmp_path / "bare" / "model.safetensors").symlink_to(folder / "model.safetensors")
     known = {"MODEL": folder, "BINARY": tmp_path / "binary", "EMPTY": tmp_path / "empty",
-             "RUN": tmp_path / "run"}  # fmt: skip
+             "RUN": tmp_path / "run", "BARE": tmp_path / "bare"}  # fmt: skip
     assert main([str(known.get(word, word)) for word in words]) == 2
     shown = capsys.readouterr()
     last = shown.err.splitlines()[-1]
     assert last.startswith("blackmamba: error: ")
     assert message in last
+    assert words[0] != "generate" or not shown.out
     assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("words", "program", "message"),
+    [
+        (["train", "tiny"], " train", "the following arguments are required: --out"),
+        (["info", "--presett", "tiny"], "", "unrecognized arguments: --presett"),
+        (["quantize", "m", "--bits", "3"], " quantize", "invalid choice: 3 (choose from 8, 4)"),
+        (["nonsense"], "", "invalid choice: 'nonsense'"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_wrong_words_are_one_line_too(
+    words: list[str], program: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"blackmamba{program}: error: ")
+    assert message in line
+    assert line.endswith(f"see `blackmamba{program} --help`")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory: a smaller model"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"),
+         "out of memory on the GPU, 20.00 GiB more asked for: a smaller model"),
+        (torch.OutOfMemoryError("HIP error"), "out of memory on the GPU: a smaller model"),
+        (None, " more asked for: a smaller model"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_too_little_memory_is_a_line(
+    error: Exception | None,
+    said: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def ask(*_: object, **__: object) -> None:
+        if error is not None:
+            raise error
+        torch.empty(2**55, dtype=torch.uint8)  # no address space is as large
+
+    monkeypatch.setattr(sys.modules["blackmamba.generate"], "generate_text", ask)
+    assert main(["generate", str(folder), "--prompt", "In"]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.startswith("blackmamba: error: out of memory")
+    assert shown.count("\n") == 1
+    error = RuntimeError("another mistake")
+    with pytest.raises(RuntimeError, match="another mistake"):
+        main(["generate", str(folder), "--prompt", "In"])
+
+
+def test_output_of_an_encoding_that_lacks_a_character(monkeypatch: pytest.MonkeyPatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(main_module, "main", lambda: sys.stdout.write("Grüße\n"))
+    with pytest.raises(SystemExit):
+        main_module.entry_point()
+    sys.stdout.flush()
+    assert written.getvalue() == b"Gr??e\n"
 
 
 def test_a_model_and_tokenizer_that_do_not_match(

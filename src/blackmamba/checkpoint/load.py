@@ -217,7 +217,8 @@ def find_folder(source: str | Path) -> Path:
         raise CheckpointError(f"{folder}: no config.json in this folder")
     looks_like_hub = len(folder.parts) == 2 and not folder.is_absolute() and "." not in folder.parts
     if folder.exists() or not looks_like_hub or ".." in folder.parts:
-        raise CheckpointError(f"{folder}: no such folder")
+        problem = "a file, must be a model's folder" if folder.exists() else "no such folder"
+        raise CheckpointError(f"{folder}: {problem}")
     return _download(str(source))
 
 

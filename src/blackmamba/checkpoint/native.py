@@ -86,6 +86,8 @@ def write_folder(
     files: dict[str, Callable[[Path], None]] = dict([weights])
     for name, text in texts.items():
         files[name] = functools.partial(_write, text=text)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: a file; a model is written into a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:

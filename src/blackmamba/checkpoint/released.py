@@ -19,7 +19,9 @@ from blackmamba.model import BlackMamba
 
 TOKENIZER = "EleutherAI/gpt-neox-20b"
 """Of the released models, whose folders have none."""
-_NEOX_ROWS, _NEOX_TOKENS = 50_304, 50_277
+TOKENIZER_SIZE = 50_277
+"""Ids that it gives."""
+_NEOX_ROWS = 50_304
 _REQUIRED = (
     "num_layers",
     "hidden_size",
@@ -229,7 +231,7 @@ _MIXER = {
 
 def _unused(vocab_size: int) -> int:
     """Rows without a token, as far as the number of rows tells: GPT-NeoX's table is padded."""
-    return _NEOX_ROWS - _NEOX_TOKENS if vocab_size == _NEOX_ROWS else 0
+    return _NEOX_ROWS - TOKENIZER_SIZE if vocab_size == _NEOX_ROWS else 0
 
 
 def _split(index: int, code: str, path: object) -> tuple[bool, int]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blackmamba.checkpoint.released import TOKENIZER
+from blackmamba.checkpoint.released import TOKENIZER, TOKENIZER_SIZE
 from blackmamba.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,18 +83,43 @@ def load_model(args: argparse.Namespace) -> "BlackMamba":
 
 
 def load_tokenizer(args: argparse.Namespace) -> "Tokenizer":
-    """The tokenizer that was named, or the model folder's own, or that of the released models."""
-    from blackmamba.checkpoint import load_tokenizer
+    """The tokenizer that was named, or the model folder's own, or that of the released models.
+
+    Raises:
+        ConfigError: the folder has none, and the model's vocabulary is not the released models'.
+        DataError: it cannot be read.
+    """
+    from blackmamba.checkpoint import load_config, load_tokenizer
     from blackmamba.checkpoint.adapter import add_chat
     from blackmamba.data import Tokenizer
 
     if args.tokenizer:
         return Tokenizer.load(args.tokenizer)
     own = load_tokenizer(args.model)
+    if own is None and (size := load_config(args.model).vocab_size) < TOKENIZER_SIZE:
+        raise ConfigError(
+            f"{args.model}: has no tokenizer.json; give --tokenizer, one of at most {size} tokens"
+        )
     found = own if own is not None else Tokenizer.load(TOKENIZER)
     if getattr(args, "adapter", None):
         add_chat(found, args.adapter)
     return found
+
+
+def check_out(out: Path, source: str, what: str) -> None:
+    """Refuse to write a model over the one that it is made from, whose weights would be lost.
+
+    Args:
+        out: the folder to write.
+        source: the model's folder, its run's folder or its hub name.
+        what: what is done to the model, for the message.
+    Raises:
+        ConfigError: they are the same folder.
+    """
+    from blackmamba.checkpoint.load import find_folder
+
+    if out.resolve() in (Path(source).resolve(), find_folder(source).resolve()):
+        raise ConfigError(f"{out}: holds the model to {what}; name another folder to write")
 
 
 def read_text(path: str) -> str:

@@ -1,7 +1,9 @@
 """`blackmamba convert`: between our model folders and the authors' released format."""
 
 import argparse
+from pathlib import Path
 
+from blackmamba.cli.common import check_out
 from blackmamba.config import to_mapping
 
 
@@ -12,8 +14,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="between our model folders and the released format",
         description="Read a model in either format, told apart by content, and write it in one.",
     )
-    parser.add_argument("source", help="a model folder or a hub name")
-    parser.add_argument("destination", help="the folder to write")
+    parser.add_argument("source", metavar="MODEL", help="a model folder or a hub name")
+    parser.add_argument("destination", metavar="FOLDER", help="the folder to write")
     parser.add_argument(
         "--to",
         choices=("native", "released"),
@@ -31,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from blackmamba.checkpoint import convert, load_config
     from blackmamba.model.size import parameters
 
+    check_out(Path(args.destination), args.source, "convert")
     convert(args.source, args.destination, to=args.to, adapter=args.adapter)
     config = load_config(args.destination)
     activation = to_mapping(config)["activation"]

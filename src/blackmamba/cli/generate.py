@@ -69,12 +69,13 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     tokenizer = load_tokenizer(args)
     alone = len(prompts) == 1
+    unseen = prompts[0]  # shown when it is known that nothing is wrong with it
 
     def show(_row: int, piece: str) -> None:
-        print(piece, end="", flush=True)
+        nonlocal unseen
+        print(unseen + piece, end="", flush=True)
+        unseen = ""
 
-    if alone:
-        print(prompts[0], end="", flush=True)
     started = time.perf_counter()
     texts = generate_text(
         model,
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     )
     seconds = time.perf_counter() - started
     if alone:
-        print()
+        print(unseen)
     else:
         for prompt, text in zip(prompts, texts, strict=True):
             print(f"{prompt}{text}\n{'-' * 20}")

@@ -1,14 +1,20 @@
 """The command line: `blackmamba COMMAND`. Each command has a file of its own in this folder.
 
-A mistake of the user's prints one line and exits with status 2; an interrupt exits with 130,
-and where the time that was given is over, with 124, as `timeout` does.
+A mistake of the user's prints one line and exits with status 2, as does memory that does not
+suffice; an interrupt exits with 130, and where the time that was given is over, with 124, as
+`timeout` does.
 """
 
 import argparse
+import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
 
 from blackmamba.cli import (
     convert,
@@ -34,9 +40,16 @@ _COMMANDS = (
 )  # fmt: skip
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the list of all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="blackmamba",
         description="Language models of Mamba state-space layers and routed experts.",
         epilog="Begin with `blackmamba train tiny --out runs/tiny`, then "
@@ -61,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if args.verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         return int(args.run(args) or 0)
     except PeerError:  # the other process says why
@@ -80,8 +94,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"blackmamba: error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        wanted = _lacking_memory(error)
+        if wanted is None:
+            raise
+        print(
+            f"blackmamba: error: out of memory{wanted}: a smaller model, batch or length, or a "
+            "narrower dtype, needs less",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _lacking_memory(error: Exception) -> str | None:
+    """How much was asked for where memory ran out, as far as is known; None: another mistake."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):  # a GPU's
+        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \wi?B)", text)
+        return f" on the GPU, {wanted[1]} more asked for" if wanted else " on the GPU"
+    if "DefaultCPUAllocator" in text:
+        wanted = re.search(r"allocate (\d+) bytes", text)
+        return f", {int(wanted[1]) / 1e9:,.1f} GB more asked for" if wanted else ""
+    return "" if isinstance(error, MemoryError) else None
 
 
 def entry_point() -> None:
     """What the installed `blackmamba` program calls."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may be of an encoding that lacks a character
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(main())

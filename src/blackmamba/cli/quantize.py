@@ -4,7 +4,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blackmamba.cli.common import add_tokenizer_argument, load_tokenizer, read_text
+from blackmamba.cli.common import (
+    add_tokenizer_argument,
+    check_out,
+    load_tokenizer,
+    read_text,
+)
 from blackmamba.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_tokens < 1:
         raise ConfigError(f"--max-tokens {args.max_tokens}: must be at least 1")
     folder = find_folder(args.model)
-    if args.out.resolve() == folder.resolve():
-        raise ConfigError(f"--out {args.out}: holds the model to quantise; name another folder")
+    check_out(args.out, args.model, "quantise")
     text = _text(args.text, Path(args.model), folder)
     model = load_as_stored(folder)
     made = quantize(model, args.bits, what=args.what, group_size=args.group_size)

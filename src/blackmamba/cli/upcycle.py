@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from blackmamba.cli.common import add_tokenizer_argument
+from blackmamba.cli.common import add_tokenizer_argument, check_out
 from blackmamba.errors import ConfigError
 
 _MLP = "mlp:"
@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if origin != "fresh" and not origin.startswith(_MLP):
         raise ConfigError(f"--experts-from {origin}: must be fresh or mlp:PATH")
     folder = find_folder(args.source)
-    if args.out.resolve() == folder.resolve():
-        raise ConfigError(f"--out {args.out}: holds the model to upcycle; name another folder")
+    check_out(args.out, args.source, "upcycle")
     dense = load_as_stored(folder)
     donor = None if origin == "fresh" else load_as_stored(find_folder(origin.removeprefix(_MLP)))
     noise = args.noise if args.noise is not None else 0.0 if donor is None else 0.1
