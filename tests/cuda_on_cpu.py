@@ -265,6 +265,7 @@ _MEANINGS = (
      "halves_by_units(d, a, b0, b1);"),
     (r'asm\("mma\.sync\.aligned\.m16n8k16.*?\(b1\)\);', "pairs_by_units(d, a, b0, b1);"),
     (r'asm volatile\("ld\.shared.*?: "memory"\);', "memcpy(&v, at_address(from), sizeof v);"),
+    (r'asm volatile\("st\.shared\.f32.*?: "memory"\);', "*(float*)at_address(to) = a;"),
     (r'asm volatile\("st\.shared.*?: "memory"\);',
      "*(float4*)at_address(to) = make_float4(a, b, c, d);"),
     (r'asm volatile\("\{\.reg \.pred p; setp.*?: "memory"\);',

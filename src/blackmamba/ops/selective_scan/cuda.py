@@ -116,7 +116,7 @@ def _other_shared_bytes(name: str, warps: int, dtype: torch.dtype, flags: dict[s
         return 4 * (warps * floats + 2 * _SPAN * 32)
     short = dtype == torch.bfloat16
     floats = 3 * 8 * _SPAN + (_SPAN * 8 if short else _SPAN * 16 + 4 * 2 * 8 * 20)
-    floats += 2 * _SPAN // 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
+    floats += 2 * _SPAN // 4 * 32 * 4 + 12 + 2 * 2 * 4 + 7 * 2 * 2
     floats += 2 * 32 * (4 * dtype.itemsize + (2 if short else 4))
     return 4 * (warps * floats + 2 * _SPAN * 32)
 

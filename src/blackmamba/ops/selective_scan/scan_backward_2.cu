@@ -1,6 +1,3 @@
-#ifndef C_UNITS
-#define C_UNITS 1  // the gradient of the state that y leaves, C times that of y: by matrix units
-#endif
 // Every gradient; those of B and C as sums over the channels of a block, in `partial` (b, l / 4, blocks, 32, 4): see `add_up`.
 // Keeps the states of 4 tokens and the gradients of state and A in registers, the states before each 4 tokens of a span
 // in shared memory. Moves x, dt, z, the gradients of y, x, dt and z once, and the states before every span once. Bound by
@@ -38,16 +35,19 @@ __device__ __forceinline__ Reader reader_of(const Sizes& s, const Place& p) {
     return r;
 }
 
-struct Staged {  // B and C of a span, apart: so threads of 8 tokens read all banks
+// B and C of a span, apart: so threads of 8 tokens read all banks. State n of token t is in place n ^ t / 2 % 2 * 8: so do
+// threads of 4 tokens.
+struct Staged {
     float B[SPAN][16];
     float C[SPAN][16];
 };
+__device__ __forceinline__ int place_of_state(int t, int n) { return n ^ (t & 2) << 2; }
 __device__ __forceinline__ void stage(Staged& to, const float* from) {
 #pragma unroll
     for (int first = 0; first < SPAN * 8; first += 32 * WARPS) {
-        const int i = first + threadIdx.x, token = i >> 3, four = (i & 7) * 4;
+        const int i = first + threadIdx.x, token = i >> 2 & SPAN - 1, four = (i & 3) * 4;
         if (i >= SPAN * 8) return;
-        copy16(four < 16 ? &to.B[token][four] : &to.C[token][four - 16], from + i * 4);
+        copy16(&(i < SPAN * 4 ? to.B : to.C)[token][place_of_state(token, four)], from + token * OF_TOKEN + (i < SPAN * 4 ? 0 : OF_C) + four);
     }
 }
 // Four numbers on their way to shared memory, or zeros.
@@ -73,24 +73,21 @@ struct OfWarp {
 #endif
     float4 first[SPAN / 4][32];  // states before tokens; then, by channels, what has been summed over those tokens' states
     float4 of_BC[SPAN / 4][32];
-    // What a thread would else have no registers for, of its own four channels: `bias` and D, where its row is.
-    float4 wide[2][2];
-    Number* rows[7][2];
     // What a thread reads of a span and the next, and the states before them.
     Four read[2][4][32];
     FourKept kept[2][32];
+    float between[12];  // so that warps differ in banks
 };
 struct Shared {
     OfWarp of[WARPS];
     Staged BC[2];
+    // What a thread would else have no registers for, of its four channels: `bias` and D, where its row is.
+    float4 wide[2][2 * WARPS];
+    Number* rows[7][2 * WARPS];
 };
 enum { X, DT, Z, GRAD_Y, GRAD_X, GRAD_DT, GRAD_Z };
 enum { OF_Y, OF_DRIVE, OF_DECAY };
 #define OFFSET(member) ((u32)(unsigned long long)&reinterpret_cast<OfWarp*>(0)->member)
-__device__ __forceinline__ float* sum_at(OfWarp& of, int which, int c, int token) {
-    return reinterpret_cast<float*>(of.first[token / 4]) + (which * 8 + c) * 4 + token % 4;
-}
-
 // The sums of a span over the warps, always in the same order, by 128 threads from the `first` on or by those before it.
 __device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, const Place& p, int span, int first) {
     int task = (int)threadIdx.x - first;
@@ -150,12 +147,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     if (p.lane < 2) {
         const Rows* const all[7] = {&f.x, &f.dt, &f.z, &f.grad_y, &f.grad_x, &f.grad_dt, &f.grad_z};
 #pragma unroll
-        for (int k = 0; k < 7; k++) own.rows[k][p.lane] = row_of(*all[k], p);
-        if (HAS_BIAS) own.wide[0][p.lane] = *reinterpret_cast<const float4*>(f.bias + p.c4);
-        if (HAS_D) own.wide[1][p.lane] = *reinterpret_cast<const float4*>(f.D + p.c4);
+        for (int k = 0; k < 7; k++) shared.rows[k][p.warp * 2 + p.lane] = row_of(*all[k], p);
+        if (HAS_BIAS) shared.wide[0][p.warp * 2 + p.lane] = *reinterpret_cast<const float4*>(f.bias + p.c4);
+        if (HAS_D) shared.wide[1][p.warp * 2 + p.lane] = *reinterpret_cast<const float4*>(f.D + p.c4);
     }
     __syncthreads();
-    const int four = r.c >> 2;  // which of the warp's
+    const int four = r.warp * 2 + (r.c >> 2);  // which of the block's
+    // of its token and first channel: delta, and what has been summed
+    const u32 number_at = address_of(&other.delta[r.t >> 2][r.c][r.t & 3]);
+    const u32 sum_at = address_of(reinterpret_cast<float*>(other.first[r.t >> 2]) + r.c * 4 + (r.t & 3));
     const Kept* const starts =
         f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     const int of_span = f.s.d * 16 * (int)sizeof(Kept);
@@ -168,17 +168,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     Turned turned(own.turned, p.lane);
     const u32 by_at = address_of(&own.by[p.c >> 1][p.c & 1][p.q]);
 #endif
-    // of B and C: four states of token c; two of token q, of channel c; four of a token
-    u32 four_at = address_of(&shared.BC[0].B[p.c][p.q * 4]), two_at = address_of(&shared.BC[0].B[p.q][p.c * 2]);
-    u32 C_at = address_of(&shared.BC[0].C[0][p.q * 4]);
+    // of B and C: four states of token c; two of token q, 2 c and the next
+    u32 four_at = address_of(&shared.BC[0].B[p.c][place_of_state(p.c, p.q * 4)]);
+    u32 two_at = address_of(&shared.BC[0].B[p.q][place_of_state(p.q, p.c * 2)]);
     int other_BC = sizeof(Staged);
     const auto fetch_span = [&](int back, int buffer) {
         const int t = p.begin + back * SPAN + r.t;
         const bool inside = t < p.end;
-        fetch(&own.read[buffer][X][p.lane], at(other.rows[X][four], f.x, t), inside);
-        fetch(&own.read[buffer][DT][p.lane], at(other.rows[DT][four], f.dt, t), inside);
-        if (HAS_Z) fetch(&own.read[buffer][Z][p.lane], at(other.rows[Z][four], f.z, t), inside);
-        fetch(&own.read[buffer][GRAD_Y][p.lane], at(other.rows[GRAD_Y][four], f.grad_y, t), inside && r.active);
+        fetch(&own.read[buffer][X][p.lane], at(shared.rows[X][four], f.x, t), inside);
+        fetch(&own.read[buffer][DT][p.lane], at(shared.rows[DT][four], f.dt, t), inside);
+        if (HAS_Z) fetch(&own.read[buffer][Z][p.lane], at(shared.rows[Z][four], f.z, t), inside);
+        fetch(&own.read[buffer][GRAD_Y][p.lane], at(shared.rows[GRAD_Y][four], f.grad_y, t), inside && r.active);
         fetch(&own.kept[buffer][p.lane], shifted(starts, back, of_span), true);
     };
     fetch_span(spans - 1, 0);
@@ -191,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         const float4 first = kept(reinterpret_cast<const Kept*>(&own.kept[buffer][p.lane]));
         {
             float delta[4], xv[4], gy[4], zv[4], bias[4] = {};
-            if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
+            if (HAS_BIAS) scaled4(bias, shared.wide[0][four], 1.f);
             widen(read[DT][p.lane], delta);
             widen(read[X][p.lane], xv);
             widen(read[GRAD_Y][p.lane], gy);
@@ -203,9 +203,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (!inside) delta[i] = 0.f;
                 xv[i] *= delta[i];
                 if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
-                other.delta[r.t >> 2][r.c + i][r.t & 3] = delta[i];
-                other.drive[r.t >> 2][r.c + i][r.t & 3] = xv[i];
-                other.to_y[r.t >> 2][r.c + i][r.t & 3] = gy[i];
+                store1(number_at + i * 16, delta[i]);
+                store1(number_at + i * 16 + OFFSET(drive), xv[i]);
+                store1(number_at + i * 16 + OFFSET(to_y), gy[i]);
             }
 #if TYPE == 1
             const uint2 of_g = narrow(xv), of_h = narrow(gy);
@@ -259,13 +259,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 scaled4(delta, load4(by_channel + OFFSET(delta) + group * 128), 1.f);
                 const float drive = load1(by_number + OFFSET(drive) + group * 128);
                 const float2 B_pair = load2(two_at + group * 256);
-#if C_UNITS
                 const float to_y = load1(by_number + OFFSET(to_y) + group * 128), rough = TYPE == 1 ? to_y : high_part(to_y);
                 const float2 C_pair = load2(two_at + sizeof(float) * 16 * SPAN + group * 256);
-#else
-                float to_y[4];
-                scaled4(to_y, load4(by_channel + OFFSET(to_y) + group * 128), 1.f);
-#endif
                 const u32 by = by_at + group * (u32)sizeof(own.by[0]) * 4;
 #if TYPE == 1
                 turned.begin(by);
@@ -282,24 +277,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
                 for (int pair = 1; pair >= 0; pair--) {
                     float after[2][4], of_decay[2], sums[3][4];
-#if C_UNITS
                     float even[4], odd[4];
                     outer<TYPE != 1>(even, odd, rough, to_y - rough, p.q == pair * 2, p.q == pair * 2 + 1, C_pair);
-#endif
                     float(*const states)[4] = all_states + pair * 2, (*const decays)[4] = all_decays + pair * 2;
 #pragma unroll
                     for (int e = 1; e >= 0; e--) {
                         const int i = pair * 2 + e;
-#if C_UNITS
                         const float by_y[4] = {even[e * 2], odd[e * 2], even[e * 2 + 1], odd[e * 2 + 1]};
 #pragma unroll
                         for (int j = 0; j < 4; j++) after[e][j] = g[j] += by_y[j];
-#else
-                        float c[4];
-                        scaled4(c, load4(C_at + (group * 4 + i) * 64), 1.f);
-#pragma unroll
-                        for (int j = 0; j < 4; j++) after[e][j] = g[j] = fmaf(c[j], to_y[i], g[j]);
-#endif
 #if TYPE != 1
                         turned.put(i, after[e], states[e + 1]);
 #endif
@@ -337,24 +323,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         }
         __syncthreads();
         add_up(f, shared, p, span, adders);
-        four_at += other_BC, two_at += other_BC, C_at += other_BC;
+        four_at += other_BC, two_at += other_BC;
         other_BC = -other_BC;
         adders = adders + 128 < 32 * WARPS ? adders + 128 : adders + 128 - 32 * WARPS;
         {
             float dtv[4], xv[4], gy[4], zv[4], g_x[4], g_dt[4], g_z[4], bias[4] = {}, skip[4] = {};
-            if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
-            if (HAS_D) scaled4(skip, other.wide[1][four], 1.f);
+            if (HAS_BIAS) scaled4(bias, shared.wide[0][four], 1.f);
+            if (HAS_D) scaled4(skip, shared.wide[1][four], 1.f);
             widen(read[DT][p.lane], dtv);
             widen(read[X][p.lane], xv);
             widen(read[GRAD_Y][p.lane], gy);
             if (HAS_Z) widen(read[Z][p.lane], zv);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int c = r.c + i;
-                const float delta = other.delta[r.t >> 2][c][r.t & 3], drive = *sum_at(other, OF_DRIVE, c, r.t), decay = *sum_at(other, OF_DECAY, c, r.t);
+                const float delta = load1(number_at + i * 16);
+                const float drive = load1(sum_at + i * 16 + OF_DRIVE * 128), decay = load1(sum_at + i * 16 + OF_DECAY * 128);
                 float to_y = gy[i];
                 if (HAS_Z) {
-                    const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], *sum_at(other, OF_Y, c, r.t));
+                    const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], load1(sum_at + i * 16 + OF_Y * 128));
                     to_y *= zv[i] * s;
                     g_z[i] = gy[i] * y * fmaf(zv[i] * s, 1.f - s, s);
                 }
@@ -365,9 +351,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (HAS_BIAS && inside) sum_bias[i] += g_dt[i];
             }
             const bool write = inside && r.active;
-            store4(at(other.rows[GRAD_X][four], f.grad_x, t), g_x, write);
-            store4(at(other.rows[GRAD_DT][four], f.grad_dt, t), g_dt, write);
-            if (HAS_Z) store4(at(other.rows[GRAD_Z][four], f.grad_z, t), g_z, write);
+            store4(at(shared.rows[GRAD_X][four], f.grad_x, t), g_x, write);
+            store4(at(shared.rows[GRAD_DT][four], f.grad_dt, t), g_dt, write);
+            if (HAS_Z) store4(at(shared.rows[GRAD_Z][four], f.grad_z, t), g_z, write);
         }
     }
     const i64 part = p.row * f.s.n_chunks + p.piece;
