@@ -167,6 +167,42 @@ class _Norm(ctypes.Structure):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class DtCut:
+    """How `steps` is cut into programs."""
+
+    rows: int
+    block: int
+    """Channels."""
+    warps: int
+
+
+DT_CUTS = (DtCut(128, 128, 8), DtCut(64, 128, 4), DtCut(64, 256, 8), DtCut(32, 256, 4))
+
+
+def steps(
+    low: Tensor, weight: Tensor, lengths: Tensor | None, l: int, cut: DtCut = DT_CUTS[0]
+) -> Tensor:
+    """dt = low weight^T (t, d); minus infinity behind the rows' lengths.
+
+    Args:
+        low: (t, r), weight: (d, r), each with any stride of rows, in 16 bits.
+        lengths: (b,), of rows of l tokens each.
+    """
+    (t, r), d = low.shape, len(weight)
+    dt = low.new_empty(t, d)
+    part = max(16, 1 << (r.bit_length() - 1))
+    rest = 0 if r <= part else max(16, 1 << (r - part - 1).bit_length())
+    gpu.launch(
+        _kernels().dt_kernel, (-(-d // cut.block), -(-t // cut.rows)),
+        low, weight, low if lengths is None else lengths, dt,
+        t, l, d, r, low.stride(0), weight.stride(0),
+        HAS_LENGTHS=lengths is not None, WIDE=gpu.interpreted(),
+        ROWS=cut.rows, BLOCK=cut.block, PART=part, REST=rest, num_warps=cut.warps,
+    )  # fmt: skip
+    return dt
+
+
 def fill_pads_(dt: Tensor, lengths: Tensor) -> None:
     """dt (b, l, d) = -infinity from each row's length on; lengths (b,)."""
     b, l, d = dt.shape
