@@ -42,10 +42,12 @@ static void wait_for_phase(unsigned address, unsigned parity) {
 // ---- TMA
 // Shared memory's pieces of 16 bytes, of which 8 are a row, change places with the row.
 inline unsigned swizzled(unsigned address) { return address ^ (address >> 7 & 7) << 4; }
-static void fetch_box(unsigned to, const u64* map, int column, int row, unsigned barrier) {
-    const char* const matrix = (const char*)map[0];
+static void fetch_box(
+    unsigned to, const u64* map, int rank, int column, int row, int group, unsigned barrier) {
+    const char* const matrix = (const char*)map[0] + (long long)(group * map[7]);
     const long long columns = map[1], rows = map[2], stride = map[3], wide = map[4], high = map[5];
     if (map[6] != 0x50414d) fail("no tensor map");
+    if (map[8] != rank || group < 0 || group >= map[9]) fail("matrix %d of a map", group);
     if (to % 128) fail("a box at %u, not at a multiple of 128 bytes", to);
     for (int i = 0; i < high; i++)
         for (int j = 0; j < wide; j++) {
@@ -182,7 +184,10 @@ MEANINGS = (
     (r'asm volatile\(\s*"\{\\n\.reg \.pred done;.*?mbarrier\.try_wait\.parity.*?: "memory"\);',
      "wait_for_phase(address_of(&barrier), parity);"),
     (r'asm volatile\(\s*"cp\.async\.bulk\.tensor\.2d.*?: "memory"\);',
-     "fetch_box(address_of(to), map.words, at, row, address_of(&barrier));"),
+     "fetch_box(address_of(to), map.words, 2, at, row, 0, address_of(&barrier));"),
+    (r'asm volatile\(\s*"cp\.async\.bulk\.tensor\.3d.*?: "memory"\);',
+     "fetch_box(address_of(to + i * DEEP * DEEP), map.words, 3, column + i * DEEP, row, group,"
+     " address_of(&barrier));"),
     (r'asm volatile\("cp\.async\.cg\.shared\.global \[%0\], \[%1\], 16, %2.*?: "memory"\);',
      "copy_at_once(address_of(to), from, inside ? 16 : 0);"),
     (r'asm volatile\("cp\.async\.mbarrier\.arrive\.noinc.*?: "memory"\);',
@@ -209,11 +214,23 @@ class Driver:
         steps: Any, interleave: int, swizzle: int, _: int, fill: int,
     ) -> int:  # fmt: skip
         bfloat16, swizzle_128, zeros = 9, 3, 0
-        kind = (dtype, rank.value, interleave, swizzle, fill, *steps)
-        if kind != (bfloat16, 2, 0, swizzle_128, zeros, 1, 1):
+        kind = (dtype, interleave, swizzle, fill, *steps)
+        if kind != (bfloat16, 0, swizzle_128, zeros, *[1] * rank.value):
             return 1
-        if to.value % 64 or matrix.value % 16 or strides[0] % 16 or box[0] != 64 or box[1] > 256:
+        if to.value % 64 or matrix.value % 16 or box[0] != 64 or box[1] > 256 or set(box[2:]) > {1}:
             return 1
-        words = (matrix.value, *sizes, *strides, *box, 0x50414D)
+        if any(stride % 16 for stride in strides) or len(sizes) != rank.value or len(sizes) > 3:
+            return 1
+        groups, apart = (sizes[2], strides[1]) if rank.value == 3 else (1, 0)
+        words = (
+            matrix.value,
+            *sizes[:2],
+            strides[0],
+            *box[:2],
+            0x50414D,
+            apart,
+            rank.value,
+            groups,
+        )
         ctypes.memmove(to, (ctypes.c_uint64 * 16)(*words), 128)
         return 0

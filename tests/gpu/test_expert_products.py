@@ -129,6 +129,20 @@ def test_rows_that_lie_apart_and_numbers_that_are_none():
     assert not hopper.gated(x[:0], w, ends * 0, False, False)[0].numel()
 
 
+def test_numbers_of_the_next_matrix_that_are_none():
+    made = drawn([200, 100, 30], 200, 136)  # 200 is not a whole number of parts
+    x, ends = made["x"], made["ends"]
+    w = made["w"].transpose(1, 2).contiguous()
+    plain = hopper.product(x, w, ends)
+    w[1, :60] = torch.nan
+    found = hopper.product(x, w, ends)
+    assert found[200:300].isnan().all()
+    assert torch.equal(found[:200], plain[:200])
+    assert torch.equal(found[300:], plain[300:])
+    placed = hopper.placed(x, w, ends, made["order"], by_columns=True)
+    assert torch.equal(placed[made["order"].long()].isnan(), found.isnan())
+
+
 def test_what_does_not_fit():
     x = torch.zeros(16, 16, device="cuda", dtype=torch.bfloat16)
     assert hopper.fits(x)

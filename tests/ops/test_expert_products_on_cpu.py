@@ -141,6 +141,12 @@ def test_placed(results: Results, by_columns: bool, gate: bool, n: int):
 def test_product(results: Results):
     x, w, ends, exact = drawn(72, 40, columns_of_w=True)
     assert_near(hopper.product(x, w, ends), exact)
+    group = 4  # the one before has rows, and its last numbers come in a part of their own
+    w[group, 0], w[group, 7] = torch.nan, torch.inf
+    found, begin, end = hopper.product(x, w, ends), sum(SIZES[:group]), sum(SIZES[: group + 1])
+    assert not found[begin:end].isfinite().any()
+    found[begin:end] = exact[begin:end] = 0
+    assert_near(found, exact)
 
 
 def test_gradient(results: Results):

@@ -125,13 +125,16 @@ def _launch(
     of_part = (_ROWS + wide) * _DEEP * 2 + 2 * 8
     depth = (_MOST_SHARED - _FOR_ALIGNMENT) // of_part
     shared = depth * of_part + _FOR_ALIGNMENT
+    ends_within_part = form == _BY_COLUMNS and w.dim() == 3 and m % _DEEP != 0
     flags = {"GELU": 0, "KEEP": 0, "HAS_GATE": 0, "GATHER": 0} | flags
+    flags["APART"] = int(ends_within_part)
     flags |= {"FORM": form, "MODE": mode, "WIDE": wide, "DEPTH": depth, "SHARED": shared}
     together = _DEEP if form != _BY_ROWS else wide // 2 if mode == _GATED else wide
     arguments = _Arguments()
-    arguments.x = _map(x.data_ptr(), t, m, x.stride(0), _DEEP if form == _OVER_ROWS else _ROWS)
-    rows = w if w.dim() == 2 else w.flatten(0, 1)
-    arguments.w = _map(rows.data_ptr(), *rows.shape, rows.stride(0), together)
+    of_x = _DEEP if form == _OVER_ROWS else _ROWS
+    arguments.x = _map(x.data_ptr(), x.shape, x.stride()[:-1], of_x)
+    rows = w if w.dim() == 2 or ends_within_part else w.flatten(0, 1)
+    arguments.w = _map(rows.data_ptr(), rows.shape, rows.stride()[:-1], together)
     arguments.ends, arguments.y = ends.data_ptr(), y.data_ptr()
     for name, tensor in others.items():
         if tensor is not None:
@@ -157,20 +160,30 @@ class _Arguments(ctypes.Structure):
 
 
 @functools.lru_cache(1024)
-def _map(address: int, rows: int, columns: int, stride: int, box: int) -> _Map:
-    """How TMA reads boxes of `box` rows and 64 columns of a bfloat16 matrix whose rows are `stride`
-    numbers apart: the CUDA driver's `cuTensorMapEncodeTiled`."""
+def _map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], box: int) -> _Map:
+    """How TMA reads boxes of `box` rows and 64 columns of a bfloat16 matrix, or of one of several:
+    the CUDA driver's `cuTensorMapEncodeTiled`.
+
+    Args:
+        address: of the first number.
+        shape: ([matrices,] rows, columns).
+        strides: how many numbers apart matrices and rows are; columns lie side by side.
+        box: rows of one.
+    """
+    rank = len(shape)
+    bytes_apart = [2 * stride for stride in reversed(strides)]
     memory = ctypes.create_string_buffer(ctypes.sizeof(_Map) + 64)
     aligned = -(-ctypes.addressof(memory) // 64) * 64
     u32, u64 = ctypes.c_uint32, ctypes.c_uint64
     bfloat16, not_interleaved, swizzle_128, promote_128, zeros = 9, 0, 3, 2, 0
     code = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
-        ctypes.c_void_p(aligned), bfloat16, u32(2), ctypes.c_void_p(address),
-        (u64 * 2)(columns, rows), (u64 * 1)(2 * stride), (u32 * 2)(_DEEP, box), (u32 * 2)(1, 1),
+        ctypes.c_void_p(aligned), bfloat16, u32(rank), ctypes.c_void_p(address),
+        (u64 * rank)(*reversed(shape)), (u64 * (rank - 1))(*bytes_apart),
+        (u32 * rank)(_DEEP, box, *[1] * (rank - 2)), (u32 * rank)(*[1] * rank),
         not_interleaved, swizzle_128, promote_128, zeros,
     )  # fmt: skip
     if code != 0:
         raise RuntimeError(
-            f"CUDA error {code}: no tensor map of {rows} x {columns} numbers at {address:#x}"
+            f"CUDA error {code}: no tensor map of {tuple(shape)} numbers at {address:#x}"
         )
     return _Map.from_buffer_copy(ctypes.string_at(aligned, ctypes.sizeof(_Map)))

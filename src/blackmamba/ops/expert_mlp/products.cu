@@ -20,8 +20,11 @@
 //
 // Bound by the matrix units: 2 m WIDE operations for a row of a tile.
 //
-// Compiled at run time, without headers, with: FORM, MODE, GELU, KEEP, HAS_GATE, GATHER (each 0 or 1), WIDE (columns of sums in a
-// tile: 128, 192 or 256; in MODE 1 one half are g's), DEPTH, SHARED (bytes).
+// APART, in FORM 1: where m is not a whole number of parts, the last part of a W_e would end with the first rows of W_(e+1),
+// times zeros of x; but 0 times NaN is NaN. So each W_e is a matrix of its own for TMA, which gives 0 for what is outside.
+//
+// Compiled at run time, without headers, with: FORM, MODE, GELU, KEEP, HAS_GATE, GATHER, APART (each 0 or 1), WIDE (columns of
+// sums in a tile: 128, 192 or 256; in MODE 1 one half are g's), DEPTH, SHARED (bytes).
 //
 // Letters: t rows, e groups, m numbers of a row of x, n columns of y.
 
@@ -96,6 +99,19 @@ __device__ __forceinline__ void fetch_columns(u16* to, const Map& map, int colum
 #pragma unroll
     for (int i = 0; i < COLUMNS / DEEP; i++) fetch(to + i * DEEP * DEEP, map, column + i * DEEP, row, barrier);
 }
+
+#if APART
+// Columns side by side of the matrix of a group.
+template <int COLUMNS>
+__device__ __forceinline__ void fetch_columns_of(u16* to, const Map& map, int column, int row, int group, u64& barrier) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS / DEEP; i++)
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+                address_of(to + i * DEEP * DEEP)),
+            "l"(&map), "r"(column + i * DEEP), "r"(row), "r"(group), "r"(address_of(&barrier)) : "memory");
+}
+#endif
 
 // 16 bytes, or as many zeros.
 __device__ __forceinline__ void copy_piece(u16* to, const u16* from, bool inside) {
@@ -217,6 +233,8 @@ struct Place {  // in the ring of parts
 __device__ __forceinline__ void fetch_w(const Arguments& a, const Tile& tile, int at, u16* w, u64& full) {
 #if FORM == 2
     fetch_columns<WIDE>(w, a.w, tile.column, at, full);
+#elif APART
+    fetch_columns_of<WIDE>(w, a.w, tile.column, at, tile.group, full);
 #elif FORM == 1
     fetch_columns<WIDE>(w, a.w, tile.column, tile.group * a.size + at, full);
 #elif MODE == 1  // first g's, then u's, a.n further down
