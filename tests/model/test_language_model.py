@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from numerics import largest_difference
+from torch import nn
 
 from blackmamba.config import ModelConfig
 from blackmamba.errors import InputError
@@ -70,6 +71,26 @@ def test_prefill_in_two_pieces_equals_one(pattern: str):
             second, state = model.prefill(ids[:, cut:], state)
             assert largest_difference(torch.cat((first, second), 1), full) < 1e-4, cut
             assert same_memory(state, whole), cut
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("training", [False, True])
+@torch.inference_mode()
+def test_of_the_last_logits_what_they_need(pattern: str, training: bool):
+    model, ids, lengths = build(pattern).train(training), tokens(2, 9), torch.tensor([9, 4])
+    expected, whole = model.prefill(ids, lengths=lengths)
+    seen: list[int] = []
+
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
+        del module, output
+        seen.append(inputs[0].shape[1])
+
+    model.layers[-1].register_forward_hook(hook)
+    last, state = model.prefill(ids, lengths=lengths, logits="last")
+    assert largest_difference(last, expected[[0, 1], [8, 3]]) < 1e-4
+    assert same_memory(state, whole)
+    ends_early = PATTERNS[pattern][-1] in ("moe", "mlp") and not training
+    assert seen == [1 if ends_early else 9]  # in training Sinkhorn's plan is of all tokens
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -377,12 +377,25 @@ class BlackMamba(nn.Module):
         lengths: Tensor | None,
         trace: Trace | None = None,
     ) -> tuple[Tensor, State]:
-        """`prefill` with the logits of each row's last token, of arguments known to fit."""
-        x, update, state, _ = self._run(self._embed(input_ids), state, lengths, None, trace)
+        """`prefill` with the logits of each row's last token, of arguments known to fit.
+
+        Behind the last mixer nothing depends on other tokens, so they end there; unless the trace
+        is to have them, or experts are balanced over all of them.
+        """
         b, l = input_ids.shape
-        ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths
-        last = torch.arange(b, device=x.device), ends - 1
-        return self._logits(self._normed(x[last], update[last])), state
+        stack, device = self._stack(), input_ids.device
+        mixing = [i for i, layer in enumerate(stack) if layer.mixer is not None]
+        n_whole = len(stack)
+        if trace is None and not self.training and mixing:
+            n_whole = mixing[-1] + 1
+        x = self._embed(input_ids)
+        x, update, state, _ = self._run(x, state, lengths, None, trace, n_layers=n_whole)
+        ends = torch.full((b,), l, device=device) if lengths is None else lengths
+        last = torch.arange(b, device=device), ends - 1
+        x, update = x[last][:, None], update[last][:, None]
+        for layer in stack[n_whole:]:
+            x, update, _, _ = layer(x, update, None, None, None, None)
+        return self._logits(self._normed(x, update)[:, 0]), state
 
     def _run(
         self,
@@ -392,14 +405,16 @@ class BlackMamba(nn.Module):
         seq_idx: Tensor | None,
         trace: Trace | None,
         pieces: Pieces | None = None,
+        n_layers: int | None = None,
     ) -> tuple[Tensor, Tensor, State, list[RouterLoad]]:
         """Embedded tokens to the residual stream before the last layer, what that adds to it, the
-        new memory, and how the experts of each routed layer were used, if the layers say so."""
+        new memory, and how the experts of each routed layer were used, if the layers say so; only
+        through the first n_layers, if given."""
         batch_size, update = len(x), None
         loads: list[RouterLoad] = []
         stack = self._stack()
         layers: list[LayerState] = [None] * len(stack) if state is None else list(state.layers)
-        for i, layer in enumerate(stack):
+        for i, layer in enumerate(stack[:n_layers]):
             x, update, layers[i], load = self._through(layer)(
                 x, update, pieces or layers[i], lengths, seq_idx, trace
             )
