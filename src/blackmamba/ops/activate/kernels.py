@@ -1,4 +1,4 @@
-"""Triton kernels of `activate`.
+"""Triton kernels of `activate`, and the functions themselves for kernels that have them inside.
 
 Letters: f numbers of a row's result. Of GATED rows of h the first f are g, the next f u. Everything
 is counted in units of UNIT numbers, which divide f and the strides of rows: so the compiler knows
@@ -14,7 +14,15 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _value_and_slope(g, GELU: tl.constexpr):
+def activated(g, GELU: tl.constexpr):
+    """act(g), in float32."""
+    if GELU:
+        return g * (0.5 * (1 + tl.erf(g * 0.7071067811865476)))
+    return g / (1 + tl.exp2(-_LOG2E * g))
+
+
+@triton.jit
+def value_and_slope(g, GELU: tl.constexpr):
     """act(g) and its derivative, in float32."""
     if GELU:
         below = 0.5 * (1 + tl.erf(g * 0.7071067811865476))  # a normal number is, by so much
@@ -48,7 +56,7 @@ def activate_kernel(
     """
     row, k, inside = _units(n, f, UNIT, UNITS, LONG)
     at = h + row * stride * UNIT + k
-    a, _ = _value_and_slope(tl.load(at, inside, other=0.0).to(tl.float32), GELU)
+    a, _ = value_and_slope(tl.load(at, inside, other=0.0).to(tl.float32), GELU)
     if GATED:
         a *= tl.load(at + f * UNIT, inside, other=0.0).to(tl.float32)
     tl.store(y + row * f * UNIT + k, a.to(y.dtype.element_ty), inside)
@@ -68,7 +76,7 @@ def activate_backward_kernel(
     row, k, inside = _units(n, f, UNIT, UNITS, LONG)
     at = h + row * stride * UNIT + k
     kind = grad_h.dtype.element_ty
-    a, slope = _value_and_slope(tl.load(at, inside, other=0.0).to(tl.float32), GELU)
+    a, slope = value_and_slope(tl.load(at, inside, other=0.0).to(tl.float32), GELU)
     d = tl.load(grad + row * grad_stride * UNIT + k, inside, other=0.0).to(tl.float32)
     if GATED:
         u = tl.load(at + f * UNIT, inside, other=0.0).to(tl.float32)

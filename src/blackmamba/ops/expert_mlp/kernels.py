@@ -6,7 +6,7 @@ Letters: t tokens, m d_model, f d_expert, e experts.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from blackmamba.ops.activate.kernels import activated, value_and_slope
 
 
 @triton.jit
@@ -101,14 +101,6 @@ def scatter_kernel(
 
 
 @triton.jit
-def _gelu_parts(g):
-    """Phi(g), and the normal density at g."""
-    return 0.5 * (1 + tl.erf(g * 0.7071067811865476)), 0.3989422804014327 * tl.exp2(
-        -0.5 * LOG2E * g * g
-    )
-
-
-@triton.jit
 def activate_kernel(h, out, t, f, GELU: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """out = act(g) u of [g | u] = h.
 
@@ -121,11 +113,7 @@ def activate_kernel(h, out, t, f, GELU: tl.constexpr, BLOCK: tl.constexpr, BLOCK
     inside = k < f
     g = tl.load(h + row * 2 * f + k, inside, other=0.0).to(tl.float32)
     u = tl.load(h + row * 2 * f + f + k, inside, other=0.0).to(tl.float32)
-    if GELU:
-        below, _ = _gelu_parts(g)
-        a = g * below
-    else:
-        a = g / (1 + tl.exp2(-LOG2E * g))
+    a = activated(g, GELU)
     tl.store(out + row * f + k, (a * u).to(out.dtype.element_ty), inside)
 
 
@@ -151,12 +139,7 @@ def activate_backward_kernel(
         g = tl.load(h + row * 2 * f + k, inside, other=0.0).to(tl.float32)
         u = tl.load(h + row * 2 * f + f + k, inside, other=0.0).to(tl.float32)
         d = tl.load(grad + row * f + k, inside, other=0.0).to(tl.float32)
-        if GELU:
-            below, density = _gelu_parts(g)
-            a, slope = g * below, below + g * density
-        else:
-            s = 1 / (1 + tl.exp2(-LOG2E * g))
-            a, slope = g * s, s * (1 + g * (1 - s))
+        a, slope = value_and_slope(g, GELU)
         total += d * a * u
         d *= factor
         kind = grad_h.dtype.element_ty
@@ -201,11 +184,7 @@ def few_in_kernel(
                 u = tl.dot(v, wu, u, input_precision="ieee")
             else:
                 g, u = tl.dot(v, wg, g), tl.dot(v, wu, u)
-        if GELU:
-            below, _ = _gelu_parts(g)
-            a = g * below
-        else:
-            a = g / (1 + tl.exp2(-LOG2E * g))
+        a = activated(g, GELU)
         out = hidden + i[:, None].to(tl.int64) * f + n[None, :]
         whole = (i < end)[:, None] & (n < f)[None, :]
         tl.store(out, (a * u).to(out.dtype.element_ty), whole)
