@@ -194,6 +194,12 @@ class ModelConfig:
             )
 
     @property
+    def gates_are_sigmoids(self) -> bool:
+        """Whether inference takes the largest logits, each weighted by its sigmoid, as the paper's
+        router does: kernels and the released format know of no other gate."""
+        return self.router in ("sinkhorn", "sigmoid")
+
+    @property
     def counts_tokens(self) -> bool:
         """Whether routers remember what load they had since the last step of the optimizer."""
         return self.selection_bias or self.balance_scope == "global"

@@ -9,7 +9,10 @@ import torch
 from numerics import relative_error
 from torch import Tensor, nn
 
+from blackmamba.checkpoint import released
 from blackmamba.config import ModelConfig
+from blackmamba.errors import ConfigError
+from blackmamba.generate.decoder import beyond_the_paper
 from blackmamba.model import BlackMamba, Trace, balance_step
 from blackmamba.model.moe import MoE
 from blackmamba.model.router import Router
@@ -447,3 +450,13 @@ def test_experts_of_any_number_and_width():
             model = build(dataclasses.replace(config, router=router)).train()
             model.loss(tokens(2, 9), tokens(2, 9)).backward()
             model.eval().step(tokens(2, 1)[:, 0], model.initial_state(2))
+
+
+def test_nothing_takes_another_gate_for_the_papers():
+    """A router that is added to `Router` alone: fast paths and the released format refuse it."""
+    config = config_of("sinkhorn", router="of another rule")
+    (first, *_) = routers(BlackMamba(config))
+    assert not first.is_plain
+    assert beyond_the_paper(config) == "router 'of another rule'"
+    with pytest.raises(ConfigError, match="router='of another rule'"):
+        released.write_config(config)

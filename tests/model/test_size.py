@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from blackmamba.config import ModelConfig
+from blackmamba.config import LayerSpec, ModelConfig
 from blackmamba.model import BlackMamba
 from blackmamba.model.size import (
     flops_per_token,
     layer_flops,
+    layer_parameters,
     parameters,
     prompt_flops,
     state_bytes,
@@ -129,3 +130,10 @@ def test_training_takes_three_times_the_products_and_scans():
         assert ratio == pytest.approx(1, rel=0.01 if name.endswith("b") else 0.06), name
     untied = dataclasses.replace(config, tie_embeddings=False)
     assert training_flops_per_token(untied, 2048) == found
+
+
+def test_a_mixer_without_a_size_is_no_mixer_of_size_0():
+    spec = LayerSpec("other", "none", 0)  # pyright: ignore[reportArgumentType]
+    for size in (layer_parameters, lambda c, s: layer_flops(c, s, 0)):
+        with pytest.raises(AssertionError, match="other"):
+            size(presets["tiny"], spec)

@@ -1,5 +1,7 @@
 """The memory of a batch: gathering, joining, saving."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,6 +39,22 @@ def test_selected_rows_go_on_like_their_originals(model: BlackMamba):
         state.select([3])
     with pytest.raises(InputError, match=r"within 0 \.\. 2"):
         state.select(torch.tensor([-1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherState:
+    """Of a mixer that `State` was not written for."""
+
+    mean: torch.Tensor
+
+
+def test_the_memory_of_any_mixer_is_joined():
+    parts = [torch.randn(b, 3) for b in (2, 1)]
+    states = [State(len(p), (OtherState(p), None)) for p in parts]  # pyright: ignore[reportArgumentType]
+    joined = State.cat(states)
+    assert joined.layers[1] is None
+    assert torch.equal(joined.to_tensors()["0.mean"], torch.cat(parts))
+    assert equal(joined.select([0, 1]), states[0])
 
 
 @torch.inference_mode()

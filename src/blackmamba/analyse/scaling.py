@@ -8,7 +8,7 @@ v vocabulary.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, assert_never
 
 from blackmamba.analyse.machines import Machine
 from blackmamba.config import LayerSpec, ModelConfig
@@ -308,6 +308,8 @@ def _layer_bytes(
         q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
         cheap += m
         kept += 2 * q + 2 * kv
+    elif spec.mixer != "none":
+        assert_never(spec.mixer)
     if spec.feed_forward != "none":
         cheap += m
         kept += _rows(config, _width(config, spec))

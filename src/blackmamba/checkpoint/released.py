@@ -123,11 +123,11 @@ def write_config(config: ModelConfig, max_sequence_length: int = 2048) -> dict[s
     }
     if any(s.feed_forward == "moe" for s in specs):  # sigmoid of the largest logit, one expert
         fixed |= {"experts_per_token": 1, "d_shared_expert": 0, "selection_bias": False}
-        if config.router == "softmax":
-            problems.append("router='softmax'")
+        if not config.gates_are_sigmoids:
+            problems.append(f"router={config.router!r}")
     problems += [f"{k}={plain[k]!r}" for k, value in fixed.items() if plain[k] != value]
-    if any(s.mixer == "attention" for s in specs):
-        problems.append("attention layers")
+    others = {s.mixer for s in specs} - {"mamba", "none"}
+    problems += [f"{mixer} layers" for mixer in sorted(others)]
     if any(s.n_experts == 1 for s in specs):
         problems.append("a routed layer of one expert")
     widths = {config.d_mlp for s in specs if s.feed_forward == "mlp"}

@@ -50,7 +50,7 @@ def beyond_the_paper(config: ModelConfig) -> str | None:
         return f"{config.experts_per_token} experts a token"
     if config.d_shared_expert:
         return "a shared expert"
-    if config.router == "softmax" or config.selection_bias:
+    if not config.gates_are_sigmoids or config.selection_bias:
         return f"router {config.router!r}{' with a selection bias' * config.selection_bias}"
     return None
 

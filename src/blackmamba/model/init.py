@@ -6,12 +6,13 @@ GPT-2). The initialisation that the released models were trained from is not pub
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 from torch import Tensor, nn
 
 from blackmamba.model.attention import Attention
+from blackmamba.model.layer import Layer
 from blackmamba.model.mamba import Mamba
 from blackmamba.model.mlp import MLP
 from blackmamba.model.moe import MoE
@@ -37,6 +38,8 @@ def initialise(model: "BlackMamba") -> None:
         model.head_bias.zero_()
     for module in model.modules():
         match module:
+            case Layer():
+                _check_mixer(module)
             case Mamba():
                 _mamba(module, damping)
             case Attention():
@@ -54,6 +57,12 @@ def initialise(model: "BlackMamba") -> None:
                 module.reset_parameters()
             case _:
                 pass
+
+
+def _check_mixer(layer: Layer) -> None:
+    """Another kind of mixer would be left as its memory was: it belongs in `initialise`."""
+    if layer.mixer is not None and not isinstance(layer.mixer, Mamba | Attention):
+        assert_never(layer.mixer)
 
 
 def _mamba(layer: Mamba, damping: float) -> None:

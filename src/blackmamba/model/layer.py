@@ -15,6 +15,7 @@ stream; the equation as printed in the paper leaves the mixer's output out of th
 
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,8 @@ class Layer(nn.Module):
             self.mixer = Mamba(config, device=device, dtype=dtype, wide=wide)
         elif spec.mixer == "attention":
             self.mixer = Attention(config, device=device, dtype=dtype)
+        elif spec.mixer != "none":
+            assert_never(spec.mixer)
 
         self.feed_forward: MLP | MoE | None = None
         self.feed_forward_norm: RMSNorm | None = None

@@ -159,8 +159,8 @@ class Router(nn.Module):
     def is_plain(self) -> bool:
         """Whether, without a plan, the largest logit wins and its sigmoid is the gate."""
         config = self.config
-        others = config.router == "softmax" or config.normalize_gates
-        return config.experts_per_token == 1 and self.selection_bias is None and not others
+        alone = config.experts_per_token == 1 and not config.normalize_gates
+        return config.gates_are_sigmoids and alone and self.selection_bias is None
 
     def _scores(self, logits: Tensor) -> Tensor:
         """What the experts are chosen by: of the order of the logits if there is no bias."""

@@ -7,6 +7,7 @@ multiply-add as 2 and an exponential as 1.
 """
 
 import dataclasses
+from typing import assert_never
 
 from blackmamba.config import LayerSpec, ModelConfig
 
@@ -47,6 +48,8 @@ def layer_parameters(config: ModelConfig, spec: LayerSpec) -> Count:
         q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
         shared += 2 * q * m + 2 * kv * m
         shared += (q + 2 * kv + m) if bias else 0
+    elif spec.mixer != "none":
+        assert_never(spec.mixer)
     if spec.feed_forward == "mlp":
         dense = _feed_forward(config, config.d_mlp)
         return Count(shared + dense, shared + dense)
@@ -80,6 +83,8 @@ def state_bytes(config: ModelConfig, context: int, product_bytes: int = 4) -> in
             total += config.d_inner * (config.d_state * 4 + (config.d_conv - 1) * product_bytes)
         elif spec.mixer == "attention":
             total += 2 * context * config.n_kv_heads * config.d_head * product_bytes + 8
+        elif spec.mixer != "none":
+            assert_never(spec.mixer)
     return total
 
 
@@ -145,6 +150,8 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
             extra += _scan_flops(config)
         elif spec.mixer == "attention":  # a token sees half of its row
             extra += 2 * (seq_len + 1) * config.n_heads * config.d_head
+        elif spec.mixer != "none":
+            assert_never(spec.mixer)
     return 6 * active + 3 * extra
 
 
@@ -199,6 +206,8 @@ def layer_flops(config: ModelConfig, spec: LayerSpec, context: int) -> Flops:
     elif spec.mixer == "attention":
         q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
         flops += Flops(products=2 * m * (2 * q + 2 * kv), scores=4 * (context + 1) * q)
+    elif spec.mixer != "none":
+        assert_never(spec.mixer)
     matrices = 3 if config.gated else 2
     if spec.feed_forward == "mlp":
         flops += Flops(products=2 * m * config.d_mlp * matrices)

@@ -131,9 +131,9 @@ class State:
 
 
 def _cat_layer(parts: Sequence[LayerState]) -> LayerState:
-    mamba = [p for p in parts if isinstance(p, MambaState)]
-    if mamba:
-        return MambaState(torch.cat([p.conv for p in mamba]), torch.cat([p.ssm for p in mamba]))
+    first = parts[0]
+    if first is None:
+        return None
     attention = [p for p in parts if isinstance(p, AttentionState)]
     if attention:
         longest = max(p.keys.shape[2] for p in attention)
@@ -146,4 +146,5 @@ def _cat_layer(parts: Sequence[LayerState]) -> LayerState:
             torch.cat([padded(p.values) for p in attention]),
             torch.cat([p.lengths for p in attention]),
         )
-    return None
+    names = [field.name for field in dataclasses.fields(first)]
+    return type(first)(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
