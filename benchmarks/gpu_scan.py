@@ -157,7 +157,7 @@ def errors() -> str:
         found.append([y, state, *torch.autograd.grad(y, leaves, grad.to(kind))])
     names = ("y", "state", "x", "dt", "A", "B", "C", "D", "z", "bias")
     each = [
-        f"{name} {float((a.double() - e).norm() / e.norm()):.1e}"
+        f"{name} {float((a.double() - e).detach().norm() / e.detach().norm()):.1e}"
         for name, a, e in zip(names, *found, strict=True)
     ]
     return " " + ", ".join(each)

@@ -9,16 +9,6 @@
 // states, and what is summed goes to matrix units (scan_units.cu). At last what is one number a token and channel is
 // computed of those sums, by the threads that read it.
 
-// B and C as over_states takes them.
-#if TYPE == 1
-__device__ __forceinline__ uint2 of_units(const float4& v) {
-    const float in[4] = {v.x, v.y, v.z, v.w};
-    return narrow(in);
-}
-#else
-__device__ __forceinline__ float4 of_units(const float4& v) { return v; }
-#endif
-
 struct Reader {  // what a thread reads and writes of x, dt, z and others: four channels of one token, its neighbour the next four
     int t, warp, c, c4;  // who scans the channels, as that warp's c-th to c + 3-rd
     bool active;
@@ -204,8 +194,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 xv[i] *= delta[i];
                 if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
                 store1(number_at + i * 16, delta[i]);
-                store1(number_at + i * 16 + OFFSET(drive), xv[i]);
-                store1(number_at + i * 16 + OFFSET(to_y), gy[i]);
+                store1(number_at + i * 16 + OFFSET(drive), TYPE == 1 ? before_cut(xv[i]) : xv[i]);
+                store1(number_at + i * 16 + OFFSET(to_y), TYPE == 1 ? before_cut(gy[i]) : gy[i]);
             }
 #if TYPE == 1
             const uint2 of_g = narrow(xv), of_h = narrow(gy);
@@ -250,8 +240,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         }
 #pragma unroll 1
         for (int half = 1; half >= 0; half--) {
-            const auto B = of_units(load4(four_at + half * 512));
-            const auto C = of_units(load4(four_at + sizeof(float) * 16 * SPAN + half * 512));
 #pragma unroll
             for (int part = 1; part >= 0; part--) {
                 const int group = half * 2 + part;
@@ -274,6 +262,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     recompute(
                         all_states + pair * 2, all_decays + pair * 2, A2, delta + pair * 2, drive, B_pair, p.q,
                         pair, resets + group * 4 + pair * 2);
+                const float4 B = load4(four_at + half * 512), C = load4(four_at + sizeof(float) * 16 * SPAN + half * 512);
 #pragma unroll
                 for (int pair = 1; pair >= 0; pair--) {
                     float after[2][4], of_decay[2], sums[3][4];
@@ -299,14 +288,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                         }
                     }
 #if TYPE == 1
-                    const uint2 pairs[2][2] = {{narrow(after[0]), narrow(after[1])}, {narrow(states[1]), narrow(states[2])}};
-                    turned.add(pair, pairs[0], pairs[1]);
-                    if (HAS_Z) over_states(sums[OF_Y], pairs[1], C);
-                    over_states(sums[OF_DRIVE], pairs[0], B);
-#else
+                    const uint2 of_g[2] = {narrow(after[0]), narrow(after[1])}, of_h[2] = {narrow(states[1]), narrow(states[2])};
+                    turned.add(pair, of_g, of_h);
+#endif
                     if (HAS_Z) over_states(sums[OF_Y], states[1], states[2], C);
                     over_states(sums[OF_DRIVE], after[0], after[1], B);
-#endif
                     over_threads(sums[OF_DECAY], of_decay[0], of_decay[1]);
                     const u32 summed = by_channel + OFFSET(first) + group * 512 + pair * 8;
 #pragma unroll

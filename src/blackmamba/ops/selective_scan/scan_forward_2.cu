@@ -138,7 +138,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
 #endif
-#pragma unroll 2  // not all four: slower
+#ifndef UNROLLED
+#define UNROLLED 2
+#endif
+#pragma unroll UNROLLED  // not all four: slower
         for (int group = 0; group < SPAN; group += 4) {
             float parts[4];
 #pragma unroll
