@@ -96,10 +96,6 @@ def _parts(preset: str, t: int) -> dict[str, tuple[Call, float]]:
                 lambda c=cut: prompt.norm_and_choice(stream, update, norm, 1e-5, folded, c),
                 12 * t * m,
             )
-            found[f"norm of the sum, {cut.rows} rows, {cut.warps} warps"] = (
-                lambda c=cut: prompt.norm_and_choice(stream, update, norm, 1e-5, None, c),
-                12 * t * m,
-            )
     return found
 
 

@@ -44,20 +44,14 @@ def test_near_float64(t: int, m: int, e: int, cut: NormCut | None):
     total = x.double() + update.double()
     exact = total / (total.square().mean(1, keepdim=True) + 1e-5).sqrt()
     logits = exact @ router.double().t() + bias.double()
-    own, others, weight, router, bias = (
-        v.to(DEVICE) for v in (x.clone(), update, weight, router, bias)
-    )
+    own, others, weight, router, bias = (v.to(DEVICE) for v in (x, update, weight, router, bias))
     assert chooses(own, others, torch.bfloat16, router)
     assert not chooses(own[:, :-2], others, torch.bfloat16, router)
     y, routes = norm_and_choice(own, others, weight, 1e-5, (router, bias), cut)
     assert torch.equal(own.cpu(), total.float())  # a sum of two is rounded once
     wrong = (y.double() - exact.to(DEVICE) * weight.double()).abs()
     assert (wrong <= 2**-8 * (exact.to(DEVICE) * weight.double()).abs() + 1e-6).all()
-    assert routes is not None
     assert torch.equal(routes.expert_ids.cpu(), logits.argmax(1))
-    alone, none = norm_and_choice(x.to(DEVICE, copy=True), others, weight, 1e-5, None, cut)
-    assert torch.equal(alone, y)
-    assert none is None
     torch.testing.assert_close(
         routes.gate.cpu(), logits.max(1).values.sigmoid().float(), rtol=2e-6, atol=0
     )
@@ -67,5 +61,4 @@ def test_the_first_of_equals():
     x, update = torch.ones(3, 8, device=DEVICE), torch.ones(3, 8, device=DEVICE).bfloat16()
     router, bias = torch.ones(4, 8, device=DEVICE), torch.tensor([0.0, 1, 1, 0], device=DEVICE)
     _, routes = norm_and_choice(x, update, torch.ones(8, device=DEVICE), 0.0, (router, bias))
-    assert routes is not None
     assert routes.expert_ids.tolist() == [1, 1, 1]

@@ -23,7 +23,7 @@ from blackmamba.ops.prompt import gpu as kernels
 
 TRY: set[str] = set()
 """What is not in use before it was measured: "last", behind the last mixer each row's last token
-alone; "norm", norm and choice of an expert by norm.cu; "norms", the others, too."""
+alone; "norm", norm and choice of an expert by norm.cu."""
 
 
 class PromptPass:
@@ -83,9 +83,10 @@ class PromptPass:
         for i, layer in enumerate(model._stack()):
             router = self._routers[i]
             if (
-                ("norm" if router is not None else "norms") in TRY
+                "norm" in TRY
+                and router is not None
                 and update is not None
-                and kernels.chooses(x, update, model.compute_dtype, router and router[0])
+                and kernels.chooses(x, update, model.compute_dtype, router[0])
             ):
                 y, routes = kernels.norm_and_choice(
                     x, update, layer.norm.weight, layer.norm.eps, router

@@ -9,8 +9,6 @@ from torch import Tensor
 from blackmamba.ops import gpu
 
 _TOKENS = 512  # of a program that counts
-ALONE = 512
-"""Most tokens that one program sorts. More were not measured yet."""
 _ROWS = 2  # of a program that moves them
 
 
@@ -20,14 +18,13 @@ def sort_by_expert(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
 
     t = len(expert_ids)
     padded = max(2, 1 << (n_experts - 1).bit_length())
-    n_blocks = 1 if t <= ALONE else -(-t // _TOKENS)
+    n_blocks = -(-t // _TOKENS)
     new = expert_ids.new_empty
     ends, order = new(padded, dtype=torch.int32), new(t, dtype=torch.int32)
     if n_blocks == 1:
         gpu.launch(
             kernels.place_kernel, (1,), expert_ids, ends, order, ends, t, 1,
             E=padded, BLOCK=max(16, 1 << (t - 1).bit_length()), BLOCKS=0,
-            num_warps=4 if t <= _TOKENS else 16,
         )  # fmt: skip
         return order, ends[:n_experts]
     counts = new(n_blocks, padded, dtype=torch.int32)

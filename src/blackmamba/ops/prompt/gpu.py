@@ -101,20 +101,16 @@ _WIDEST = {1: 2048, 2: 1280, 4: 1152}
 """That registers hold, by the rows."""
 
 
-def chooses(x: Tensor, update: Tensor | None, dtype: torch.dtype, router: Tensor | None) -> bool:
+def chooses(x: Tensor, update: Tensor | None, dtype: torch.dtype, router: Tensor) -> bool:
     """Whether `norm_and_choice` can take these."""
     return (
         update is not None
         and cuda.runs_on(x)
         and (x.dtype, update.dtype, dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
-        and (router is None or routable(router))
+        and routable(router)
         and x.shape[1] % 4 == 0
         and x.shape[1] <= _WIDEST[1]
-        and all(
-            t.is_contiguous() and t.data_ptr() % 16 == 0
-            for t in (x, update, router)
-            if t is not None
-        )
+        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, update, router))
     )
 
 
@@ -123,10 +119,10 @@ def norm_and_choice(
     update: Tensor,
     weight: Tensor,
     eps: float,
-    router: tuple[Tensor, Tensor] | None,
+    router: tuple[Tensor, Tensor],
     cut: NormCut | None = None,
-) -> tuple[Tensor, Routes | None]:
-    """`norm` of x + update, in CUDA C++ and in bfloat16: y, and which expert.
+) -> tuple[Tensor, Routes]:
+    """`norm` of x + update with a choice, in CUDA C++ and in bfloat16: y, and which expert.
 
     Args:
         x: (t, m) float32, which the sum is written to.
@@ -134,19 +130,16 @@ def norm_and_choice(
         weight, eps, router: as for `norm`; see `chooses`.
         cut: None: the one that was measured to be fastest of those that fit.
     """
-    (t, m), n_experts = x.shape, 0 if router is None else len(router[0])
+    (t, m), (columns, bias) = x.shape, router
     if cut is None:
-        cut = next(c for c in NORM_CUTS if _fits(c, m, n_experts))
-    y, routes = torch.empty_like(update), None
-    (columns, bias), expert_ids, gate = router or (weight, weight), weight, weight
-    if n_experts:
-        routes = Routes(x.new_empty(t, dtype=torch.int64), x.new_empty(t, dtype=torch.float32))
-        expert_ids, gate = routes.expert_ids, routes.gate
+        cut = next(c for c in NORM_CUTS if _fits(c, m, len(columns)))
+    y = torch.empty_like(update)
+    routes = Routes(x.new_empty(t, dtype=torch.int64), x.new_empty(t, dtype=torch.float32))
     if t:
-        shared = (n_experts + 1) * -(-m // 128) * 128 * 4
-        flags = {"WIDTH": m, "EXPERTS": n_experts, "SHARED": shared}
+        shared = (len(columns) + 1) * -(-m // 128) * 128 * 4
+        flags = {"WIDTH": m, "EXPERTS": len(columns), "SHARED": shared}
         flags |= {"ROWS": cut.rows, "WARPS": cut.warps}
-        tensors = (x, update, weight, columns, bias, y, expert_ids, gate)
+        tensors = (x, update, weight, columns, bias, y, routes.expert_ids, routes.gate)
         arguments = _Norm(*(tensor.data_ptr() for tensor in tensors), t, eps)
         blocks = min(_processors(x), -(-t // cut.rows))
         source, index = Path(__file__).with_name("norm.cu"), x.device.index

@@ -6,8 +6,8 @@
 // scaled, as the scale is the same for all of them. A block walks over rows in steps of the grid. Moves rows once each way.
 // Bound by bytes.
 //
-// Compiled at run time, without headers, with: WIDTH (numbers of a row, a multiple of 4), EXPERTS (0: no choice), ROWS, WARPS
-// (of a block), SHARED (bytes).
+// Compiled at run time, without headers, with: WIDTH (numbers of a row, a multiple of 4), EXPERTS, ROWS, WARPS (of a block),
+// SHARED (bytes).
 
 #define CHUNKS ((WIDTH + 127) / 128)
 #define PADDED (CHUNKS * 128)
@@ -32,7 +32,8 @@ struct Arguments {
 };
 
 struct Shared {
-    float of[EXPERTS + 1][PADDED];  // the router, then the norm's weight
+    float router[EXPERTS][PADDED];
+    float weight[PADDED];
 };
 
 extern __shared__ __align__(16) char memory[];
@@ -82,7 +83,7 @@ __device__ __forceinline__ void load(const Arguments& a, Row (&rows)[ROWS], int 
 
 __device__ __forceinline__ void finish(const Arguments& a, const Shared& shared, const Row (&rows)[ROWS], int first) {
     const int lane = threadIdx.x & 31;
-    float squares[ROWS], sums[ROWS][EXPERTS + 1];
+    float squares[ROWS], sums[ROWS][EXPERTS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         squares[r] = 0.f;
@@ -104,7 +105,7 @@ __device__ __forceinline__ void finish(const Arguments& a, const Shared& shared,
             for (int j = 0; j < 4; j++) squares[r] += rows[r].v[i][j] * rows[r].v[i][j];
 #pragma unroll
         for (int e = 0; e < EXPERTS; e++) {
-            const float4 w = *reinterpret_cast<const float4*>(&shared.of[e][i * 128 + lane * 4]);
+            const float4 w = *reinterpret_cast<const float4*>(&shared.router[e][i * 128 + lane * 4]);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 const float* const v = rows[r].v[i];
@@ -118,7 +119,7 @@ __device__ __forceinline__ void finish(const Arguments& a, const Shared& shared,
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
         const int k = i * 128 + lane * 4;
-        const float4 w = *reinterpret_cast<const float4*>(&shared.of[EXPERTS][k]);
+        const float4 w = *reinterpret_cast<const float4*>(&shared.weight[k]);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (k >= WIDTH || first + r >= a.t) continue;
@@ -129,7 +130,6 @@ __device__ __forceinline__ void finish(const Arguments& a, const Shared& shared,
             *reinterpret_cast<uint2*>(a.y + (i64)(first + r) * WIDTH + k) = y;
         }
     }
-#if EXPERTS
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         int chosen = 0;
@@ -144,7 +144,6 @@ __device__ __forceinline__ void finish(const Arguments& a, const Shared& shared,
             a.gate[first + r] = 1.f / (1.f + exp2_fast(best * -LOG2E));
         }
     }
-#endif
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) norm_and_choice(const Arguments a) {
@@ -158,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) norm_and_choice(cons
         const int row = at / PADDED, k = at % PADDED;
         float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
         if (k < WIDTH) v = *reinterpret_cast<const float4*>((row < EXPERTS ? a.router + row * WIDTH : a.weight) + k);
-        *reinterpret_cast<float4*>(&shared.of[row][k]) = v;
+        *reinterpret_cast<float4*>(row < EXPERTS ? &shared.router[row][k] : &shared.weight[k]) = v;
     }
     __syncthreads();
     while (first < a.t) {
