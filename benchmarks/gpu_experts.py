@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blackmamba.ops import expert_mlp
 from blackmamba.ops.expert_mlp import hopper, library
-from blackmamba.ops.expert_mlp.order import gathered, sort_by_expert
+from blackmamba.ops.expert_mlp.order import sort_by_expert
 from blackmamba.presets import presets
 from gpu_measure import DEVICE, installed, limits, machine, normal, timed
 
@@ -97,12 +97,6 @@ def parts(names: Sequence[str], tokens: int, repeats: int) -> None:
         fc1, fc2 = normal(e, 2 * f, m, seed=1) / m**0.5, normal(e, m, f, seed=2) / f**0.5
         gate = torch.rand(tokens, device=DEVICE)
         print(name)
-        gathers = {
-            "before": lambda: hopper.gated(gathered(order, x)[0], fc1, ends, False, False),  # noqa: B023
-            "inside": lambda: hopper.gated(x, fc1, ends, False, False, order),  # noqa: B023
-        }
-        for which, seconds in timed(gathers, repeats).items():
-            print(f"  {'fc1, activation, rows gathered':<40}{which:<8}{seconds * 1e3:>8.3f}")
         for what, wide, calls in part_calls(x, y, hidden, h, fc1, fc2, gate, order, ends):
             flops = 2 * tokens * m * f * wide
             for which, seconds in timed(calls, repeats).items():

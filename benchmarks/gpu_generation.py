@@ -22,13 +22,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 import blackmamba
-from blackmamba.generate import prefill, prompt
+from blackmamba.generate import prefill
 from blackmamba.generate.captured import CapturedDecoder, plain_weights
 from blackmamba.generate.prefill import read_piece
 from blackmamba.model import BlackMamba, State
 from blackmamba.model.size import prompt_flops
-from blackmamba.ops.expert_mlp import gpu as experts
-from blackmamba.ops.mamba_mixer import gpu as mamba_mixer
 from blackmamba.presets import presets
 from blackmamba.train.origin import origin
 from gpu_measure import DEVICE, limits, machine
@@ -257,12 +255,8 @@ if __name__ == "__main__":
     parser.add_argument("--prefills", nargs="+", type=int, default=[2048, 16384, 131072, 262144])
     parser.add_argument("--profile", action="store_true", help="only where a prompt's time goes")
     parser.add_argument("--prompts", nargs="+", default=["8x2048", "1x2048"], help="to profile")
-    parser.add_argument("--try", nargs="*", default=[], help="of prompt.TRY, gather, dt")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
     options = parser.parse_args()
-    prompt.TRY.update(vars(options)["try"])
-    mamba_mixer.OWN_STEPS = "dt" in prompt.TRY
-    experts.GATHERS_INSIDE = "gather" in prompt.TRY
     if options.profile:
         profile(options.preset, options.prompts, options.tiny)
     else:

@@ -78,13 +78,6 @@ def _parts(preset: str, t: int) -> dict[str, tuple[Call, float]]:
         lambda: mixer._projected(x, weights, None, None),
         moved,
     )
-    low = normal(t, r + 2 * n)[:, :r]
-    found["dt_proj"] = (lambda: low @ weights.dt_proj.t(), 2 * t * (r + 2 * n + d))
-    for each in prompt.DT_CUTS:
-        found[f"dt_proj, {each.rows} rows, {each.block} channels, {each.warps} warps"] = (
-            lambda c=each: prompt.steps(low, weights.dt_proj, None, t, c),
-            2 * t * (r + 2 * n + d),
-        )
     folded = router[0] * norm, router[1]
     found["norm of the sum and router, one kernel"] = (
         lambda: prompt.norm(stream, norm, 1e-5, torch.bfloat16, update=update, router=folded),

@@ -62,13 +62,6 @@ static void fetch_box(
     end_phase(b);
 }
 
-static void copy_at_once(unsigned to, const void* from, int bytes) {
-    char piece[16] = {};
-    if (to % 16 || (size_t)from % 16 || (bytes && bytes != 16)) fail("a piece at %u", to);
-    memcpy(piece, from, bytes);
-    memcpy(at_address(to), piece, 16);
-}
-
 // ---- products
 struct Product {
     float* sums[32];  // of a warp's threads
@@ -188,10 +181,6 @@ MEANINGS = (
     (r'asm volatile\(\s*"cp\.async\.bulk\.tensor\.3d.*?: "memory"\);',
      "fetch_box(address_of(to + i * DEEP * DEEP), map.words, 3, column + i * DEEP, row, group,"
      " address_of(&barrier));"),
-    (r'asm volatile\("cp\.async\.cg\.shared\.global \[%0\], \[%1\], 16, %2.*?: "memory"\);',
-     "copy_at_once(address_of(to), from, inside ? 16 : 0);"),
-    (r'asm volatile\("cp\.async\.mbarrier\.arrive\.noinc.*?: "memory"\);',
-     "arrive_at(address_of(&barrier));"),
     (r'"\+f"\((d\[[^\]]*\])\)', r"&\1"),
     (r'asm volatile\(PRODUCT\(NUMBERS\) : REGISTERS : "l"\(a\), "l"\(b\), "r"\(add\)\);',
      "float* const registers[] = {REGISTERS};"

@@ -6,12 +6,9 @@ import pytest
 import torch
 from numerics import largest_difference
 
-from blackmamba.generate import prompt
 from blackmamba.generate.prompt import PromptPass
 from blackmamba.model import BlackMamba, State
 from blackmamba.ops import gpu
-from blackmamba.ops.mamba_mixer import gpu as mamba_mixer
-from blackmamba.ops.prompt import gpu as kernels
 from blackmamba.presets import presets
 
 pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason="needs triton")
@@ -21,8 +18,6 @@ DEVICE = "cpu" if gpu.interpreted() else "cuda"
 @pytest.fixture(autouse=True)
 def triton(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("BLACKMAMBA_BACKEND", raising=False)
-    monkeypatch.setattr(mamba_mixer, "OWN_STEPS", True)
-    monkeypatch.setattr(prompt, "TRY", {"last", "norm"})
 
 
 def build(dtype: torch.dtype = torch.float32, **changes: object) -> BlackMamba:
@@ -78,18 +73,3 @@ def test_bfloat16_is_no_further_from_float32_than_the_models_own():
     found = PromptPass(narrow)(narrow, ids, None, None)
     assert found[0].dtype == torch.bfloat16
     assert differ(found, exact) < 1.5 * differ(own, exact)
-
-
-@pytest.mark.parametrize("r", [3, 24, 72])
-@pytest.mark.parametrize("has_lengths", [False, True])
-def test_steps(r: int, has_lengths: bool):
-    b, l, d, g = 2, 37, 72, torch.Generator().manual_seed(r)
-    low, weight = (torch.randn(n, 88, generator=g).half().to(DEVICE)[:, :r] for n in (b * l, d))
-    lengths = torch.tensor([5, l], device=DEVICE) if has_lengths else None
-    cut = kernels.DtCut(32, 64, 4)
-    found = kernels.steps(low, weight, lengths, l, cut).view(b, l, d).double()
-    exact = (low.double() @ weight.double().t()).view(b, l, d)
-    if has_lengths:
-        assert (found[0, 5:] == -torch.inf).all()
-        found, exact = (torch.cat((v[0, :5], v[1])) for v in (found, exact))
-    torch.testing.assert_close(found, exact, rtol=2**-10, atol=1e-3)

@@ -68,18 +68,6 @@ def test_gated(case: tuple[list[int], int, int], gelu: bool):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("keep", [False, True])
-def test_gathered(case: tuple[list[int], int, int], keep: bool):
-    made = drawn(*case)
-    x, w, ends, order = (made[name] for name in ("x", "w", "ends", "order"))
-    plain = hopper.gated(x[order.long()], w, ends, False, keep)
-    for _ in range(5):  # what comes too late would be seen
-        found = hopper.gated(x, w, ends, False, keep, order)
-        assert torch.equal(found[0], plain[0])
-        assert found[1] is None or (plain[1] is not None and torch.equal(found[1], plain[1]))
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("has_gate", [False, True])
 def test_placed(case: tuple[list[int], int, int], has_gate: bool):
     made = drawn(*case)

@@ -117,15 +117,6 @@ def test_gated(gelu: bool, keep: bool):
         assert_near(h, exact)
 
 
-@pytest.mark.usefixtures("results")
-def test_gathered():
-    m, n = 72, 136
-    x, w, ends, _ = drawn(m, 2 * n)
-    order = torch.randint(0, T, (T,), generator=torch.Generator().manual_seed(0)).int()
-    y, _ = hopper.gated(x, w, ends, False, False, order)
-    assert torch.equal(y, hopper.gated(x[order.long()], w, ends, False, False)[0])
-
-
 @pytest.mark.parametrize(("by_columns", "gate", "n"), [(False, True, 200), (True, False, 264)])
 def test_placed(results: Results, by_columns: bool, gate: bool, n: int):
     x, w, ends, exact = drawn(136, n, by_columns)

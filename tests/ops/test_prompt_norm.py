@@ -33,10 +33,10 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("t", "m", "e", "cut"),
-    [(11, 132, 8, NormCut(2, 2)), (1, 256, 3, NormCut(1, 1)), (7, 64, 1, None)],
+    [(11, 132, 8, NormCut(2, 2)), (1, 256, 3, NormCut(1, 1)), (7, 64, 1, NormCut(1, 16))],
     ids=str,
 )
-def test_near_float64(t: int, m: int, e: int, cut: NormCut | None):
+def test_near_float64(t: int, m: int, e: int, cut: NormCut):
     g = torch.Generator().manual_seed(t)
     x, update = torch.randn(t, m, generator=g), torch.randn(t, m, generator=g).bfloat16()
     weight, bias = torch.rand(m, generator=g) + 0.5, torch.randn(e, generator=g)
@@ -47,6 +47,7 @@ def test_near_float64(t: int, m: int, e: int, cut: NormCut | None):
     own, others, weight, router, bias = (v.to(DEVICE) for v in (x, update, weight, router, bias))
     assert chooses(own, others, torch.bfloat16, router)
     assert not chooses(own[:, :-2], others, torch.bfloat16, router)
+    assert not chooses(own, others, torch.bfloat16, torch.zeros(16, 1536, device=DEVICE))
     y, routes = norm_and_choice(own, others, weight, 1e-5, (router, bias), cut)
     assert torch.equal(own.cpu(), total.float())  # a sum of two is rounded once
     wrong = (y.double() - exact.to(DEVICE) * weight.double()).abs()

@@ -21,17 +21,14 @@ from blackmamba.ops.mamba_mixer.gpu import (
 )
 from blackmamba.ops.prompt import gpu as kernels
 
-TRY: set[str] = set()
-"""What is not in use before it was measured: "last", behind the last mixer each row's last token
-alone; "norm", norm and choice of an expert by norm.cu."""
-
 
 class PromptPass:
     """What `model.prefill` computes, with the logits of each row's last token.
 
     What depends on the weights alone is computed here, once. What no memory and no logits depend on
-    is left out: behind the last mixer, all tokens but each row's last. Of few tokens routers see
-    the norm before it is rounded: for a bfloat16 model the results differ from the model's by that.
+    is left out: behind the last mixer, all tokens but each row's last. Where norm and choice are
+    one kernel, routers see the norm before it is rounded: the results of a bfloat16 model differ
+    from the model's by that.
 
     Args:
         model: in evaluation mode; sequential layers, each a Mamba, MLP or MoE layer without biases.
@@ -56,8 +53,6 @@ class PromptPass:
             self._routers.append(router)
         mixing = [i for i, layer in enumerate(model._stack()) if layer.mixer is not None]
         self._last_mixer = mixing[-1] if mixing else -1
-        if "last" not in TRY:
-            self._last_mixer = len(self._mixers)
 
     @torch.inference_mode()
     def __call__(
@@ -83,8 +78,7 @@ class PromptPass:
         for i, layer in enumerate(model._stack()):
             router = self._routers[i]
             if (
-                "norm" in TRY
-                and router is not None
+                router is not None
                 and update is not None
                 and kernels.chooses(x, update, model.compute_dtype, router[0])
             ):

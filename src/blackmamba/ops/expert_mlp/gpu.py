@@ -26,10 +26,6 @@ FEW_WITHOUT_PRODUCT = 512
 """The same where torch has no grouped product that leaves the host alone."""
 
 
-GATHERS_INSIDE = False
-"""Whether products.cu finds its rows in the tokens' order by itself. Not measured yet."""
-
-
 @dataclasses.dataclass(frozen=True)
 class FewCut:
     """How the products of few tokens are cut into programs."""
@@ -149,13 +145,9 @@ def _forward(
     the groups' ends."""
     order, ends = sort_by_expert(expert_ids, len(fc1))
     k = choices_per_token(x, expert_ids)
-    of_rows = order if k == 1 else order // k
-    if GATHERS_INSIDE and hopper.fits(x, fc1, fc2):
-        products, (hidden, h) = hopper, hopper.gated(x, fc1, ends, gelu, keep, of_rows)
-    else:
-        rows = gathered(of_rows, x)[0]
-        products = _products(rows, fc1, fc2)
-        hidden, h = products.gated(rows, fc1, ends, gelu, keep)
+    rows = gathered(order if k == 1 else order // k, x)[0]
+    products = _products(rows, fc1, fc2)
+    hidden, h = products.gated(rows, fc1, ends, gelu, keep)
     gate = None if gate is None else gate.float().contiguous()
     y = products.placed(hidden, fc2, ends, order, gate)
     return y, x.new_empty(0) if h is None else h, order, ends

@@ -49,19 +49,12 @@ def fits(*matrices: Tensor) -> bool:
 
 
 def gated(
-    x: Tensor, w: Tensor, ends: Tensor, gelu: bool, keep: bool, order: Tensor | None = None
+    x: Tensor, w: Tensor, ends: Tensor, gelu: bool, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """act(G x) (U x) of rows x (t, m), w = [G; U] (e, 2 n, m): (t, n); if `keep`, [G x | U x].
-
-    Args:
-        order: (t,) int32: where in x, of any number of rows, row i is; None: there.
-    """
-    t = len(x) if order is None else len(order)
-    y = x.new_empty(t, w.shape[1] // 2)
-    h = x.new_empty(t, w.shape[1]) if keep else None
-    flags = {"GELU": int(gelu), "KEEP": int(keep), "GATHER": int(order is not None)}
-    rows = None if order is None else x
-    _launch(_BY_ROWS, _GATED, x, w, ends, y, 256, flags, h=h, order=order, rows=rows)
+    """act(G x) (U x) of rows x (t, m), w = [G; U] (e, 2 n, m): (t, n); if `keep`, [G x | U x]."""
+    y = x.new_empty(len(x), w.shape[1] // 2)
+    h = x.new_empty(len(x), w.shape[1]) if keep else None
+    _launch(_BY_ROWS, _GATED, x, w, ends, y, 256, {"GELU": int(gelu), "KEEP": int(keep)}, h=h)
     return y, h
 
 
@@ -126,7 +119,7 @@ def _launch(
     depth = (_MOST_SHARED - _FOR_ALIGNMENT) // of_part
     shared = depth * of_part + _FOR_ALIGNMENT
     ends_within_part = form == _BY_COLUMNS and w.dim() == 3 and m % _DEEP != 0
-    flags = {"GELU": 0, "KEEP": 0, "HAS_GATE": 0, "GATHER": 0} | flags
+    flags = {"GELU": 0, "KEEP": 0, "HAS_GATE": 0} | flags
     flags["APART"] = int(ends_within_part)
     flags |= {"FORM": form, "MODE": mode, "WIDE": wide, "DEPTH": depth, "SHARED": shared}
     together = _DEEP if form != _BY_ROWS else wide // 2 if mode == _GATED else wide
@@ -140,7 +133,6 @@ def _launch(
         if tensor is not None:
             setattr(arguments, name, tensor.data_ptr())
     arguments.n_groups, arguments.n, arguments.size = len(ends), y.shape[-1], m
-    arguments.stride = x.stride(0)
     index = x.device.index
     kernel = cuda.kernel((_SOURCE,), "grouped_product", tuple(sorted(flags.items())), index, True)
     blocks = torch.cuda.get_device_properties(index).multi_processor_count
@@ -154,8 +146,9 @@ class _Map(ctypes.Structure):
 class _Arguments(ctypes.Structure):
     _fields_: Any = (
         *((name, _Map) for name in ("x", "w")),
-        *((name, ctypes.c_uint64) for name in ("ends", "y", "h", "order", "gate", "rows")),
-        *((name, ctypes.c_int) for name in ("n_groups", "n", "size", "stride")),  # whole 64 bytes
+        *((name, ctypes.c_uint64) for name in ("ends", "y", "h", "order", "gate")),
+        *((name, ctypes.c_int) for name in ("n_groups", "n", "size")),
+        ("_", ctypes.c_int * 3),  # whole 64 bytes, as in products.cu
     )
 
 

@@ -15,15 +15,12 @@
 // the 8 warps of two warpgroups, 64 rows each, multiply what has come and leave the place to the next. How many rows a
 // group has is known on the device alone (`ends`), so each block walks over all tiles in steps of the grid.
 //
-// GATHER: row i of x is row order[i] of `rows`. TMA does not know of that here, so the four warps of the third warpgroup copy
-// pieces of 16 bytes to where TMA would have put them.
-//
 // Bound by the matrix units: 2 m WIDE operations for a row of a tile.
 //
 // APART, in FORM 1: where m is not a whole number of parts, the last part of a W_e would end with the first rows of W_(e+1),
 // times zeros of x; but 0 times NaN is NaN. So each W_e is a matrix of its own for TMA, which gives 0 for what is outside.
 //
-// Compiled at run time, without headers, with: FORM, MODE, GELU, KEEP, HAS_GATE, GATHER, APART (each 0 or 1), WIDE (columns of
+// Compiled at run time, without headers, with: FORM, MODE, GELU, KEEP, HAS_GATE, APART (each 0 or 1), WIDE (columns of
 // sums in a tile: 128, 192 or 256; in MODE 1 one half are g's), DEPTH, SHARED (bytes).
 //
 // Letters: t rows, e groups, m numbers of a row of x, n columns of y.
@@ -51,12 +48,10 @@ struct Arguments {
     const int* ends;      // of the groups, ascending
     u16* y;
     u16* h;               // KEEP
-    const int* order;     // MODE 2, GATHER
+    const int* order;     // MODE 2
     const float* gate;    // HAS_GATE
-    const u16* rows;      // GATHER
     int n_groups, n;      // columns of y
     int size;             // numbers that a product sums over; FORM 2: rows of Y_e
-    int stride;           // of `rows`, in numbers
 };
 
 struct Shared {
@@ -112,15 +107,6 @@ __device__ __forceinline__ void fetch_columns_of(u16* to, const Map& map, int co
             "l"(&map), "r"(column + i * DEEP), "r"(row), "r"(group), "r"(address_of(&barrier)) : "memory");
 }
 #endif
-
-// 16 bytes, or as many zeros.
-__device__ __forceinline__ void copy_piece(u16* to, const u16* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address_of(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
-}
-// Arrives when all pieces that the thread asked for have come.
-__device__ __forceinline__ void arrive_with_pieces(u64& barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address_of(&barrier)) : "memory");
-}
 
 // ---- the matrix units ------------------------------------------------------------------------------------------------
 
@@ -245,36 +231,6 @@ __device__ __forceinline__ void fetch_w(const Arguments& a, const Tile& tile, in
 #endif
 }
 
-#if GATHER
-__device__ __forceinline__ void produce(const Arguments& a, Shared& shared) {
-    Walk walk(a);
-    Tile tile;
-    Place place;
-    const int thread = threadIdx.x - CONSUMERS * 128;
-    const int piece = thread & 7, first = thread >> 3;  // of every 16 rows
-    const int to = first * DEEP + (piece ^ first & 7) * 8;
-    while (walk.next(a, tile)) {
-        const u16* from[ROWS / 16];
-#pragma unroll
-        for (int i = 0; i < ROWS / 16; i++)  // what is behind the group is multiplied, but goes nowhere
-            from[i] = a.rows + (i64)a.order[min(tile.row + first + i * 16, tile.end - 1)] * a.stride + piece * 8;
-        for (int at = tile.first; at < tile.last; at += DEEP) {
-            u64& full = shared.full[place.at];
-            u16* const x = shared.x[place.at] + to;
-            wait(shared.empty[place.at], place.turn ^ 1);
-            if (thread == 0) {
-                expect(full, WIDE * DEEP * 2);
-                fetch_w(a, tile, at, shared.w[place.at], full);
-            }
-            const bool inside = at + piece * 8 < a.size;
-#pragma unroll
-            for (int i = 0; i < ROWS / 16; i++) copy_piece(x + i * 16 * DEEP, from[i] + (inside ? at : 0), inside);
-            arrive_with_pieces(full);
-            place.next();
-        }
-    }
-}
-#else
 __device__ __forceinline__ void produce(const Arguments& a, Shared& shared) {
     if (threadIdx.x != CONSUMERS * 128) return;
     Walk walk(a);
@@ -296,7 +252,6 @@ __device__ __forceinline__ void produce(const Arguments& a, Shared& shared) {
         }
     }
 }
-#endif
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -438,9 +393,6 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& shared, int 
 #if FORM == 2
             if (tile.last - at < DEEP) clear_rows(part, shared.w[place.at], tile.last - at, warpgroup);
 #endif
-#if GATHER
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // pieces were not copied by what multiplies
-#endif
             begin_products();
 #pragma unroll
             for (int k = 0; k < DEEP / 16; k++) multiply(d, x + k * X_STEP, w + k * W_STEP, at > tile.first || k > 0);
@@ -480,7 +432,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_product(const _
     Shared& shared = *reinterpret_cast<Shared*>(memory + (1024 - address_of(memory) % 1024) % 1024);
     if (threadIdx.x == 0) {
         for (int i = 0; i < DEPTH; i++) {
-            make_barrier(shared.full[i], GATHER ? 1 + 128 : 1);
+            make_barrier(shared.full[i], 1);
             make_barrier(shared.empty[i], CONSUMERS * 4);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

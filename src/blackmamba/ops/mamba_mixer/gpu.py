@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops.causal_conv1d import gpu as conv
-from blackmamba.ops.prompt.gpu import fill_pads_, last_output, steps
+from blackmamba.ops.prompt.gpu import fill_pads_, last_output
 from blackmamba.ops.selective_scan import gpu as scan
-
-OWN_STEPS = False
-"""Whether dt of prompts is by an own kernel. Not measured yet."""
 
 
 def mamba_mixer_gpu(
@@ -252,9 +249,6 @@ def _projected(
     columns = _aligned(x, *x.shape[:2], len(weights.x_proj))
     torch.mm(x.flatten(0, 1), weights.x_proj.t(), out=columns.flatten(0, 1))
     low, B, C = _parts(columns, r, n)
-    if OWN_STEPS and x.dtype != torch.float32:
-        dt = steps(low.flatten(0, 1), weights.dt_proj, lengths, x.shape[1]).view(x.shape)
-        return x, dt, B, C, last
     dt = torch.mm(low.flatten(0, 1), weights.dt_proj.t()).view(x.shape)
     if lengths is not None:
         fill_pads_(dt, lengths)

@@ -67,43 +67,6 @@ def norm_kernel(
 
 
 @triton.jit
-def dt_kernel(
-    low, weight, lengths, dt, t, l, d, r, low_stride, weight_stride,
-    HAS_LENGTHS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    PART: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """dt = low weight^T, of few columns; with lengths -infinity behind each row's.
-
-    Owns ROWS tokens and BLOCK channels: a product over PART columns, then over REST more. Moves dt
-    once; what it reads comes from the L2 cache. Bound by bytes.
-    """
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    k = tl.arange(0, PART)
-    real = row < t
-    sums = _product(low, weight, row, c, k, real, t, d, r, low_stride, weight_stride, WIDE)
-    if REST > 0:
-        more = PART + tl.arange(0, REST)
-        sums += _product(low, weight, row, c, more, real, t, d, r, low_stride, weight_stride, WIDE)
-    if HAS_LENGTHS:
-        pad = row % l >= tl.load(lengths + row // l, real, other=0)
-        sums = tl.where(pad[:, None], float("-inf"), sums)
-    inside = real[:, None] & (c < d)[None, :]
-    tl.store(dt + row[:, None] * d + c[None, :], sums.to(dt.dtype.element_ty), inside)
-
-
-@triton.jit
-def _product(low, weight, row, c, k, real, t, d, r, low_stride, weight_stride, WIDE: tl.constexpr):
-    a_at = low + row[:, None] * low_stride + k[None, :]
-    b_at = weight + c[None, :] * weight_stride + k[:, None]
-    a = tl.load(a_at, real[:, None] & (k < r)[None, :], other=0.0)
-    b = tl.load(b_at, (c < d)[None, :] & (k < r)[:, None], other=0.0)
-    if WIDE:  # the interpreter's
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
 def fill_pads_kernel(dt, lengths, l, d, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """dt = -infinity behind each row's length, so that a pad leaves the scan's state as it is.
 
