@@ -2,9 +2,9 @@
 
 Letters: t tokens, e experts, k experts_per_token.
 
-A layer hands its `RouterLoad` up; losses and counts are made of those outside of the layers, so
-that a layer which is computed twice (`Recompute`) counts once, and all of a model's counts go over
-the ranks in one piece.
+A layer returns its `RouterLoad`; losses and counts are computed from these outside the layers. So a
+layer that is computed twice (`Recompute`) counts once, and one message between ranks holds the
+counts of all layers.
 
 Source: Fedus et al. 2021 (arXiv 2101.03961), eq. 4 to 6; Zoph et al. 2022 (arXiv 2202.08906),
 eq. 5; Wang et al. 2024 (arXiv 2408.15664), algorithm 1; Qiu et al. 2025 (arXiv 2501.11873) for the
@@ -119,15 +119,12 @@ def losses(
 def balance_step(
     model: nn.Module, *, reduce: Reduce | None = None, go: Tensor | bool = True
 ) -> None:
-    """To be called once after every step of the optimizer: move each router's selection bias
-    against the load that it had since the last time, and forget that load.
-
-    The bias of a router whose weight is not trained itself (frozen, or of a model that adapters are
-    trained of) belongs to what stays as it is.
+    """Move each router's selection bias against the load since the last call, and forget that load.
+    To be called once after every step of the optimizer.
 
     The bias of an expert goes up by `selection_bias_rate` if it had fewer tokens than the mean and
-    down if it had more ("sign"), or up by the rate times 1 - load / mean ("error"). Nothing waits
-    for the device.
+    down if it had more ("sign"), or up by the rate times 1 - load / mean ("error"). A router whose
+    weight is not trained (frozen, or under adapters) keeps its bias. Nothing waits for the device.
 
     Args:
         model: any module with routers in it; without any that count tokens, nothing happens.

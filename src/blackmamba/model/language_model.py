@@ -40,7 +40,7 @@ _KEPT_FLOAT32 = {"A_log", "D", "dt_bias", "lora_A", "lora_B"}
 def keeps_float32(name: str) -> bool:
     """Whether the parameter of this name stays float32 in a 16-bit model.
 
-    So do A_log, D and dt_bias (small errors compound over a sequence), the norms and the router,
+    These are A_log, D and dt_bias (small errors compound over a sequence), the norms, the router
     and adapters.
     """
     parts = name.split(".")
@@ -137,14 +137,14 @@ class BlackMamba(nn.Module):
 
         Args:
             input_ids: (b, l) int64, each within 0 .. vocab_size - 1; neither b nor l may be 0.
-            seq_idx: (b, l), any integer dtype, for rows of several documents one after the other:
-                which one each token is of, by a number that no other in its row has. Each is read
-                as if it stood alone (but that in training mode experts are balanced over all tokens
-                together). A negative number marks pads, which balance losses and counts leave out;
-                Sinkhorn's plan does not. None: a row is one document.
+            seq_idx: (b, l), any integer dtype, for rows that hold several documents: the number of
+                each token's document, which no other document of the row has. Each document is
+                read as if it stood alone, except that in training experts are balanced over all
+                tokens together. Negative numbers mark pads: balance losses and counts leave them
+                out, Sinkhorn's plan does not. None: each row is one document.
             trace: filled with what went on inside.
-            sequence_group: its ranks hold the pieces, one after the other, of the same rows, and
-                all call this with their own: see `blackmamba.ops.sequence`. Experts are balanced
+            sequence_group: ranks that hold consecutive pieces of the same rows. All of them call
+                this, each with its own piece: see `blackmamba.ops.sequence`. Experts are balanced
                 over each rank's tokens.
         Returns:
             (b, l, v) in the compute dtype.
@@ -192,9 +192,9 @@ class BlackMamba(nn.Module):
                 the next piece.
         Returns:
             float32 scalars; the cross-entropy is NaN if every label is -100, as there is nothing to
-            average. With sequence_group, the mean over this rank's labels, 0 if it has none: that
-            of the rows weighs each rank's by its number of them, and so does its gradient, which is
-            the sum of what the ranks find.
+            average. With sequence_group it is the mean over this rank's labels, 0 if it has none.
+            The loss of the whole rows is then the mean of the ranks' losses weighted by how many
+            labels each has; its gradient is the sum of the ranks' gradients, weighted likewise.
         Raises:
             InputError: a wrong shape or dtype, an empty batch, an id or label out of range.
         """
@@ -227,7 +227,7 @@ class BlackMamba(nn.Module):
         return found
 
     def initial_state(self, batch_size: int) -> State:
-        """The memory of `batch_size` sequences of which nothing was read yet."""
+        """The memory of `batch_size` sequences before their first token."""
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size}: must be at least 1")
         return State(batch_size, tuple(layer.initial_state(batch_size) for layer in self._stack()))

@@ -6,8 +6,8 @@ side:
     one part:       x <- x + part(norm(x))
     parallel pair:  x <- x + mixer(norm(x)) + feed_forward(feed_forward_norm(x))
 
-What a layer adds to the stream is handed on beside it and added where the next norm reads it: one
-pass over memory in place of two.
+A layer does not add its output to the stream itself. It returns both, and the next norm adds them
+as it reads them: one pass over memory instead of two.
 
 Source: BlackMamba (arXiv 2402.01771) and the authors' code, where every layer adds to the raw
 stream; the equation as printed in the paper leaves the mixer's output out of the outer sum.
@@ -39,7 +39,7 @@ class Trace:
     Args:
         keep_hidden: whether `hidden` is wanted.
 
-    (Not a dataclass: FSDP takes tensors that it finds in those for inputs of the layer.)
+    (Not a dataclass, because FSDP takes the tensors in one for inputs of the layer.)
     """
 
     def __init__(self, keep_hidden: bool = False):
@@ -144,7 +144,8 @@ class Layer(nn.Module):
         return x + self._fed(x, y, update)[0], state
 
     def _fed(self, x: Tensor, y: Tensor, update: Tensor | None) -> tuple[Tensor, Routing | None]:
-        """The mixer's update, and the feed-forward part of y = norm(x), or of its own norm of x."""
+        """Add the feed-forward part to the mixer's update. Its input is y = norm(x), or in a
+        parallel pair its own norm of x."""
         routing = None
         if self.feed_forward is not None:
             norm = self.norm

@@ -81,8 +81,8 @@ class Mamba(nn.Module):
 
         Args:
             u: (b, l, m).
-            state: memory of what came before, None for nothing; or `Pieces`: the rank before has
-                it, and all ranks read at the same time.
+            state: memory of what came before, None for nothing; or `Pieces`, if rows are cut over
+                ranks: the previous rank has that memory, and all ranks read at the same time.
             lengths: (b,) int64, rows are right-padded; a pad neither decays nor feeds the state.
             seq_idx: (b, l), integers: which document of its row each token is of.
         Returns:
@@ -120,7 +120,7 @@ class Mamba(nn.Module):
         lengths: Tensor | None,
         seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """From behind the convolution to before out_proj: (b, l, d), and the scan's state."""
+        """From the convolution's output to out_proj's input, (b, l, d); and the scan's state."""
         dt, B, C = self.dt_B_C(x)
         dt = self.dt_proj(dt)
         if lengths is not None:  # softplus(-inf) = 0: exp(0 A) = 1 and 0 B x = 0 leave h as it is
@@ -135,15 +135,15 @@ class Mamba(nn.Module):
         )
 
     def dt_B_C(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: N802 # the paper's names
-        """What of each token the scan goes by, dt before dt_proj, from what the convolution gave:
-        (..., d) to (..., r), (..., n) and (..., n)."""
+        """What the scan takes from each token: dt (before dt_proj), B and C. From the convolution's
+        output (..., d) to (..., r), (..., n) and (..., n)."""
         dt, B, C = self.x_proj(x).split(self._split, dim=-1)
         if self.dt_norm is None or self.B_norm is None or self.C_norm is None:
             return dt, B, C
         return self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
 
     def _mix(self, xz: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
-        """All between in_proj and out_proj, of whole sequences: (b, l, 2 d) to (b, l, d)."""
+        """Everything from in_proj to out_proj, for whole sequences: (b, l, 2 d) to (b, l, d)."""
         d, memory = self._conv_shape
         y, ssm = mamba_mixer(
             xz,

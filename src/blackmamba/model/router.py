@@ -21,8 +21,7 @@ from blackmamba.ops import router_choice, router_logits, sinkhorn_choice
 
 @dataclasses.dataclass(frozen=True)
 class RoutingStats:
-    """Figures of one layer's routing; all but `dropped` are tensors, 0-dimensional ones but for
-    the first."""
+    """Statistics of one layer's routing. All but the first two are 0-dimensional tensors."""
 
     tokens_per_expert: Tensor
     """(e,) int64; sums to k times the number of tokens: none is dropped."""
@@ -97,8 +96,8 @@ class Router(nn.Module):
             scores for the choice alone; None without `config.selection_bias`.
         load_since_step: (e,) int64, a buffer that is not saved: choices of each expert in training
             since the optimizer's last step; None unless `config.counts_tokens`.
-        gather: for `sinkhorn_scope="global"`: logits (t, e) of this rank to those of all, (T, e),
-            and where in them this rank's begin. None: this process is the only one.
+        gather: for `sinkhorn_scope="global"`: takes the logits (t, e) of this rank, and gives those
+            of all ranks (T, e) and the row where this rank's begin. None: there is one process.
     """
 
     selection_bias: Tensor | None
@@ -163,7 +162,7 @@ class Router(nn.Module):
         return config.gates_are_sigmoids and alone and self.selection_bias is None
 
     def _scores(self, logits: Tensor) -> Tensor:
-        """What the experts are chosen by: of the order of the logits if there is no bias."""
+        """What experts are chosen by; without a bias the logits, whose order is the same."""
         if self.selection_bias is None:
             return logits
         return probabilities(logits.detach(), self.config.router) + self.selection_bias

@@ -42,7 +42,7 @@ def global_norm_reference(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def stochastic_bfloat16(x: Tensor, seed: Tensor, number: int) -> Tensor:
-    """float32 x up or down to bfloat16: 16 random bits are added to the 16 that are cut off.
+    """Round float32 x up or down to bfloat16: add 16 random bits to the 16 that are cut off.
 
     Args:
         x: finite.

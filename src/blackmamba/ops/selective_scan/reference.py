@@ -29,8 +29,8 @@ def selective_scan_reference(
     outputs: list[Tensor] = []
     for t in range(x.shape[1]):
         if seq_idx is not None and t > 0:
-            first = seq_idx[:, t] != seq_idx[:, t - 1]  # tokens of their document
-            state = state.masked_fill(first[:, None, None], 0)
+            begins = seq_idx[:, t] != seq_idx[:, t - 1]  # another document
+            state = state.masked_fill(begins[:, None, None], 0)
         z_t = None if z is None else z[:, t]
         y, state = selective_state_update_reference(
             state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D, z_t, dt_bias, dt_softplus

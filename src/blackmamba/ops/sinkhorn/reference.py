@@ -19,23 +19,24 @@ class SinkhornResult(NamedTuple):
     """Largest relative error of a row or column sum."""
 
 
-_FLOOR = -1e4  # of a scaled logit below its row's largest: far below what exp can tell from 0
+_FLOOR = -1e4  # least scaled logit, relative to its row's largest; its exp is 0 in any dtype
 
 
 @torch.no_grad()
 def sinkhorn_reference(
     logits: Tensor, scale: float, start: str, tolerance: float, max_iterations: int
 ) -> SinkhornResult:
-    """log P = scale * logits + r + c; r and c in turn make the rows and the columns right.
+    """log P = scale * logits + r + c, where r and c are updated in turn: r so that the rows have
+    the right sums, then c so that the columns do.
 
-    Each row's largest logit is taken out first, which r would undo: so nothing overflows.
+    Each row's largest logit is subtracted first, so that nothing overflows; r makes up for it.
     """
     logits = logits.to(wide_dtype(logits))
     if len(logits) == 0:
         return SinkhornResult(logits.clone(), 0, 0.0)
     step = None
     for step in sinkhorn_steps(logits, scale, start, max_iterations):
-        if not step.error >= tolerance:  # so that NaN, which comes of NaN logits alone, stops too
+        if not step.error >= tolerance:  # NaN, which only NaN logits cause, stops too
             break
     assert step is not None
     return SinkhornResult(step.plan, step.number, step.error)
@@ -61,7 +62,7 @@ def sinkhorn_steps(
     largest = logits.amax(dim=1, keepdim=True)
     log_cost = ((logits - largest) * scale).clamp(min=_FLOOR)
     c = logits.new_zeros(e)
-    if start == "paper":  # column sums of the cost as given, but for one factor, which r undoes
+    if start == "paper":  # column sums of exp(scale * logits); r makes up for a common factor
         weight = ((largest - largest.max()) * scale).clamp(min=_FLOOR)
         c = -(log_cost + weight).logsumexp(dim=0)
     for number in range(1, max_iterations + 1):
