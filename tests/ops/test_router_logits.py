@@ -1,11 +1,11 @@
-"""The router's product: Triton's kernels against float64."""
+"""The router's product: the kernels against float64."""
 
 import pytest
 import torch
 from numerics import largest_difference
 
 from blackmamba.errors import BackendError, InputError
-from blackmamba.ops import gpu, router_choice, router_logits
+from blackmamba.ops import gpu, native, router_choice, router_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
@@ -91,3 +91,60 @@ def test_bad_input_is_named():
         router_logits(normal(2, 5), normal(3, 4), normal(3))
     x, weight = normal(2, 5), normal(3, 5)
     assert router_logits(x.float(), weight, normal(3)).dtype == torch.float64
+
+
+NATIVE = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("t", "m", "e"), [(0, 8, 3), (1, 1, 1), (7, 70, 8), (129, 64, 17), (4100, 33, 4)]
+)
+def test_native_is_as_near_as_its_dtype(
+    t: int, m: int, e: int, dtype: torch.dtype, nan_filled_memory: None
+):
+    g = torch.Generator().manual_seed(0)
+    wide = [torch.randn(shape, generator=g).double() for shape in ((t, 2 * m), (e, m), (e,))]
+    inputs = (wide[0].to(dtype)[:, ::2], wide[1].float(), wide[2].float())
+    exact = cpu_gradients(tuple(p.double() for p in inputs), "reference")
+    eager = cpu_gradients(inputs, "reference")
+    found = []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        found.append(cpu_gradients(inputs, "native"))
+    torch.set_num_threads(1)
+    assert all(map(torch.equal, *found))
+    sums = (m, e, t, t)  # terms of each; float32's error grows with their root
+    names = ("y", "x", "weight", "bias")
+    for name, n, *values in zip(names, sums, found[0], eager, exact, strict=True):
+        assert (values[0].dtype, values[0].shape) == (values[1].dtype, values[1].shape), name
+        if values[0].numel():
+            error = largest_difference(values[0], values[2])
+            sizes = max(1.0, values[2].abs().max().item())
+            rounding = torch.finfo(values[0].dtype).eps / 2 * sizes
+            assert error <= rounding + 2**-24 * 8 * max(1, n) ** 0.5 * sizes, name
+
+
+def cpu_gradients(inputs: tuple[torch.Tensor, ...], backend: str) -> list[torch.Tensor]:
+    leaves = [p.detach().requires_grad_() for p in inputs]
+    y = router_logits(*leaves, backend=backend)  # pyright: ignore
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, g)]
+
+
+@NATIVE
+def test_native_keeps_nan_and_leaves_the_rest_to_the_definition():
+    x, weight, bias = torch.randn(70, 20).bfloat16(), torch.randn(5, 20), torch.randn(5)
+    x[3, 4] = torch.nan
+    y, grad_x, *_ = cpu_gradients((x, weight, bias), "native")
+    others = torch.arange(70) != 3
+    assert y[3].isnan().all()
+    assert y[others].isfinite().all()
+    assert grad_x.isfinite().all()
+    # weights that are not float32, and what torch.compile sees
+    narrow = router_logits(x[:2], weight.bfloat16(), bias.bfloat16(), backend="native")
+    assert torch.equal(narrow, router_logits(x[:2], weight.bfloat16(), bias.bfloat16()))
+    assert narrow.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(router_logits(x, weight, bias)[others], y[others])

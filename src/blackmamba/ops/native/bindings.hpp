@@ -18,6 +18,7 @@ void bind_linear(nanobind::module_& m);
 void bind_linear_cross_entropy(nanobind::module_& m);
 void bind_quantized_expert_mlp(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
+void bind_router_logits(nanobind::module_& m);
 void bind_selective_scan(nanobind::module_& m);
 void bind_selective_state_update(nanobind::module_& m);
 void bind_sinkhorn(nanobind::module_& m);
@@ -35,6 +36,7 @@ inline void bind_all(nanobind::module_& m) {
   bind_linear_cross_entropy(m);
   bind_quantized_expert_mlp(m);
   bind_rms_norm(m);
+  bind_router_logits(m);
   bind_selective_scan(m);
   bind_selective_state_update(m);
   bind_sinkhorn(m);

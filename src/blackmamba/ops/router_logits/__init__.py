@@ -5,13 +5,19 @@ from torch import Tensor
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_shapes
 from blackmamba.ops.router_logits.gpu import router_choice_triton, router_logits_triton
+from blackmamba.ops.router_logits.native import router_logits_native
 from blackmamba.ops.router_logits.reference import (
     router_choice_reference,
     router_logits_reference,
 )
 
 _IMPLEMENTATIONS = Implementations(
-    "router_logits", {"triton": router_logits_triton, "reference": router_logits_reference}
+    "router_logits",
+    {
+        "triton": router_logits_triton,
+        "native": router_logits_native,
+        "reference": router_logits_reference,
+    },
 )
 _CHOICES = Implementations(
     "router_choice",
