@@ -22,11 +22,12 @@ void bind_rms_norm(nb::module_& m) {
       "rms_norm_backward",
       [](Address x, Address weight, float eps, std::int64_t t, std::int64_t m, bool x_is_bf16,
          bool y_is_bf16, int n_threads, Address grad_y, Address grad_total, Address grad_x,
-         Address grad_weight) {
+         Address grad_weight, Address narrow) {
         BM_PICK(rms_norm).backward({pointer<void>(x), pointer<float>(weight), eps, t, m, x_is_bf16,
                                     y_is_bf16, n_threads},
                                    pointer<void>(grad_y), pointer<void>(grad_total),
-                                   pointer<void>(grad_x), pointer<float>(grad_weight));
+                                   pointer<void>(grad_x), pointer<float>(grad_weight),
+                                   pointer<void>(narrow));
       },
       nb::call_guard<nb::gil_scoped_release>());
 }

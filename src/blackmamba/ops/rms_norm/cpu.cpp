@@ -82,7 +82,7 @@ void forward(const RmsNormInputs& in, const RmsNormSum& sum, void* out) {
 // the sum over rows of grad_y x s: each task sums its own rows.
 template <class X, class Y>
 void backward(const RmsNormInputs& in, const void* grad_y, const void* grad_total, void* grad_x,
-              float* grad_weight) {
+              float* grad_weight, void* narrow) {
   const std::int64_t tasks = n_tasks(in), m = in.m;
   float* parts = scratch<float>(Slot::d, tasks * m);
   parallel_for(n_threads(in), tasks, [&](std::int64_t i) {
@@ -93,6 +93,7 @@ void backward(const RmsNormInputs& in, const void* grad_y, const void* grad_tota
       const Y* gy = static_cast<const Y*>(grad_y) + row * m;
       const X* beside = grad_total ? static_cast<const X*>(grad_total) + row * m : nullptr;
       X* gx = static_cast<X*>(grad_x) + row * m;
+      bf16* copy = narrow ? static_cast<bf16*>(narrow) + row * m : nullptr;
       const float scale = scale_of(in, x);
       const float along = sum_over(m, [&](std::int64_t c, int n) {
         return load_some(gy + c, n) * load_some(in.weight + c, n) * load_some(x + c, n);
@@ -104,6 +105,7 @@ void backward(const RmsNormInputs& in, const void* grad_y, const void* grad_tota
         vec sum = g * load_some(in.weight + c, n) - here * back;
         if (beside != nullptr) sum += load_some(beside + c, n);
         store_some(gx + c, sum, n);
+        if (copy != nullptr) store_some(copy + c, sum, n);
       };
       std::int64_t c = 0;
       for (; c + lanes <= m; c += lanes) one(c, lanes);
@@ -125,11 +127,11 @@ void run_forward(const RmsNormInputs& in, const RmsNormSum& sum, void* y) {
 }
 
 void run_backward(const RmsNormInputs& in, const void* grad_y, const void* grad_total, void* grad_x,
-                  float* grad_weight) {
+                  float* grad_weight, void* narrow) {
   const auto run = in.x_is_bf16
                        ? (in.y_is_bf16 ? backward<bf16, bf16> : backward<bf16, float>)
                        : (in.y_is_bf16 ? backward<float, bf16> : backward<float, float>);
-  run(in, grad_y, grad_total, grad_x, grad_weight);
+  run(in, grad_y, grad_total, grad_x, grad_weight, narrow);
 }
 
 }  // namespace

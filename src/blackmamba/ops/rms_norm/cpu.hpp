@@ -26,9 +26,10 @@ struct RmsNormSum {
 struct RmsNorm {
   void (*forward)(const RmsNormInputs& in, const RmsNormSum& sum, void* y);
   // x: the total, if there was an update; grad_total, of the total by other ways, may be null.
-  // grad_y in y's dtype, the others (t, m) in x's; grad_weight (m)
+  // grad_y in y's dtype, the others (t, m) in x's; grad_weight (m); narrow (t, m) bfloat16, a copy
+  // of grad_x for a narrower update, or null.
   void (*backward)(const RmsNormInputs& in, const void* grad_y, const void* grad_total, void* grad_x,
-                   float* grad_weight);
+                   float* grad_weight, void* narrow);
 };
 
 BM_DECLARE(RmsNorm, rms_norm);

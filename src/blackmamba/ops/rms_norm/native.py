@@ -55,12 +55,15 @@ class _Norm(torch.autograd.Function):
         total, weight = ctx.saved_tensors
         *of_total, of_y = grads
         grad_total = of_total[0] if of_total else None
+        dtype, update = ctx.update_dtype, None
         if of_y is None:
             grad_x, grad_weight = grad_total, None
         else:
-            grad_x, grad_weight = _run_backward(of_y, total, weight, ctx.eps, grad_total)
-        dtype = ctx.update_dtype
-        update = None if dtype is None or grad_x is None else grad_x.to(dtype)
+            if dtype == torch.bfloat16 and total.dtype != dtype:
+                update = total.new_empty(total.shape, dtype=dtype)
+            grad_x, grad_weight = _run_backward(of_y, total, weight, ctx.eps, grad_total, update)
+        if update is None and dtype is not None and grad_x is not None:
+            update = grad_x.to(dtype)
         return grad_x, update, grad_weight, None, None
 
 
@@ -83,9 +86,15 @@ def _run(
 
 
 def _run_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, eps: float, grad_total: Tensor | None
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad_total: Tensor | None,
+    narrow: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, with grad_total added, and of weight."""
+    """Gradients of x, with grad_total added, and of weight; the first, rounded to bfloat16, also
+    into `narrow`, contiguous."""
     x, wide, grad_y = x.contiguous(), weight.float().contiguous(), grad_y.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad_x, grad_weight = x.new_empty(x.shape), wide.new_empty(wide.shape)
@@ -95,6 +104,7 @@ def _run_backward(
         0 if grad_total is None else grad_total.data_ptr(),
         grad_x.data_ptr(),
         grad_weight.data_ptr(),
+        0 if narrow is None else narrow.data_ptr(),
     )
     return grad_x, grad_weight.to(weight.dtype)
 
