@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.errors import InputError
+from blackmamba.ops import native
 
 
 def check_shapes(operation: str, **expected: tuple[Tensor | None, Sequence[int]]) -> None:
@@ -72,6 +73,10 @@ def check_integers(
         raise InputError(f"{operation}: {name} is {tensor.dtype}, must be torch.int64")
     if not readable(tensor):
         return
+    if native.missing() is None and tensor.is_contiguous():  # a quarter of what torch's calls cost
+        beside = 0 if ignored is None else ignored
+        if native.extension().all_within(tensor.data_ptr(), tensor.numel(), last, beside):
+            return
     wrong = (tensor < 0) | (tensor > last)
     if ignored is not None:
         wrong &= tensor != ignored

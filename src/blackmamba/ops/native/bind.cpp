@@ -17,6 +17,17 @@ void bind_elementwise(nb::module_& m) {
       },
       "y[i] = f(x[i]) for float32 arrays of n numbers.");
   m.def(
+      "all_within",
+      [](std::uintptr_t x, std::int64_t n, std::int64_t last, std::int64_t ignored) {
+        const std::int64_t* const numbers = pointer<const std::int64_t>(x);
+        bool all = true;
+        for (std::int64_t i = 0; i < n; ++i)
+          all &= (numbers[i] >= 0 && numbers[i] <= last) || numbers[i] == ignored;
+        return all;
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Whether n int64 are each 0 .. last, or `ignored`.");
+  m.def(
       "flops_per_second",
       [](int n_threads) {
         constexpr std::int64_t rounds = 4'000'000;
