@@ -389,7 +389,8 @@ def test_pairs_keep_nan_and_infinity(bad: float):
 def test_training_takes_products_of_pairs():
     (x, ids, fc1, fc2), extra = arguments(64, 3, 16, 8, dtype=torch.bfloat16, biases=False)
     x.requires_grad_()
-    assert "expert_mlp_pairs" in str(expert_mlp(x, ids, fc1, fc2, **extra).grad_fn)
+    node: Any = expert_mlp(x, ids, fc1, fc2, **extra).grad_fn
+    assert node.run.__module__.endswith("native_pairs")
     torch.library.opcheck(
         torch.ops.blackmamba.expert_mlp_pairs.default,
         (x.detach()[:32], ids, fc1, fc2, None, True, True),  # 2 choices a token
@@ -397,4 +398,4 @@ def test_training_takes_products_of_pairs():
     )
     odd = fc1[:, :, :15].contiguous(), fc2[:, :15].contiguous()
     other = expert_mlp(x[:, :15], ids, *odd, **extra)
-    assert "expert_mlp_pairs" not in str(other.grad_fn)
+    assert not hasattr(other.grad_fn, "run")

@@ -69,7 +69,8 @@ void backward(const ActivateInputs& in, const ActivateGradients& grad) {
     const T* h = static_cast<const T*>(in.h) + row * in.h_row;
     const T* gy = static_cast<const T*>(grad.y) + row * grad.y_row;
     T* gh = static_cast<T*>(grad.h) + row * (in.gated ? 2 : 1) * in.f;
-    const float scale = grad.scale ? grad.scale[row] : 1.0f;
+    const std::int64_t place = grad.places ? grad.places[row] : row;
+    const float scale = grad.scale ? grad.scale[place] : 1.0f;
     vec dot{};
     each_vector(in.f, [&](std::int64_t c, int n) {
       const Slope act = Act::slope(load_some(h + c, n));
@@ -79,7 +80,7 @@ void backward(const ActivateInputs& in, const ActivateGradients& grad) {
       store_some(gh + c, g * up * act.derivative, n);
       if (in.gated) store_some(gh + in.f + c, g * act.value, n);
     });
-    if (grad.dots) grad.dots[row] = sum(dot);
+    if (grad.dots) grad.dots[place] = sum(dot);
   });
 }
 

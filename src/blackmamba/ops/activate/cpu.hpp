@@ -21,6 +21,7 @@ struct ActivateGradients {
   void* h;               // (t, 2f) or (t, f), contiguous
   const float* scale;    // (t), multiplies each row of y's gradient first; or null
   float* dots;           // (t), each row's product of y and its unscaled gradient; or null
+  const std::int64_t* places;  // (t), where row i's scale and dot are; null: at i
 };
 
 struct Activate {

@@ -28,12 +28,14 @@ def activate_rows_backward(
     gated: bool,
     scale: Tensor | None = None,
     dots: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """The gradient of h; not differentiable.
 
     Args:
         scale: a float32 for each row, multiplies its grad_y.
         dots: a float32 for each row; written: the product of its output and unscaled grad_y.
+        places: int64, contiguous: where row i's scale and dot are; None: at i.
     """
     rows, grad_rows = native.rows(h), native.rows(grad_y)
     grad_h = h.new_empty(h.shape)
@@ -44,6 +46,7 @@ def activate_rows_backward(
         grad_h.data_ptr(),
         0 if scale is None else scale.data_ptr(),
         0 if dots is None else dots.data_ptr(),
+        0 if places is None else places.data_ptr(),
     )
     return grad_h
 

@@ -1,18 +1,63 @@
-"""What autograd, torch.compile and fake tensors need to know of the experts' native products.
+"""The experts' native products as one node of the graph, and the order of the tokens.
+
+Also what torch.compile and fake tensors need to know of them.
 
 Both kinds take x, expert_ids, weights and other tensors that have gradients, gelu and gated; they
 give y and, for the gradient, fc1's output, the order of the choices and the groups' ends.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from blackmamba.ops import native
+
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def outputs(
-    x: Tensor, expert_ids: Tensor, fc1: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sorted_by_expert(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Choices (t,) of 0 .. n_experts - 1: those of the first expert, of the second, ..., each as
+    they stand; and how many of them there are up to each expert's last."""
+    ids = expert_ids.contiguous()
+    order, ends = ids.new_empty(len(ids)), ids.new_empty(n_experts)
+    native.extension().grouped_order(
+        ids.data_ptr(), len(ids), n_experts, order.data_ptr(), ends.data_ptr()
+    )
+    return order, ends
+
+
+def run(
+    forward: Callable[..., _Outputs], backward: Callable[..., list[Tensor]], inputs: Sequence[Any]
+) -> Tensor:
+    """y, of passes that are no custom operations: those cost more for each call."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        return cast(Tensor, _Experts.apply(forward, backward, *inputs))
+    return forward(*inputs)[0]
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Any, backward: Any, *inputs: Any) -> Tensor:
+        y, *kept = forward(*inputs)
+        *tensors, ctx.gelu, ctx.gated = inputs
+        ctx.run = backward
+        ctx.save_for_backward(*tensors, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _, _, needs_x, _ids, *others, _gelu, _gated = ctx.needs_input_grad
+        needs = [needs_x, *others]
+        found = ctx.run(grads[0], *ctx.saved_tensors, ctx.gelu, ctx.gated, needs)
+        x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
+        return None, None, x, None, *rest, None, None
+
+
+def outputs(x: Tensor, expert_ids: Tensor, fc1: Tensor, *_: Any) -> _Outputs:
     """Memory for what the forward pass gives."""
     n_choices = expert_ids.shape[0]
     return (
@@ -45,7 +90,7 @@ def gradients(backward: Callable[..., list[Tensor]]) -> Callable[..., tuple[Tens
     """Autograd's backward function of a pass that takes y's gradient, what `save` kept, gelu, gated
     and whether each gradient is needed."""
 
-    def run(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def of_node(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * len(ctx.needs_input_grad)
         needs_x, _ids, *others, _gelu, _gated = ctx.needs_input_grad
@@ -54,4 +99,4 @@ def gradients(backward: Callable[..., list[Tensor]]) -> Callable[..., tuple[Tens
         x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
         return x, None, *rest, None, None
 
-    return run
+    return of_node

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops.activate.native import activate_rows, activate_rows_backward
+from blackmamba.ops.checks import readable
 from blackmamba.ops.expert_mlp import native_autograd
 from blackmamba.ops.expert_mlp.choices import choices_per_token
 from blackmamba.ops.linear.native import multiply
@@ -28,13 +29,14 @@ def expert_mlp_native_grouped(
     fc1_bias, fc2_bias, gate = (
         None if t is None else t.to(x.dtype) for t in (fc1_bias, fc2_bias, gate)
     )
-    return _forward(x, expert_ids, fc1, fc2, fc1_bias, fc2_bias, gate, activation == "gelu", gated)[
-        0
-    ]
+    weights = (fc1, fc2, fc1_bias, fc2_bias, gate)
+    inputs = (x, expert_ids, *weights, activation == "gelu", gated)
+    if readable(x):
+        return native_autograd.run(_run, _run_backward, inputs)
+    return _forward(*inputs)[0]
 
 
-@torch.library.custom_op("blackmamba::expert_mlp", mutates_args=())
-def _forward(
+def _run(
     x: Tensor,
     expert_ids: Tensor,
     fc1: Tensor,
@@ -49,9 +51,9 @@ def _forward(
 
     Several choices of a token read its row of x where it is.
     """
-    order, k = expert_ids.argsort(stable=True), choices_per_token(x, expert_ids)
+    order, ends = native_autograd.sorted_by_expert(expert_ids, len(fc1))
+    k = choices_per_token(x, expert_ids)
     tokens = order if k == 1 else order // k
-    ends = torch.bincount(expert_ids, minlength=len(fc1)).cumsum(0)
     b1, b2, scale = _contiguous(fc1_bias), _contiguous(fc2_bias), _contiguous(gate)
     h = x.new_empty(len(order), fc1.shape[1])
     for j, group in _groups(ends):
@@ -65,8 +67,7 @@ def _forward(
     return y, h, order, ends
 
 
-@torch.library.custom_op("blackmamba::expert_mlp_backward", mutates_args=())
-def _backward(
+def _run_backward(
     grad_y: Tensor,
     x: Tensor,
     expert_ids: Tensor,
@@ -92,10 +93,8 @@ def _backward(
     grad_hidden = x.new_empty(len(order), fc2.shape[2])  # but for the gate
     for j, group in _groups(ends):
         multiply(grad_y, fc2[j].t(), grad_hidden[group], a_rows=order[group])
-    dots = x.new_empty(len(order))
-    grad_h = activate_rows_backward(
-        grad_hidden, h, gelu, gated, None if scale is None else scale[order], dots
-    )
+    dots = grad_gate if needs_gate else None
+    grad_h = activate_rows_backward(grad_hidden, h, gelu, gated, scale, dots, order)
     hidden = activate_rows(h, gelu, gated) if needs_fc2 else h
     for j, group in _groups(ends):
         picked = order[group]
@@ -119,10 +118,8 @@ def _backward(
         for needed, grad in zip(needs[1:5], grads[1:5], strict=True):
             if needed:
                 grad[j] = 0
-    if needs_gate:
-        grad_gate[order] = dots
-        if fc2_bias is not None:
-            grad_gate += (grad_y * fc2_bias[expert_ids]).sum(-1)
+    if needs_gate and fc2_bias is not None:
+        grad_gate += (grad_y * fc2_bias[expert_ids]).sum(-1)
     return grads
 
 
@@ -145,6 +142,12 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+# ---- what autograd, torch.compile and fake tensors need to know ----------------------------------
+
+_forward = torch.library.custom_op("blackmamba::expert_mlp", _run, mutates_args=())
+_backward = torch.library.custom_op(
+    "blackmamba::expert_mlp_backward", _run_backward, mutates_args=()
+)
 _forward.register_fake(native_autograd.outputs)
 
 

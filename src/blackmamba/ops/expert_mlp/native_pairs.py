@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blackmamba.ops import native
 from blackmamba.ops.activate.native import activate_rows, activate_rows_backward
+from blackmamba.ops.checks import readable
 from blackmamba.ops.expert_mlp import native_autograd
 from blackmamba.ops.expert_mlp.choices import choices_per_token
 
@@ -39,11 +40,13 @@ def expert_mlp_native_pairs(
     """`expert_mlp` of bfloat16 without biases; sums in float32."""
     gate = None if gate is None else gate.float()
     gelu = activation == "gelu"
-    return _forward(x, expert_ids, fc1.to(x.dtype), fc2.to(x.dtype), gate, gelu, gated)[0]
+    inputs = (x, expert_ids, fc1.to(x.dtype), fc2.to(x.dtype), gate, gelu, gated)
+    if readable(x):
+        return native_autograd.run(_run, _run_backward, inputs)
+    return _forward(*inputs)[0]
 
 
-@torch.library.custom_op("blackmamba::expert_mlp_pairs", mutates_args=())
-def _forward(
+def _run(
     x: Tensor,
     expert_ids: Tensor,
     fc1: Tensor,
@@ -54,8 +57,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y; and for the gradient fc1's output, sorted by expert, that order and the groups' ends."""
     x, fc1, fc2 = native.rows(x), fc1.contiguous(), fc2.contiguous()
-    order, k = expert_ids.argsort(stable=True), choices_per_token(x, expert_ids)
-    ends = torch.bincount(expert_ids, minlength=len(fc1)).cumsum(0)
+    order, ends = native_autograd.sorted_by_expert(expert_ids, len(fc1))
+    k = choices_per_token(x, expert_ids)
     h, y = x.new_empty(len(order), fc1.shape[1]), x.new_empty(len(order), x.shape[1])
     _product(x, order if k == 1 else order // k, fc1, h, None, ends)
     scale = None if gate is None else gate.contiguous()
@@ -63,8 +66,7 @@ def _forward(
     return y, h, order, ends
 
 
-@torch.library.custom_op("blackmamba::expert_mlp_pairs_backward", mutates_args=())
-def _backward(
+def _run_backward(
     grad_y: Tensor,
     x: Tensor,
     expert_ids: Tensor,
@@ -87,9 +89,8 @@ def _backward(
 
     grad_hidden = x.new_empty(len(order), fc2.shape[2])  # but for the gate
     _product(grad_y, order, fc2, grad_hidden, None, ends, transposed=True)
-    dots = x.new_empty(len(order), dtype=torch.float32)
-    sorted_scale = None if scale is None else scale[order]
-    grad_h = activate_rows_backward(grad_hidden, h, gelu, gated, sorted_scale, dots)
+    dots = grad_gate if needs_gate else None
+    grad_h = activate_rows_backward(grad_hidden, h, gelu, gated, scale, dots, order)
     if needs_fc2:
         _outer(grad_y, order, activate_rows(h, gelu, gated), None, grad_fc2, ends, scale=scale)
     if needs_fc1:
@@ -99,8 +100,6 @@ def _backward(
         _product(grad_h, None, fc1, each, order, ends, transposed=True)
         if k > 1:
             torch.sum(each.view(len(x), k, -1), 1, out=grad_x)
-    if needs_gate:
-        grad_gate[order] = dots
     return grads
 
 
@@ -155,6 +154,12 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+# ---- what autograd, torch.compile and fake tensors need to know ----------------------------------
+
+_forward = torch.library.custom_op("blackmamba::expert_mlp_pairs", _run, mutates_args=())
+_backward = torch.library.custom_op(
+    "blackmamba::expert_mlp_pairs_backward", _run_backward, mutates_args=()
+)
 _forward.register_fake(native_autograd.outputs)
 
 

@@ -12,6 +12,12 @@ void bind_grouped_product(nb::module_& m) {
   using Size = std::int64_t;
   using Rows = std::tuple<Address, Size, Address>;
   m.def(
+      "grouped_order",
+      [](Address ids, Size t, Size g, Address order, Address ends) {
+        BM_PICK(grouped).sort({pointer<Size>(ids), t, g, pointer<Size>(order), pointer<Size>(ends)});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
       "grouped_product",
       [](Rows a, Address b, bool transposed, Rows c, Address scale, Address ends,
          std::tuple<Size, Size, Size> shape, int n_threads) {

@@ -211,6 +211,18 @@ void outer(const GroupedOuter& p) {
   });
 }
 
+void sort(const GroupedOrder& p) {
+  std::fill(p.ends, p.ends + p.g, 0);
+  for (std::int64_t i = 0; i < p.t; ++i) ++p.ends[p.ids[i]];
+  std::int64_t total = 0;  // ends are beginnings now, and move while rows are put down
+  for (std::int64_t j = 0; j < p.g; ++j) {
+    const std::int64_t count = p.ends[j];
+    p.ends[j] = total;
+    total += count;
+  }
+  for (std::int64_t i = 0; i < p.t; ++i) p.order[p.ends[p.ids[i]]++] = i;
+}
+
 #if defined(__AVX512BF16__)
 constexpr bool multiplies_pairs = true;
 #else
@@ -219,6 +231,6 @@ constexpr bool multiplies_pairs = false;
 
 }  // namespace
 
-BM_DEFINE(Grouped, grouped) = {product, outer, multiplies_pairs};
+BM_DEFINE(Grouped, grouped) = {sort, product, outer, multiplies_pairs};
 
 }  // namespace bm

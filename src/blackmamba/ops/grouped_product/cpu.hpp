@@ -38,7 +38,16 @@ struct GroupedOuter {
   int n_threads;
 };
 
+// Rows that go with one matrix as neighbours.
+struct GroupedOrder {
+  const std::int64_t* ids;  // (t), each row's matrix, 0 .. g - 1
+  std::int64_t t, g;
+  std::int64_t* order;      // (t): rows of the first matrix, of the second, ..., each as they stand
+  std::int64_t* ends;       // (g): how many rows of `order` are there up to each matrix's last
+};
+
 struct Grouped {
+  void (*sort)(const GroupedOrder& p);
   void (*product)(const GroupedProduct& p);
   void (*outer)(const GroupedOuter& p);
   bool is_fast;  // whether the processor multiplies pairs of bfloat16
