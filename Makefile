@@ -37,6 +37,12 @@ demo: export GOMP_SPINCOUNT ?= 1000
 demo: $(INSTALLED)
 	$(BIN)/blackmamba train demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)/recipe.yaml),--resume) $(if $(TEXT),--text $(TEXT))
 	$(BIN)/blackmamba generate $(DEMO_OUT) --prompt "$(PROMPT)" --max-new-tokens 150
+	@printf '%s\n' '' 'To go on:' \
+	  '  let it write again     $(BIN)/blackmamba generate $(DEMO_OUT) --prompt "In the beginning" --seed 1' \
+	  '  its layers and sizes   $(BIN)/blackmamba info $(DEMO_OUT)' \
+	  '  in 4 bits a weight     $(BIN)/blackmamba quantize $(DEMO_OUT) --bits 4 --out $(DEMO_OUT)-int4' \
+	  '  how its run went       $(DEMO_OUT)/loss.png, $(DEMO_OUT)/expert-load.png' \
+	  '  a model of your own    docs/training.md'
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
