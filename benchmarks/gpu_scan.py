@@ -24,7 +24,6 @@ The last line is JSON.
 
     python benchmarks/gpu_scan.py
     python benchmarks/gpu_scan.py --plans forward    # ways to cut a pass into blocks, compared
-    python benchmarks/gpu_scan.py --variants FORWARD=1 FORWARD=2 BACKWARD=2    # ways to write it
     ncu --clock-control none -k regex:scan_ python benchmarks/gpu_scan.py --once    # for profilers
 """
 
@@ -40,7 +39,6 @@ from torch import Tensor
 
 from blackmamba.ops import causal_conv1d, selective_scan
 from blackmamba.ops.selective_scan import call as scan_call
-from blackmamba.ops.selective_scan import cuda
 from blackmamba.ops.selective_scan.plan import (
     CUDA_BACKWARD,
     CUDA_FORWARD,
@@ -106,61 +104,6 @@ def once() -> None:
         forward()
         backward()
     torch.cuda.synchronize()
-
-
-def compare_variants(variants: list[str], repeats: int) -> None:
-    """Milliseconds and errors of the passes by macros that they are compiled with."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        calls = {shape: scan_calls(*shape) for shape in SHAPES}
-        print(f"{'ms: forward, without kept states, backward':<36}", end="")
-        print("".join(f"{s!s:>24}" for s in SHAPES))
-        for variant in variants:
-            choose(variant)
-            times: list[str] = []
-            for shape in SHAPES:
-                forward, backward = calls[shape]
-                each = [median_ms(forward, repeats)]
-                with torch.no_grad():
-                    each.append(median_ms(forward, repeats))
-                each.append(median_ms(backward, repeats))
-                times.append(" ".join(f"{ms:.3f}" for ms in each))
-            print(f"{variant:<36}" + "".join(f"{t:>24}" for t in times), errors(), flush=True)
-    cuda.VARIANT.clear()
-
-
-def choose(variant: str) -> None:
-    """NAME=VALUE,... for the kernels that are compiled from now on."""
-    cuda.VARIANT.clear()
-    parts = (part.split("=") for part in variant.split(","))
-    cuda.VARIANT.update({key: int(value) for key, value in parts})
-
-
-def errors() -> str:
-    """Of outputs and gradients in bfloat16, the root mean square of errors as a share of theirs."""
-    b, l, d = 2, 300, 104
-    torch.manual_seed(0)
-    inputs = [random(b, l, d), random(b, l, d) - 1, -torch.rand(d, N_STATES, device="cuda") * 9]
-    inputs += [random(b, l, N_STATES), random(b, l, N_STATES), torch.randn(d, device="cuda")]
-    inputs += [random(b, l, d), torch.randn(d, device="cuda")]
-    grad = random(b, l, d)
-    found: list[list[Tensor]] = []
-    for kind in (torch.bfloat16, torch.float64):
-        wide = torch.promote_types(kind, torch.float32)
-        cast = [t.to(wide if i in (2, 5, 7) else kind) for i, t in enumerate(inputs)]
-        leaves = [t.requires_grad_() for t in cast]
-        y, state = selective_scan(
-            *leaves[:7],
-            dt_bias=leaves[7],
-            dt_softplus=True,
-            backend="torch" if kind == torch.float64 else "triton",
-        )
-        found.append([y, state, *torch.autograd.grad(y, leaves, grad.to(kind))])
-    names = ("y", "state", "x", "dt", "A", "B", "C", "D", "z", "bias")
-    each = [
-        f"{name} {float((a.double() - e).detach().norm() / e.detach().norm()):.1e}"
-        for name, a, e in zip(names, *found, strict=True)
-    ]
-    return " " + ", ".join(each)
 
 
 def compare_plans(which: str, repeats: int) -> None:
@@ -317,14 +260,9 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=30, help="timed calls (default 30)")
     parser.add_argument("--once", action="store_true", help="one call of each pass, no times")
     parser.add_argument("--plans", choices=("forward", "backward"), help="time other plans")
-    parser.add_argument("--variants", nargs="+", help="compare macros, NAME=VALUE,... each")
     given = parser.parse_args()
     if given.once:
-        if given.variants:
-            choose(given.variants[0])
         once()
-    elif given.variants:
-        compare_variants(given.variants, given.repeats)
     elif given.plans:
         compare_plans(given.plans, given.repeats)
     else:

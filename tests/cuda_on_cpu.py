@@ -175,17 +175,6 @@ inline void halves_by_units(unsigned* d, const unsigned* a, unsigned b0, unsigne
     }
     __syncwarp();
 }
-static const unsigned short* row_of_lane[1024];
-inline void transposed(unsigned* r, const void* row) {
-    row_of_lane[current] = (const unsigned short*)row;
-    __syncwarp();
-    const int first = current / 32 * 32, g = current % 32 / 4, k = current % 4;
-    for (int i = 0; i < 4; i++) {
-        const unsigned short* const* const rows = &row_of_lane[first + 8 * i + 2 * k];
-        r[i] = rows[0][g] | rows[1][g] << 16;
-    }
-    __syncwarp();
-}
 """
 _COMES_LAST = r"""
 static ARGUMENTS given;
@@ -270,7 +259,6 @@ _MEANINGS = (
      "*(float4*)at_address(to) = make_float4(a, b, c, d);"),
     (r'asm volatile\("\{\.reg \.pred p; setp.*?: "memory"\);',
      "if (condition) *(float2*)at_address(to) = make_float2(a, b);"),
-    (r'asm volatile\("ldmatrix.*?: "memory"\);', "transposed(r, at_address(row));"),
     (r'const u32 address = [^;]*;\s*asm volatile\("cp\.async\.cg.*?: "memory"\);',
      "memcpy(to, from, 16);"),
     (r'const u32 address = [^;]*;\s*(constexpr int bytes[^;]*;\s*static_assert[^;]*;)\s*'

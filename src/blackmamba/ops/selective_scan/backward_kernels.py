@@ -283,14 +283,10 @@ def sum_kernel(
         at = (first + blocks)[:, None]
         total += tl.load(partial + at * (8 * N) + place[None, :], at < n_blocks, other=0.0)
     total = tl.sum(total, 0)
-    if OF_UNITS == 2:
+    if OF_UNITS:
         k = place // 32 * 4 + place // 16 % 2 + place % 2 * 2
         t = tile * 4 + place // 4 % 4
         of_B = place % 4 < 2
-    elif OF_UNITS:
-        k = place % 4 * 4 + place // 16 % 4
-        t = tile * 4 + place // 4 % 4
-        of_B = place < 64
     else:
         k = (place // 4) % N
         t = tile * 4 + place % 4

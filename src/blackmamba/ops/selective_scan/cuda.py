@@ -18,12 +18,6 @@ _SOURCES = {
     "scan_backward": ("scan.cu", "scan_units.cu", "scan_backward.cu"),
 }
 """Of each kernel, the files that are one text."""
-OTHER_SOURCES = {
-    "scan_forward": ("scan.cu", "scan_forward_2.cu"),
-    "scan_backward": ("scan.cu", "scan_units_2.cu", "scan_backward_2.cu"),
-}
-VARIANT: dict[str, int] = {}
-"""Macros to compare ways to write the kernels: FORWARD=2 and BACKWARD=2 are OTHER_SOURCES."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SPAN = 16
 
@@ -95,40 +89,23 @@ def launch(
         setattr(arguments, key, value)
     arguments.s = _Sizes(*sizes)
     flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}
-    other = is_other(name)
-    count = _other_shared_bytes if other else _shared_bytes
-    shared_bytes = count(name, warps, present.dtype, flags)
-    flags |= {"WARPS": warps, "SHARED": shared_bytes, **VARIANT}
-    files = (OTHER_SOURCES if other else _SOURCES)[name]
-    sources = tuple(Path(__file__).with_name(file) for file in files)
+    shared_bytes = _shared_bytes(name, warps, present.dtype, local=bool(flags["LOCAL"]))
+    flags |= {"WARPS": warps, "SHARED": shared_bytes}
+    sources = tuple(Path(__file__).with_name(file) for file in _SOURCES[name])
     kernel = cuda.kernel(sources, name, tuple(sorted(flags.items())), present.device.index)
     kernel.launch(blocks, 32 * warps, arguments, shared_bytes)
 
 
-def is_other(name: str) -> bool:
-    """Whether VARIANT says OTHER_SOURCES."""
-    return VARIANT.get(name.removeprefix("scan_").upper()) == 2
-
-
-def _other_shared_bytes(name: str, warps: int, dtype: torch.dtype, flags: dict[str, int]) -> int:
-    if name == "scan_forward":
-        floats = 2 * 16 * (_SPAN + 1) + (0 if flags["LOCAL"] else 2 * (_SPAN * 48 + 8))
-        return 4 * (warps * floats + 2 * _SPAN * 32)
-    short = dtype == torch.bfloat16
-    floats = 3 * 8 * _SPAN + (_SPAN * 8 if short else _SPAN * 16 + 4 * 2 * 8 * 20)
-    floats += 2 * _SPAN // 4 * 32 * 4 + 12 + 2 * 2 * 4 + 7 * 2 * 2
-    floats += 2 * 32 * (4 * dtype.itemsize + (2 if short else 4))
-    return 4 * (warps * floats + 2 * _SPAN * 32)
-
-
-def _shared_bytes(name: str, warps: int, dtype: torch.dtype, _: dict[str, int]) -> int:
+def _shared_bytes(name: str, warps: int, dtype: torch.dtype, *, local: bool) -> int:
     """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
-    floats = {"scan_forward": 16 + 40, "scan_backward_local": 16, "scan_backward": 3 * 8}[name]
-    floats *= _SPAN
-    if name == "scan_backward":
+    if name == "scan_forward":
+        floats = 2 * (16 * _SPAN + 16) + (0 if local else 2 * (48 * _SPAN + 8))
+    elif name == "scan_backward_local":
+        floats = 16 * _SPAN
+    else:
         short = dtype == torch.bfloat16
-        floats += _SPAN * (8 if short else 16) + (4 * 8 * 16 if short else 4 * 2 * 8 * 20)
-        floats += 2 * _SPAN // 4 * 32 * 4 + 2 * 2 * 4 + 7 * 2 * 2
+        floats = 3 * 8 * _SPAN + (8 * _SPAN if short else 16 * _SPAN + 4 * 2 * 8 * 20)
+        floats += 2 * _SPAN // 4 * 32 * 4 + 12 + 2 * 2 * 4 + 7 * 2 * 2
         floats += 2 * 32 * (4 * dtype.itemsize + (2 if short else 4))
     return 4 * (warps * floats + 2 * _SPAN * 32)
 

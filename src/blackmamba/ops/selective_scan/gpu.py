@@ -366,7 +366,7 @@ def backward_into(
             *strides(grad_C),
             N=call.n_padded,
             ROWS=16,
-            OF_UNITS=(2 if cuda.is_other("scan_backward") else 1) if by_cuda else 0,
+            OF_UNITS=by_cuda,
             num_warps=4,
         )
         _sum_into(grad_A, sum_A[..., : call.n])

@@ -9,16 +9,6 @@
 // states, and what is summed goes to matrix units (scan_units.cu). At last what is one number a token and channel is
 // computed of those sums, by the threads that read it.
 
-#if TYPE == 1
-typedef u16 Short;
-#else
-typedef float Short;
-#endif
-__device__ __forceinline__ void keep4(float* p, const float* v) { *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]); }
-#if TYPE == 1
-__device__ __forceinline__ void keep4(u16* p, const float* v) { *reinterpret_cast<Four*>(p) = narrow(v); }
-#endif
-
 struct Reader {  // what a thread reads and writes of x, dt, z and others: four channels of one token, its neighbour the next four
     int t, warp, c, c4;  // who scans the channels, as that warp's c-th to c + 3-rd
     bool active;
@@ -35,16 +25,19 @@ __device__ __forceinline__ Reader reader_of(const Sizes& s, const Place& p) {
     return r;
 }
 
-struct Staged {  // B and C of a span, apart: so threads of 8 tokens read all banks
+// B and C of a span, apart: so threads of 8 tokens read all banks. State n of token t is in place n ^ t / 2 % 2 * 8: so do
+// threads of 4 tokens.
+struct Staged {
     float B[SPAN][16];
     float C[SPAN][16];
 };
+__device__ __forceinline__ int place_of_state(int t, int n) { return n ^ (t & 2) << 2; }
 __device__ __forceinline__ void stage(Staged& to, const float* from) {
 #pragma unroll
     for (int first = 0; first < SPAN * 8; first += 32 * WARPS) {
-        const int i = first + threadIdx.x, token = i >> 3, four = (i & 7) * 4;
+        const int i = first + threadIdx.x, token = i >> 2 & SPAN - 1, four = (i & 3) * 4;
         if (i >= SPAN * 8) return;
-        copy16(four < 16 ? &to.B[token][four] : &to.C[token][four - 16], from + i * 4);
+        copy16(&(i < SPAN * 4 ? to.B : to.C)[token][place_of_state(token, four)], from + token * OF_TOKEN + (i < SPAN * 4 ? 0 : OF_C) + four);
     }
 }
 // Four numbers on their way to shared memory, or zeros.
@@ -60,28 +53,31 @@ struct OfWarp {
     float delta[SPAN / 4][8][4];  // by fours of tokens, channels and tokens
     float drive[SPAN / 4][8][4];  // delta x
     float to_y[SPAN / 4][8][4];  // gradient of y before the gate
-    Short by[SPAN][2][8];  // drive and to_y, of a token
-    Turned turned;
+#if TYPE == 1
+    uint2 by[SPAN][4];  // drive and to_y, of a token, of two channels
+#else
+    float by[SPAN][2][8];  // the same, of all
+#endif
+#if TYPE != 1
+    Turned::Rows turned[4];
+#endif
     float4 first[SPAN / 4][32];  // states before tokens; then, by channels, what has been summed over those tokens' states
     float4 of_BC[SPAN / 4][32];
-    // What a thread would else have no registers for, of its own four channels: `bias` and D, where its row is.
-    float4 wide[2][2];
-    Number* rows[7][2];
     // What a thread reads of a span and the next, and the states before them.
     Four read[2][4][32];
     FourKept kept[2][32];
+    float between[12];  // so that warps differ in banks
 };
 struct Shared {
     OfWarp of[WARPS];
     Staged BC[2];
+    // What a thread would else have no registers for, of its four channels: `bias` and D, where its row is.
+    float4 wide[2][2 * WARPS];
+    Number* rows[7][2 * WARPS];
 };
 enum { X, DT, Z, GRAD_Y, GRAD_X, GRAD_DT, GRAD_Z };
 enum { OF_Y, OF_DRIVE, OF_DECAY };
 #define OFFSET(member) ((u32)(unsigned long long)&reinterpret_cast<OfWarp*>(0)->member)
-__device__ __forceinline__ float* sum_at(OfWarp& of, int which, int c, int token) {
-    return reinterpret_cast<float*>(of.first[token / 4]) + (which * 8 + c) * 4 + token % 4;
-}
-
 // The sums of a span over the warps, always in the same order, by 128 threads from the `first` on or by those before it.
 __device__ __forceinline__ void add_up(const Backward& f, const Shared& shared, const Place& p, int span, int first) {
     int task = (int)threadIdx.x - first;
@@ -141,30 +137,38 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     if (p.lane < 2) {
         const Rows* const all[7] = {&f.x, &f.dt, &f.z, &f.grad_y, &f.grad_x, &f.grad_dt, &f.grad_z};
 #pragma unroll
-        for (int k = 0; k < 7; k++) own.rows[k][p.lane] = row_of(*all[k], p);
-        if (HAS_BIAS) own.wide[0][p.lane] = *reinterpret_cast<const float4*>(f.bias + p.c4);
-        if (HAS_D) own.wide[1][p.lane] = *reinterpret_cast<const float4*>(f.D + p.c4);
+        for (int k = 0; k < 7; k++) shared.rows[k][p.warp * 2 + p.lane] = row_of(*all[k], p);
+        if (HAS_BIAS) shared.wide[0][p.warp * 2 + p.lane] = *reinterpret_cast<const float4*>(f.bias + p.c4);
+        if (HAS_D) shared.wide[1][p.warp * 2 + p.lane] = *reinterpret_cast<const float4*>(f.D + p.c4);
     }
     __syncthreads();
-    const int four = r.c >> 2;  // which of the warp's
+    const int four = r.warp * 2 + (r.c >> 2);  // which of the block's
+    // of its token and first channel: delta, and what has been summed
+    const u32 number_at = address_of(&other.delta[r.t >> 2][r.c][r.t & 3]);
+    const u32 sum_at = address_of(reinterpret_cast<float*>(other.first[r.t >> 2]) + r.c * 4 + (r.t & 3));
     const Kept* const starts =
         f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     const int of_span = f.s.d * 16 * (int)sizeof(Kept);
     const u32 by_channel = address_of(reinterpret_cast<char*>(&own) + p.c * 16), by_lane = address_of(reinterpret_cast<char*>(&own) + p.lane * 16);
-    const u32 drive_at = address_of(&own.drive[0][p.c][p.q]);
-    const u32 by_at = address_of(TYPE == 1 ? &own.by[p.c >> 1][p.c & 1][p.q * 2] : &own.by[p.c >> 1][p.c & 1][p.q]);
-    const u32 put_at = own.turned.to_put(p.c, p.q), take_at = own.turned.to_take(p.lane);
-    // of B and C: four states of token c; two of token q, of channel c; four of a token
-    u32 four_at = address_of(&shared.BC[0].B[p.c][p.q * 4]), two_at = address_of(&shared.BC[0].B[p.q][p.c * 2]);
-    u32 C_at = address_of(&shared.BC[0].C[0][p.q * 4]);
+    const u32 by_number = address_of(reinterpret_cast<char*>(&own) + p.lane * 4);
+#if TYPE == 1
+    Turned turned(p.lane);
+    const u32 by_at = address_of(&own.by[p.c >> 1][p.q]);
+#else
+    Turned turned(own.turned, p.lane);
+    const u32 by_at = address_of(&own.by[p.c >> 1][p.c & 1][p.q]);
+#endif
+    // of B and C: four states of token c; two of token q, 2 c and the next
+    u32 four_at = address_of(&shared.BC[0].B[p.c][place_of_state(p.c, p.q * 4)]);
+    u32 two_at = address_of(&shared.BC[0].B[p.q][place_of_state(p.q, p.c * 2)]);
     int other_BC = sizeof(Staged);
     const auto fetch_span = [&](int back, int buffer) {
         const int t = p.begin + back * SPAN + r.t;
         const bool inside = t < p.end;
-        fetch(&own.read[buffer][X][p.lane], at(other.rows[X][four], f.x, t), inside);
-        fetch(&own.read[buffer][DT][p.lane], at(other.rows[DT][four], f.dt, t), inside);
-        if (HAS_Z) fetch(&own.read[buffer][Z][p.lane], at(other.rows[Z][four], f.z, t), inside);
-        fetch(&own.read[buffer][GRAD_Y][p.lane], at(other.rows[GRAD_Y][four], f.grad_y, t), inside && r.active);
+        fetch(&own.read[buffer][X][p.lane], at(shared.rows[X][four], f.x, t), inside);
+        fetch(&own.read[buffer][DT][p.lane], at(shared.rows[DT][four], f.dt, t), inside);
+        if (HAS_Z) fetch(&own.read[buffer][Z][p.lane], at(shared.rows[Z][four], f.z, t), inside);
+        fetch(&own.read[buffer][GRAD_Y][p.lane], at(shared.rows[GRAD_Y][four], f.grad_y, t), inside && r.active);
         fetch(&own.kept[buffer][p.lane], shifted(starts, back, of_span), true);
     };
     fetch_span(spans - 1, 0);
@@ -177,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         const float4 first = kept(reinterpret_cast<const Kept*>(&own.kept[buffer][p.lane]));
         {
             float delta[4], xv[4], gy[4], zv[4], bias[4] = {};
-            if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
+            if (HAS_BIAS) scaled4(bias, shared.wide[0][four], 1.f);
             widen(read[DT][p.lane], delta);
             widen(read[X][p.lane], xv);
             widen(read[GRAD_Y][p.lane], gy);
@@ -189,12 +193,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (!inside) delta[i] = 0.f;
                 xv[i] *= delta[i];
                 if (HAS_Z) gy[i] *= zv[i] * sigmoid(zv[i]);
-                other.delta[r.t >> 2][r.c + i][r.t & 3] = delta[i];
-                other.drive[r.t >> 2][r.c + i][r.t & 3] = xv[i];
-                other.to_y[r.t >> 2][r.c + i][r.t & 3] = gy[i];
+                store1(number_at + i * 16, delta[i]);
+                store1(number_at + i * 16 + OFFSET(drive), TYPE == 1 ? before_cut(xv[i]) : xv[i]);
+                store1(number_at + i * 16 + OFFSET(to_y), TYPE == 1 ? before_cut(gy[i]) : gy[i]);
             }
-            keep4(&other.by[r.t][0][r.c], xv);
-            keep4(&other.by[r.t][1][r.c], gy);
+#if TYPE == 1
+            const uint2 of_g = narrow(xv), of_h = narrow(gy);
+            *reinterpret_cast<uint4*>(&other.by[r.t][r.c >> 1]) = make_uint4(of_g.x, of_h.x, of_g.y, of_h.y);
+#else
+            *reinterpret_cast<float4*>(&other.by[r.t][0][r.c]) = make_float4(xv[0], xv[1], xv[2], xv[3]);
+            *reinterpret_cast<float4*>(&other.by[r.t][1][r.c]) = make_float4(gy[0], gy[1], gy[2], gy[3]);
+#endif
         }
         __syncthreads();
         buffer ^= 1;
@@ -216,11 +225,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             for (int group = 0; group < SPAN / 4; group++) {
                 float delta[4];
                 scaled4(delta, load4(by_channel + OFFSET(delta) + group * 128), 1.f);
+                const float drive = load1(by_number + OFFSET(drive) + group * 128);
                 const float2 B = load2(two_at + group * 256);
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
                     if (group == SPAN / 4 - 1) break;
-                    recompute(h, decays, A2, delta + pair * 2, load1(drive_at + group * 128), B, p.q, pair, resets + group * 4 + pair * 2);
+                    recompute(h, decays, A2, delta + pair * 2, drive, B, p.q, pair, resets + group * 4 + pair * 2);
                     if (pair == 1)
                         store4(by_lane + OFFSET(first) + (group + 1) * 512, h[2][0], h[2][1], h[2][2], h[2][3]);
 #pragma unroll
@@ -230,15 +240,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         }
 #pragma unroll 1
         for (int half = 1; half >= 0; half--) {
-            const float4 B = load4(four_at + half * 512);
-            const float4 C = load4(four_at + sizeof(float) * 16 * SPAN + half * 512);
 #pragma unroll
             for (int part = 1; part >= 0; part--) {
                 const int group = half * 2 + part;
-                float delta[4], to_y[4];
+                float delta[4];
                 scaled4(delta, load4(by_channel + OFFSET(delta) + group * 128), 1.f);
-                scaled4(to_y, load4(by_channel + OFFSET(to_y) + group * 128), 1.f);
+                const float drive = load1(by_number + OFFSET(drive) + group * 128);
                 const float2 B_pair = load2(two_at + group * 256);
+                const float to_y = load1(by_number + OFFSET(to_y) + group * 128), rough = TYPE == 1 ? to_y : high_part(to_y);
+                const float2 C_pair = load2(two_at + sizeof(float) * 16 * SPAN + group * 256);
+                const u32 by = by_at + group * (u32)sizeof(own.by[0]) * 4;
+#if TYPE == 1
+                turned.begin(by);
+#endif
                 __syncwarp();
                 float all_states[5][4], all_decays[4][4];
                 scaled4(all_states[0], load4(by_lane + OFFSET(first) + group * 512), 1.f);
@@ -246,61 +260,73 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++)
                     recompute(
-                        all_states + pair * 2, all_decays + pair * 2, A2, delta + pair * 2, load1(drive_at + group * 128), B_pair, p.q,
+                        all_states + pair * 2, all_decays + pair * 2, A2, delta + pair * 2, drive, B_pair, p.q,
                         pair, resets + group * 4 + pair * 2);
+                const float4 B = load4(four_at + half * 512), C = load4(four_at + sizeof(float) * 16 * SPAN + half * 512);
 #pragma unroll
                 for (int pair = 1; pair >= 0; pair--) {
-                    float after[2][4], of_decay[2][4], sums[3][4];
+                    float after[2][4], of_decay[2], sums[3][4];
+                    float even[4], odd[4];
+                    outer<TYPE != 1>(even, odd, rough, to_y - rough, p.q == pair * 2, p.q == pair * 2 + 1, C_pair);
                     float(*const states)[4] = all_states + pair * 2, (*const decays)[4] = all_decays + pair * 2;
 #pragma unroll
                     for (int e = 1; e >= 0; e--) {
                         const int i = pair * 2 + e;
-                        float c[4];
-                        scaled4(c, load4(C_at + (group * 4 + i) * 64), 1.f);
+                        const float by_y[4] = {even[e * 2], odd[e * 2], even[e * 2 + 1], odd[e * 2 + 1]};
 #pragma unroll
-                        for (int j = 0; j < 4; j++) after[e][j] = g[j] = fmaf(c[j], to_y[i], g[j]);
-                        Turned::put(put_at, i, after[e], states[e + 1]);
+                        for (int j = 0; j < 4; j++) after[e][j] = g[j] += by_y[j];
+#if TYPE != 1
+                        turned.put(i, after[e], states[e + 1]);
+#endif
+                        of_decay[e] = 0.f;
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
                             g[j] *= decays[e][j];
                             const float w = g[j] * states[e][j];  // the gradient of delta A
-                            of_decay[e][j] = w * A2[j];
+                            of_decay[e] = fmaf(w, A2[j], of_decay[e]);
                             sum_A[j] = fmaf(w, delta[i], sum_A[j]);
                         }
                     }
+#if TYPE == 1
+                    const uint2 of_g[2] = {narrow(after[0]), narrow(after[1])}, of_h[2] = {narrow(states[1]), narrow(states[2])};
+                    turned.add(pair, of_g, of_h);
+#endif
                     if (HAS_Z) over_states(sums[OF_Y], states[1], states[2], C);
                     over_states(sums[OF_DRIVE], after[0], after[1], B);
-                    over_states(sums[OF_DECAY], of_decay[0], of_decay[1], make_float4(1.f, 1.f, 1.f, 1.f));
+                    over_threads(sums[OF_DECAY], of_decay[0], of_decay[1]);
                     const u32 summed = by_channel + OFFSET(first) + group * 512 + pair * 8;
 #pragma unroll
                     for (int k = HAS_Z ? OF_Y : OF_DRIVE; k <= OF_DECAY; k++)
                         store2_if(p.q == part * 2 + pair, summed + k * 128, sums[k][0], sums[k][3]);
                 }
+#if TYPE != 1
                 __syncwarp();
-                const float4 total = Turned::sums(take_at, by_at + group * (u32)sizeof(own.by[0]) * 4, p.lane);
-                store4(by_lane + OFFSET(of_BC) + group * 512, total.x, total.y, total.z, total.w);
+                turned.add_all(by);
+                __syncwarp();
+#endif
+                store4(by_lane + OFFSET(of_BC) + group * 512, turned.sums[0], turned.sums[1], turned.sums[2], turned.sums[3]);
             }
         }
         __syncthreads();
         add_up(f, shared, p, span, adders);
-        four_at += other_BC, two_at += other_BC, C_at += other_BC;
+        four_at += other_BC, two_at += other_BC;
         other_BC = -other_BC;
         adders = adders + 128 < 32 * WARPS ? adders + 128 : adders + 128 - 32 * WARPS;
         {
             float dtv[4], xv[4], gy[4], zv[4], g_x[4], g_dt[4], g_z[4], bias[4] = {}, skip[4] = {};
-            if (HAS_BIAS) scaled4(bias, other.wide[0][four], 1.f);
-            if (HAS_D) scaled4(skip, other.wide[1][four], 1.f);
+            if (HAS_BIAS) scaled4(bias, shared.wide[0][four], 1.f);
+            if (HAS_D) scaled4(skip, shared.wide[1][four], 1.f);
             widen(read[DT][p.lane], dtv);
             widen(read[X][p.lane], xv);
             widen(read[GRAD_Y][p.lane], gy);
             if (HAS_Z) widen(read[Z][p.lane], zv);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int c = r.c + i;
-                const float delta = other.delta[r.t >> 2][c][r.t & 3], drive = *sum_at(other, OF_DRIVE, c, r.t), decay = *sum_at(other, OF_DECAY, c, r.t);
+                const float delta = load1(number_at + i * 16);
+                const float drive = load1(sum_at + i * 16 + OF_DRIVE * 128), decay = load1(sum_at + i * 16 + OF_DECAY * 128);
                 float to_y = gy[i];
                 if (HAS_Z) {
-                    const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], *sum_at(other, OF_Y, c, r.t));
+                    const float s = sigmoid(zv[i]), y = fmaf(skip[i], xv[i], load1(sum_at + i * 16 + OF_Y * 128));
                     to_y *= zv[i] * s;
                     g_z[i] = gy[i] * y * fmaf(zv[i] * s, 1.f - s, s);
                 }
@@ -311,9 +337,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (HAS_BIAS && inside) sum_bias[i] += g_dt[i];
             }
             const bool write = inside && r.active;
-            store4(at(other.rows[GRAD_X][four], f.grad_x, t), g_x, write);
-            store4(at(other.rows[GRAD_DT][four], f.grad_dt, t), g_dt, write);
-            if (HAS_Z) store4(at(other.rows[GRAD_Z][four], f.grad_z, t), g_z, write);
+            store4(at(shared.rows[GRAD_X][four], f.grad_x, t), g_x, write);
+            store4(at(shared.rows[GRAD_DT][four], f.grad_dt, t), g_dt, write);
+            if (HAS_Z) store4(at(shared.rows[GRAD_Z][four], f.grad_z, t), g_z, write);
         }
     }
     const i64 part = p.row * f.s.n_chunks + p.piece;

@@ -20,6 +20,9 @@ __device__ __forceinline__ float4 load4(u32 from) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
     return v;
 }
+__device__ __forceinline__ void store1(u32 to, float a) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(a) : "memory");
+}
 __device__ __forceinline__ void store4(u32 to, float a, float b, float c, float d) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
@@ -38,6 +41,8 @@ __device__ __forceinline__ void multiply_add(float* d, const float* a, float b0,
         : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
           "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
+// Cut to 11 bits a number is less by 3.4e-4 of itself, in the mean; sums would keep that. Nearest numbers take 4 instructions.
+__device__ __forceinline__ float before_cut(float v) { return v * 1.00034f; }
 __device__ __forceinline__ float high_part(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
 // The same with 4 columns of A and rows of B: of A (16 x 4) a thread has (g, k) and (g + 8, k), of B (4 x 8) (k, g).
@@ -87,6 +92,15 @@ __device__ __forceinline__ void over_states(float* sums, const float* first, con
 #endif
 }
 
+// Sums over the four threads of a channel: what over_states gives of what they have summed up already.
+__device__ __forceinline__ void over_threads(float* sums, float first, float second) {
+    sums[0] = sums[1] = sums[2] = sums[3] = 0.f;
+    multiply_add(sums, first, second, 1.f);
+#if TYPE != 1
+    multiply_add(sums, first - high_part(first), second - high_part(second), 1.f);
+#endif
+}
+
 // D += A B with bfloat16, a pair to a register: of A (16 x 16) a thread has (g, 2 k), (g + 8, 2 k), (g, 2 k + 8),
 // (g + 8, 2 k + 8), each with the next column, of B (16 x 8) (2 k, g) and (2 k + 8, g), each with the next row.
 __device__ __forceinline__ void multiply_add_pairs(float* d, const u32* a, u32 b0, u32 b1) {
@@ -94,87 +108,91 @@ __device__ __forceinline__ void multiply_add_pairs(float* d, const u32* a, u32 b
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// Four matrices of 8 x 8 bfloat16 numbers, transposed: of the i-th, whose rows of 16 bytes are named by lanes 8 i to
-// 8 i + 7, a thread gets column g, rows 2 k and 2 k + 1.
-__device__ __forceinline__ void load_transposed(u32* r, u32 row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+// D = A B with float16 likewise, D a pair to a register: of D (16 x 8) a thread has (g, 2 k) and (g + 8, 2 k), each with the
+// next column.
+__device__ __forceinline__ void multiply_halves(u32* d, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %8};"
+        : "=r"(d[0]), "=r"(d[1]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
 }
 
 // Sums over a warp's 8 channels, for each of 4 tokens and 16 states, of g times one number of the channel and of h times
-// another: gradients of B and of C. What threads 4 c + q give is turned by way of shared memory, so that states are rows of
-// A and channels its columns; columns of B are the tokens, for g and for h. Thread 4 r + k gets those of token k: of g if
-// r < 4, else of h; states r % 4, and 4, 8 and 12 behind. Bfloat16 numbers are summed as such, others are read in parts.
+// another: gradients of B and of C. Threads 4 c + q give states 4 q to 4 q + 3 of channel c. For the matrix units that is
+// turned, so that states are rows of A and channels its columns. Thread 4 r + k gets those of token k and the two states
+// s = r / 2 * 4 + r % 2 and s + 2: of g, then of h. Bfloat16 numbers are summed as such, others are read in parts.
+#if TYPE == 1
+// They are turned by a product with ones: D is B, and has the form that A shall have. That the units take it for float16
+// changes no bit of a number below 2^121; others become NaN. Rows of A are first those of one token, then those of the
+// next; of columns of B, two are a token's, for states s and s + 2. So D has what is wanted in some places.
 struct Turned {
-#if TYPE == 1
-    uint4 rows[4][8][4];  // of a token, a channel: states 4 q to 4 q + 3 of g and of h, in place q ^ c / 2 % 4 for all banks
-#else
-    float rows[4][2][8][20];  // of a token, g or h, a channel
-#endif
-    // Where a thread puts what it gives, and takes what it sums.
-    __device__ __forceinline__ u32 to_put(int c, int q) const {
-#if TYPE == 1
-        return address_of(&rows[0][c][q ^ (c >> 1 & 3)]);
-#else
-        return address_of(&rows[0][0][c][q * 4]);
-#endif
-    }
-    __device__ __forceinline__ u32 to_take(int lane) const {
-#if TYPE == 1
-        const int row = lane & 7, matrix = lane >> 3;
-        return address_of(&rows[matrix >> 1][row][(matrix & 1) ^ (row >> 1 & 3)]);
-#else
-        return address_of(&rows[0][lane >> 4][lane & 3][lane >> 2 & 3]);
-#endif
-    }
-    __device__ __forceinline__ static void put(u32 to, int token, const float* g, const float* h) {
-        to += token * sizeof(rows[0]);
-#if TYPE == 1
-        const uint2 low = narrow(g), high = narrow(h);
-        store4(to, __uint_as_float(low.x), __uint_as_float(low.y), __uint_as_float(high.x), __uint_as_float(high.y));
-#else
-        store4(to, g[0], g[1], g[2], g[3]);
-        store4(to + sizeof(rows[0][0]), h[0], h[1], h[2], h[3]);
-#endif
-    }
-    __device__ __forceinline__ static float4 sums(u32 from, u32 by, int lane) {
-        // by: of token r / 2, of g or h as r is even or not, channel 2 k, or k if they are not in pairs
-        const int r = lane >> 2;
-        float d[2][4] = {};
-#if TYPE == 1
-        const u32 pair = __float_as_uint(load1(by));
-        const int step = lane & 4 ? -32 : 32;  // to the other half of a row's places
+    u32 ones[4], even[2], odd[2];
+    int r, k;
+    float sums[4];
+    __device__ __forceinline__ explicit Turned(int lane) : r(lane >> 2), k(lane & 3) {
+        const u32 one = r == k * 2 ? 0x3c00u : r == k * 2 + 1 ? 0x3c000000u : 0u;
 #pragma unroll
-        for (int token = 0; token < 4; token += 2) {
-            const u32 b0 = r >> 1 == token ? pair : 0, b1 = r >> 1 == token + 1 ? pair : 0;
+        for (int i = 0; i < 4; i++) {
+            const u32 v = lane + i, zero = (v * v * v - v) % 3;  // which the compiler does not know, so that all four stay in registers
+            ones[i] = __shfl_sync(FULL, (i % 3 ? 0 : one) | zero, lane);
+        }
+    }
+    // by: where the numbers are of token r / 2 and channels 2 k and 2 k + 1, for g and for h
+    __device__ __forceinline__ void begin(u32 by) {
+        const float2 v = load2(by);
+        even[0] = r & 1 ? 0 : __float_as_uint(v.x), odd[0] = r & 1 ? __float_as_uint(v.x) : 0;
+        even[1] = r & 1 ? 0 : __float_as_uint(v.y), odd[1] = r & 1 ? __float_as_uint(v.y) : 0;
+    }
+    // Two tokens of four; g and h of both.
+    __device__ __forceinline__ void add(int pair, const uint2* g, const uint2* h) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                u32 a[4];
-                load_transposed(a, (half ? from + step : from) + token * sizeof(rows[0]));
-                multiply_add_pairs(d[half], a, b0, b1);
+        for (int i = 0; i < 2; i++) {
+            const uint2* const of = i ? h : g;
+            u32 a[4];
+            float d[4] = {};
+            multiply_halves(a, ones, of[0].x, of[1].x);
+            multiply_halves(a + 2, ones, of[0].y, of[1].y);
+            multiply_add_pairs(d, a, even[i], odd[i]);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if (pair == 1 || k == pair * 2) sums[i * 2 + j] = d[j];
+                if (k == pair * 2 + 1) sums[i * 2 + j] = d[2 + j];
             }
         }
-#else
-        const float low = load1(by), high = load1(by + 4 * sizeof(float));
-#pragma unroll
-        for (int token = 0; token < 4; token++) {
-            const float b0 = r >> 1 == token ? low : 0.f, b1 = r >> 1 == token ? high : 0.f;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const u32 at = from + token * sizeof(rows[0]) + half * 8 * sizeof(float), on = 4 * sizeof(rows[0][0][0]);
-                const float a[4] = {load1(at), load1(at + 16), load1(at + on), load1(at + on + 16)};
-#if TYPE == 0
-                float rest[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) rest[i] = a[i] - high_part(a[i]);
-                multiply_add(d[half], rest, b0, b1);
-                multiply_add(d[half], a, b0 - high_part(b0), b1 - high_part(b1));
-#endif
-                multiply_add(d[half], a, b0, b1);
-            }
-        }
-#endif
-        const bool first = r < 4;
-        return make_float4(first ? d[0][0] : d[0][1], first ? d[0][2] : d[0][3], first ? d[1][0] : d[1][1], first ? d[1][2] : d[1][3]);
     }
 };
+#else
+// They are turned by way of shared memory. Columns of B are the tokens, of g and of h in turn.
+struct Turned {
+    u32 put_at, take_at;
+    int r;
+    float sums[4];
+    typedef float Rows[2][8][20];  // of a token, g or h, a channel
+    __device__ __forceinline__ Turned(Rows* rows, int lane)
+        : put_at(address_of(&rows[0][0][lane >> 2][(lane & 3) * 4])),
+          take_at(address_of(&rows[0][0][lane & 3][(lane >> 3) * 4 + (lane >> 2 & 1)])), r(lane >> 2) {}
+    __device__ __forceinline__ void put(int token, const float* g, const float* h) const {
+        const u32 to = put_at + token * sizeof(Rows);
+        store4(to, g[0], g[1], g[2], g[3]);
+        store4(to + sizeof(Rows) / 2, h[0], h[1], h[2], h[3]);
+    }
+    // by: where the number is of token r / 2, of g or h as r is even or odd, channel k, and after 4 more that of k + 4
+    __device__ __forceinline__ void add_all(u32 by) {
+        const float low = load1(by), high = load1(by + 4 * sizeof(float));
+        float d[4] = {};
+#pragma unroll
+        for (int column = 0; column < 8; column++) {
+            const float b0 = r == column ? low : 0.f, b1 = r == column ? high : 0.f;
+            const u32 at = take_at + column * (sizeof(Rows) / 2), on = 4 * 20 * sizeof(float);
+            const float a[4] = {load1(at), load1(at + 8), load1(at + on), load1(at + on + 8)};
+#if TYPE == 0
+            float rest[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) rest[i] = a[i] - high_part(a[i]);
+            multiply_add(d, rest, b0, b1);
+            multiply_add(d, a, b0 - high_part(b0), b1 - high_part(b1));
+#endif
+            multiply_add(d, a, b0, b1);
+        }
+        sums[0] = d[0], sums[1] = d[2], sums[2] = d[1], sums[3] = d[3];
+    }
+};
+#endif
