@@ -8,6 +8,7 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops import causal_conv1d, gpu, mamba_mixer, native, selective_scan
 from blackmamba.ops.mamba_mixer import gpu as mixer_gpu
+from blackmamba.ops.mamba_mixer import whole
 
 TRITON = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
 NATIVE = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -95,6 +96,26 @@ def test_large_products_are_by_our_kernels_with_the_same_bits_on_any_number_of_t
     for name in exact:
         assert relative_error(seen[0][name], exact[name]) < 1e-5, name
         assert torch.equal(seen[0][name], seen[1][name]), name
+
+
+@NATIVE
+@pytest.mark.parametrize("marked", [False, True], ids=["", "documents"])
+def test_one_call_gives_the_bits_of_its_pieces(marked: bool, nan_filled_memory: None):
+    """What is computed again goes by its pieces; rows of xz and of y's gradient lie apart."""
+    inputs = make(2, 65, 392, 5, 24, dtype=torch.float32, device="cpu")
+    inputs["xz"] = torch.cat((inputs["xz"], inputs["xz"][..., :3]), dim=2)[..., : 2 * 392]
+    weights = tuple(inputs[name] for name in NAMES[1:])
+    assert whole.fits(inputs["xz"], weights)
+    assert not whole.fits(inputs["xz"][:1, :47], weights)
+    assert not whole.fits(inputs["xz"], (*weights[:-1], weights[-1].double()))
+    seq_idx = (torch.arange(65) // 9).expand(2, 65) if marked else None
+    found: list[list[Tensor]] = []
+    for recompute in (False, True):
+        leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+        y, state = mamba_mixer(**leaves, seq_idx=seq_idx, recompute=recompute, backend="native")  # pyright: ignore
+        wide = torch.cat((y, y), dim=2)[..., 100 : 100 + 392].square().sum() + state.sum()
+        found.append([y.detach(), state.detach(), *torch.autograd.grad(wide, [*leaves.values()])])
+    assert all(map(torch.equal, *found))
 
 
 INTERPRETED = pytest.mark.skipif(

@@ -5,10 +5,15 @@ from torch import Tensor
 from blackmamba.errors import InputError
 from blackmamba.ops.backend import Backend, Implementations
 from blackmamba.ops.checks import check_dims, check_floating, check_shapes
-from blackmamba.ops.linear.products import linear_native, linear_onednn, product
+from blackmamba.ops.linear.products import (
+    is_by_native,
+    linear_native,
+    linear_onednn,
+    product,
+)
 from blackmamba.ops.linear.reference import linear_reference
 
-__all__ = ["linear", "product"]
+__all__ = ["is_by_native", "linear", "product"]
 
 _IMPLEMENTATIONS = Implementations(
     "linear",

@@ -58,6 +58,16 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, use_native: boo
     return _onednn(a, b, bias)
 
 
+def is_by_native(rows: int, weight: Tensor) -> bool:
+    """Whether all three products of so many rows with this weight are by our kernel."""
+    return (
+        rows >= _FEW_ROWS
+        and rows * weight.numel() >= _LEAST_PRODUCTS
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+    )
+
+
 def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Add `product(a, b)` to out (t, n), whose rows are contiguous."""
     if _is_large(a, b) and native.fits(a, b):

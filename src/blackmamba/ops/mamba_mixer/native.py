@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from blackmamba.ops.causal_conv1d import native as conv
 from blackmamba.ops.checks import readable
 from blackmamba.ops.linear.products import add_product_, product
+from blackmamba.ops.mamba_mixer import whole
 from blackmamba.ops.mamba_mixer.reference import mamba_mixer_reference
 from blackmamba.ops.selective_scan import native as scan
 
@@ -39,6 +40,8 @@ def mamba_mixer_native(
     if seq_idx is not None:
         seq_idx = seq_idx.to(torch.int64).contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        if not recompute and whole.fits(xz, inputs[1:]):
+            return cast(tuple[Tensor, Tensor], whole.WholeMixer.apply(*inputs, seq_idx))
         return cast(tuple[Tensor, Tensor], _Mixer.apply(*inputs, seq_idx, recompute))
     y, final_state, *_ = _run(*inputs, seq_idx, keep=False)
     return y, final_state

@@ -16,6 +16,7 @@ void bind_expert_mlp(nanobind::module_& m);
 void bind_grouped_product(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_linear_cross_entropy(nanobind::module_& m);
+void bind_mamba_mixer(nanobind::module_& m);
 void bind_quantized_expert_mlp(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
 void bind_router_logits(nanobind::module_& m);
@@ -34,6 +35,7 @@ inline void bind_all(nanobind::module_& m) {
   bind_grouped_product(m);
   bind_linear(m);
   bind_linear_cross_entropy(m);
+  bind_mamba_mixer(m);
   bind_quantized_expert_mlp(m);
   bind_rms_norm(m);
   bind_router_logits(m);
