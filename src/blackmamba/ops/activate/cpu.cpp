@@ -44,19 +44,12 @@ BM_INLINE void each_row(const ActivateInputs& in, F f) {
   });
 }
 
-template <class F>
-BM_INLINE void each_vector(std::int64_t n, F f) {
-  std::int64_t c = 0;
-  for (; c + lanes <= n; c += lanes) f(c, lanes);
-  if (c < n) f(c, static_cast<int>(n - c));
-}
-
 template <class T, class Act>
 void forward(const ActivateInputs& in, void* out) {
   each_row(in, [&](std::int64_t row) {
     const T* h = static_cast<const T*>(in.h) + row * in.h_row;
     T* y = static_cast<T*>(out) + row * in.f;
-    each_vector(in.f, [&](std::int64_t c, int n) {
+    over(in.f, [&](std::int64_t c, int n) {
       const vec value = Act::value(load_some(h + c, n));
       store_some(y + c, in.gated ? value * load_some(h + in.f + c, n) : value, n);
     });
@@ -72,7 +65,7 @@ void backward(const ActivateInputs& in, const ActivateGradients& grad) {
     const std::int64_t place = grad.places ? grad.places[row] : row;
     const float scale = grad.scale ? grad.scale[place] : 1.0f;
     vec dot{};
-    each_vector(in.f, [&](std::int64_t c, int n) {
+    over(in.f, [&](std::int64_t c, int n) {
       const Slope act = Act::slope(load_some(h + c, n));
       const vec unscaled = load_some(gy + c, n), g = unscaled * scale;
       const vec up = in.gated ? load_some(h + in.f + c, n) : splat(1.0f);

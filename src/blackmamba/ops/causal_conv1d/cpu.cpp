@@ -39,14 +39,6 @@ struct Plan {
   }
 };
 
-// f(place, how many) for each vector of 0 .. n - 1
-template <class F>
-BM_INLINE void each_vector(std::int64_t n, F f) {
-  std::int64_t c = 0;
-  for (; c + lanes <= n; c += lanes) f(c, lanes);
-  if (c < n) f(c, static_cast<int>(n - c));
-}
-
 // The inputs of one task, by time: also those before the first, and zeros of other documents.
 template <class T>
 class Inputs {
@@ -111,7 +103,7 @@ void forward_task(const ConvInputs& in, const Task& task, T* y) {
     T* out = y + (task.row * in.l + t) * in.d + task.channel;
     const T* fixed[K ? K : 1];
     if (K) std::copy(rows, rows + K, fixed);
-    each_vector(task.width, [&](std::int64_t c, int n) {
+    over(task.width, [&](std::int64_t c, int n) {
       const vec sum = linear_part<T, K>(in, task, K ? fixed : rows, c, n);
       store_some(out + c, in.silu ? silu(sum) : sum, n);
     });
@@ -130,7 +122,7 @@ BM_INLINE void pre_activation(const ConvInputs& in, const ConvGradients& grad, c
       rows[r * k + j] = inputs.seen(t + r - (k - 1) + j, t + r);
   const T* grad_y =
       static_cast<const T*>(grad.y) + task.row * grad.y_batch + t * grad.y_row + task.channel;
-  each_vector(task.width, [&](std::int64_t c, int n) {
+  over(task.width, [&](std::int64_t c, int n) {
     vec here[R];
     for (int r = 0; r < R; ++r) {
       here[r] = load_some(grad_y + r * grad.y_row + c, n);
@@ -189,7 +181,7 @@ void backward_task(const ConvInputs& in, const ConvGradients& grad, const Task& 
   for (std::int64_t s = task.start; s < task.stop; ++s) {
     find_rows(s);
     T* out = static_cast<T*>(grad.x) + task.row * grad.x_batch + s * grad.x_row + task.channel;
-    each_vector(width, [&](std::int64_t c, int n) {
+    over(width, [&](std::int64_t c, int n) {
       store_some(out + c, grad_of_input(c, n), n);
     });
   }
@@ -197,7 +189,7 @@ void backward_task(const ConvInputs& in, const ConvGradients& grad, const Task& 
   T* before = static_cast<T*>(grad.before) + (task.row * in.d + task.channel) * (k - 1);
   for (std::int64_t i = 0; i < k - 1; ++i) {
     find_rows(i - (k - 1));
-    each_vector(width, [&](std::int64_t c, int n) {
+    over(width, [&](std::int64_t c, int n) {
       const vec sum = grad_of_input(c, n);
       for (int lane = 0; lane < n; ++lane)
         before[(c + lane) * (k - 1) + i] = from_float<T>(sum[lane]);
@@ -224,7 +216,7 @@ void backward(const ConvInputs& in, const ConvGradients& grad) {
   });
   for (std::int64_t j = 0; j <= in.k; ++j) {
     float* total = j < in.k ? grad.weight + j * in.d : grad.bias;
-    each_vector(in.d, [&](std::int64_t c, int n) {
+    over(in.d, [&](std::int64_t c, int n) {
       vec sum{};
       for (std::int64_t p = 0; p < n_parts; ++p) sum += load_some(parts + p * size + j * in.d + c, n);
       store_some(total + c, sum, n);

@@ -18,8 +18,6 @@ constexpr int rows_at_once = lanes == 16 ? 8 : 4, vectors = 3, width = vectors *
 constexpr std::int64_t rows_of_task = 128;  // of an outer product's result
 constexpr std::int64_t small = 1 << 17;     // multiply-adds below which waking threads costs more
 
-constexpr std::int64_t pieces(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
-
 // Two bfloat16, the first in the low half, in each lane.
 BM_INLINE vec add_pairs(vec sum, uvec a, uvec b) {
 #if defined(__AVX512BF16__)

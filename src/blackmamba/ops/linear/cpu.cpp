@@ -31,8 +31,6 @@ constexpr std::int64_t line = 16;              // numbers that come together fro
 constexpr std::int64_t past_caches = 1 << 20;  // numbers of c from which on it leaves the caches
 constexpr std::int64_t small = 1 << 17;  // multiply-adds below which waking threads costs more
 
-constexpr std::int64_t pieces(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
-
 BM_INLINE const float* row_of(const Operand& x, std::int64_t i) {
   return x.data + (x.rows ? x.rows[i] : i) * x.row;
 }

@@ -135,11 +135,13 @@ BM_INLINE vec load_some<bf16>(const bf16* p, int n) {
 }
 #endif
 
-// f(i, n) for all i < n_numbers, lanes numbers at a time; n of the last may be fewer
+// f(i, n) for all i < n_numbers, lanes numbers at a time; n of the last may be fewer. The others are
+// apart, so that the compiler knows their n.
 template <class F>
 BM_INLINE void over(std::int64_t n_numbers, const F& f) {
-  for (std::int64_t i = 0; i < n_numbers; i += lanes)
-    f(i, static_cast<int>(n_numbers - i < lanes ? n_numbers - i : lanes));
+  std::int64_t i = 0;
+  for (; i + lanes <= n_numbers; i += lanes) f(i, lanes);
+  if (i < n_numbers) f(i, static_cast<int>(n_numbers - i));
 }
 
 // v with zeros from lane n on

@@ -28,6 +28,9 @@ inline void parallel_for(int n_threads, std::int64_t n_tasks, const F& f) {
 using MemberFunction = void (*)(const void* context, int member, int n_members);
 void run_crew(int n_threads, MemberFunction run, const void* context);
 
+// Of `size` each, the last perhaps smaller, that n are cut into.
+constexpr std::int64_t pieces(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
+
 // Memory of the calling thread for as long as its task runs, 64-byte aligned, kept for the next one.
 // Slots are independent; what a slot held before is lost when it has to grow.
 enum class Slot { a, b, c, d };

@@ -17,16 +17,7 @@ constexpr std::int64_t small = 1 << 15;     // multiply-adds below which waking 
 constexpr std::int64_t at_once = 8;         // experts whose sums a row is read for
 constexpr int rows_at_once = 4;             // backward
 
-std::int64_t pieces(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
 int n_threads(const RouterInputs& in) { return in.t * in.m * in.e < small ? 1 : in.n_threads; }
-
-// f(first, how many) for each vector of 0 .. n - 1
-template <class F>
-BM_INLINE void each_vector(std::int64_t n, F f) {
-  std::int64_t c = 0;
-  for (; c + lanes <= n; c += lanes) f(c, lanes);
-  if (c < n) f(c, static_cast<int>(n - c));
-}
 
 template <class T>
 const T* row_of(const RouterInputs& in, std::int64_t row) {
@@ -38,7 +29,7 @@ template <int count, class T>
 BM_INLINE void products(const T* x, const float* weight, std::int64_t m, const float* bias,
                         float* logits) {
   vec sums[count] = {};
-  each_vector(m, [&](std::int64_t c, int n) {
+  over(m, [&](std::int64_t c, int n) {
     const vec here = load_some(x + c, n);
     for (int j = 0; j < count; ++j) sums[j] += here * load_some(weight + j * m + c, n);
   });
@@ -66,7 +57,7 @@ void backward_rows(const RouterInputs& in, const RouterGradients& grad, std::int
                    float* part) {
   const float* const g = grad.logits + row * in.e;
   T* const grad_x = static_cast<T*>(grad.x) + row * in.m;
-  each_vector(in.m, [&](std::int64_t c, int n) {
+  over(in.m, [&](std::int64_t c, int n) {
     vec x[R], totals[R] = {};
     for (int r = 0; r < R; ++r) x[r] = load_some(row_of<T>(in, row + r) + c, n);
     for (std::int64_t j = 0; j < in.e; ++j) {
@@ -101,7 +92,7 @@ void backward(const RouterInputs& in, const RouterGradients& grad) {
     for (; row < stop; ++row) backward_rows<1, T>(in, grad, row, part);
   });
   for (std::int64_t j = 0; j < in.e; ++j) {
-    each_vector(in.m + 1, [&](std::int64_t c, int n) {
+    over(in.m + 1, [&](std::int64_t c, int n) {
       vec total{};
       for (std::int64_t task = 0; task < tasks; ++task)
         total += load_some(parts + task * size + j * (in.m + 1) + c, n);
