@@ -11,6 +11,7 @@ from numerics import assert_within_budget, relative_error
 from torch import Tensor
 from torch.nn import functional as F
 
+from blackmamba.errors import InputError
 from blackmamba.ops import expert_mlp, native
 from blackmamba.ops.backend import Backend
 from blackmamba.ops.expert_mlp.native_pairs import expert_mlp_native_pairs
@@ -205,6 +206,19 @@ def test_registered_as_torch_wants_it():
     torch.library.opcheck(operation, (*inputs, *extra.values(), gate, True, False))
     compiled = torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs, gate=gate), expert_mlp(*inputs, gate=gate))
+
+
+@pytest.mark.parametrize("wrong", [-1, 2])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_compiled_programs_do_not_take_other_ids(wrong: int, narrow: bool):
+    inputs, _ = arguments(40, 2, 8, 8)
+    x, ids, fc1, fc2 = (t.bfloat16() if narrow and t.is_floating_point() else t for t in inputs)
+    ids[7] = wrong
+    operations = torch.ops.blackmamba  # what they call, without `expert_mlp`'s checks
+    operation = operations.expert_mlp_pairs if narrow else operations.expert_mlp
+    biases = () if narrow else (None, None)
+    with pytest.raises(InputError, match=f"expert_ids holds {wrong}, must be 0 .. 1"):
+        operation(x, ids, fc1, fc2, *biases, None, False, True)
 
 
 def direction(y: torch.Tensor) -> torch.Tensor:

@@ -14,18 +14,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from blackmamba.ops import native
+from blackmamba.ops.checks import check_integers
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def sorted_by_expert(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """Choices (t,) of 0 .. n_experts - 1: those of the first expert, of the second, ..., each as
-    they stand; and how many of them there are up to each expert's last."""
+    they stand; and how many of them there are up to each expert's last.
+
+    Raises:
+        InputError: another id, which a compiled program has not looked for.
+    """
     ids = expert_ids.contiguous()
     order, ends = ids.new_empty(len(ids)), ids.new_empty(n_experts)
-    native.extension().grouped_order(
+    if not native.extension().grouped_order(
         ids.data_ptr(), len(ids), n_experts, order.data_ptr(), ends.data_ptr()
-    )
+    ):
+        check_integers("expert_mlp", "expert_ids", ids, n_experts - 1)
     return order, ends
 
 
@@ -50,11 +56,8 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _, _, needs_x, _ids, *others, _gelu, _gated = ctx.needs_input_grad
-        needs = [needs_x, *others]
-        found = ctx.run(grads[0], *ctx.saved_tensors, ctx.gelu, ctx.gated, needs)
-        x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
-        return None, None, x, None, *rest, None, None
+        _, _, *needs = ctx.needs_input_grad
+        return None, None, *_of_inputs(ctx, ctx.run, grads[0], needs)
 
 
 def outputs(x: Tensor, expert_ids: Tensor, fc1: Tensor, *_: Any) -> _Outputs:
@@ -93,10 +96,17 @@ def gradients(backward: Callable[..., list[Tensor]]) -> Callable[..., tuple[Tens
     def of_node(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * len(ctx.needs_input_grad)
-        needs_x, _ids, *others, _gelu, _gated = ctx.needs_input_grad
-        needs = [needs_x, *others]
-        found = backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.gated, needs)
-        x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
-        return x, None, *rest, None, None
+        return _of_inputs(ctx, backward, grad_y, ctx.needs_input_grad)
 
     return of_node
+
+
+def _of_inputs(
+    ctx: Any, backward: Callable[..., list[Tensor]], grad_y: Tensor, inputs_need: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of each input, or None: ids, gelu and gated have none."""
+    needs_x, _ids, *others, _gelu, _gated = inputs_need
+    needs = [needs_x, *others]
+    found = backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.gated, needs)
+    x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
+    return x, None, *rest, None, None

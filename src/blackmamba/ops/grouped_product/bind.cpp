@@ -14,7 +14,8 @@ void bind_grouped_product(nb::module_& m) {
   m.def(
       "grouped_order",
       [](Address ids, Size t, Size g, Address order, Address ends) {
-        BM_PICK(grouped).sort({pointer<Size>(ids), t, g, pointer<Size>(order), pointer<Size>(ends)});
+        return BM_PICK(grouped).sort(
+            {pointer<Size>(ids), t, g, pointer<Size>(order), pointer<Size>(ends)});
       },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(

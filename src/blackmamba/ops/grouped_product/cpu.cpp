@@ -209,9 +209,12 @@ void outer(const GroupedOuter& p) {
   });
 }
 
-void sort(const GroupedOrder& p) {
+bool sort(const GroupedOrder& p) {
   std::fill(p.ends, p.ends + p.g, 0);
-  for (std::int64_t i = 0; i < p.t; ++i) ++p.ends[p.ids[i]];
+  for (std::int64_t i = 0; i < p.t; ++i) {
+    if (p.ids[i] < 0 || p.ids[i] >= p.g) return false;
+    ++p.ends[p.ids[i]];
+  }
   std::int64_t total = 0;  // ends are beginnings now, and move while rows are put down
   for (std::int64_t j = 0; j < p.g; ++j) {
     const std::int64_t count = p.ends[j];
@@ -219,6 +222,7 @@ void sort(const GroupedOrder& p) {
     total += count;
   }
   for (std::int64_t i = 0; i < p.t; ++i) p.order[p.ends[p.ids[i]]++] = i;
+  return true;
 }
 
 #if defined(__AVX512BF16__)

@@ -47,7 +47,7 @@ struct GroupedOrder {
 };
 
 struct Grouped {
-  void (*sort)(const GroupedOrder& p);
+  bool (*sort)(const GroupedOrder& p);  // false if an id is none of 0 .. g - 1
   void (*product)(const GroupedProduct& p);
   void (*outer)(const GroupedOuter& p);
   bool is_fast;  // whether the processor multiplies pairs of bfloat16
