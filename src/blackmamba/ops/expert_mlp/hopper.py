@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blackmamba.ops.gpu import cuda
 
-_SOURCE = Path(__file__).with_name("products.cu")
+_SOURCES = cuda.NUMBERS, Path(__file__).with_name("products.cu")
 _BY_ROWS, _BY_COLUMNS, _OVER_ROWS = range(3)  # FORM
 _PLAIN, _GATED, _PLACED = range(3)  # MODE
 _ROWS, _DEEP, _THREADS = 128, 64, 384
@@ -134,7 +134,7 @@ def _launch(
             setattr(arguments, name, tensor.data_ptr())
     arguments.n_groups, arguments.n, arguments.size = len(ends), y.shape[-1], m
     index = x.device.index
-    kernel = cuda.kernel((_SOURCE,), "grouped_product", tuple(sorted(flags.items())), index, True)
+    kernel = cuda.kernel(_SOURCES, "grouped_product", tuple(sorted(flags.items())), index, True)
     blocks = torch.cuda.get_device_properties(index).multi_processor_count
     kernel.launch(blocks, _THREADS, arguments, shared)
 

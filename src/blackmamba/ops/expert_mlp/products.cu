@@ -35,10 +35,7 @@
 #define LOG2E 1.4426950408889634f
 #define FULL 0xffffffffu
 
-typedef unsigned short u16;
-typedef unsigned int u32;
 typedef unsigned long long u64;
-typedef long long i64;
 
 struct alignas(64) Map {  // how TMA finds its way in a matrix
     u64 words[16];
@@ -253,11 +250,6 @@ __device__ __forceinline__ void produce(const Arguments& a, Shared& shared) {
     }
 }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -274,13 +266,6 @@ __device__ __forceinline__ void activate(const float* g, const float* u, float* 
     y[0] = g[0] * u[0] * (r * b), y[1] = g[1] * u[1] * (r * a);
 #endif
 }
-__device__ __forceinline__ u32 narrow(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // 32 columns of a row, which 4 threads have: of v[i], 8 columns, the k-th of them those 2 k and 2 k + 1. Each writes 8.
 __device__ __forceinline__ void write(u16* row, int column, int columns, bool inside, u32* v) {

@@ -141,8 +141,8 @@ def norm_and_choice(
         tensors = (x, update, weight, columns, bias, y, routes.expert_ids, routes.gate)
         arguments = _Norm(*(tensor.data_ptr() for tensor in tensors), t, eps)
         blocks = min(_processors(x), -(-t // cut.rows))
-        source, index = Path(__file__).with_name("norm.cu"), x.device.index
-        kernel = cuda.kernel((source,), "norm_and_choice", tuple(sorted(flags.items())), index)
+        sources, index = (cuda.NUMBERS, Path(__file__).with_name("norm.cu")), x.device.index
+        kernel = cuda.kernel(sources, "norm_and_choice", tuple(sorted(flags.items())), index)
         kernel.launch(blocks, 32 * cut.warps, arguments, shared)
     return y, routes
 

@@ -14,10 +14,6 @@
 #define LOG2E 1.4426950408889634f
 #define FULL 0xffffffffu
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-
 struct Arguments {
     float* x;           // (t, WIDTH), the stream
     const u16* update;  // bfloat16
@@ -38,18 +34,6 @@ struct Shared {
 
 extern __shared__ __align__(16) char memory[];
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ u32 narrow(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ float summed(float v) {  // over a warp
 #pragma unroll
     for (int mask = 16; mask; mask >>= 1) v += __shfl_xor_sync(FULL, v, mask);
