@@ -106,8 +106,6 @@ class PromptPass:
             else:
                 update = fed(y, balanced=False)[0] if isinstance(fed, MoE) else fed(y)
         assert update is not None  # there is a layer
-        if len(update) != b:
-            x, update = x[last], update[last]
         logits = model._logits(model._normed(x, update))
         return logits, State(b, tuple(layers))
 
