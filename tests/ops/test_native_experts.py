@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from blackmamba.errors import InputError
 from blackmamba.ops import expert_mlp, native
 from blackmamba.ops.backend import Backend
+from blackmamba.ops.expert_mlp.native_grouped import expert_mlp_native_grouped
 from blackmamba.ops.expert_mlp.native_pairs import expert_mlp_native_pairs
+from blackmamba.ops.native import bfloat16
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
@@ -226,14 +228,24 @@ def direction(y: torch.Tensor) -> torch.Tensor:
     return torch.arange(y.numel()).cos().bfloat16().to(y.dtype).view_as(y)
 
 
-def pairs(inputs, n_threads: int, k: int, **options) -> list[torch.Tensor]:
+BY = pytest.mark.parametrize("by", ["pairs", "floats"])
+"""Pairs of bfloat16 multiplied as they are, or widened to float32 before."""
+
+
+def narrow(inputs, n_threads: int, k: int, by: str, **options) -> list[torch.Tensor]:
     """Output and gradients of x, fc1, fc2 and gate by the products of bfloat16, (t k,) choices."""
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
         (x, ids, fc1, fc2), gate = inputs
         learnt = [t.clone().requires_grad_() for t in (x, fc1, fc2, gate)]
-        y = expert_mlp_native_pairs(learnt[0], ids, *learnt[1:3], **options, gate=learnt[3])
+        if by == "pairs":
+            y = expert_mlp_native_pairs(learnt[0], ids, *learnt[1:3], **options, gate=learnt[3])
+        else:
+            biases = {"fc1_bias": None, "fc2_bias": None}
+            y = expert_mlp_native_grouped(
+                learnt[0], ids, *learnt[1:3], **options, **biases, gate=learnt[3]
+            )
         y = y.view(len(x), k, -1).float().sum(1)
         return [y.detach(), *torch.autograd.grad(y, learnt, direction(y))]
     finally:
@@ -256,8 +268,8 @@ def meaning(inputs, dtype: torch.dtype, backend: Backend, k: int, **options):
 NAMES = ("y", "x", "fc1", "fc2", "gate")
 
 
-def bounds_of_pairs(inputs, k: int, activation: str, gated: bool) -> list[Tensor]:
-    """Of what `pairs` gives: what is stored is rounded to bfloat16, but for the gate's gradient."""
+def bounds_of_narrow(inputs, k: int, activation: str, gated: bool) -> list[Tensor]:
+    """Of what `narrow` gives: all that is stored is bfloat16, but for the gate's gradient."""
     (x, ids, fc1, fc2), gate = inputs
     t, gate, ids = len(ids), gate.double()[:, None], ids.view(-1)
     x = x.double().repeat_interleave(k, 0)
@@ -322,6 +334,7 @@ def _root(errors: list[Tensor]) -> Tensor:
     return torch.stack(errors).square().sum(0).sqrt()
 
 
+@BY
 @given(
     t=st.integers(1, 130),
     e=st.integers(1, 9),
@@ -332,7 +345,7 @@ def _root(errors: list[Tensor]) -> Tensor:
     activation=st.sampled_from(("silu", "gelu")),
 )
 @settings(max_examples=15)
-def test_products_of_pairs_match_meaning(t, e, m, f, k, gated, activation):
+def test_narrow_products_match_meaning(by, t, e, m, f, k, gated, activation):
     (x, _, fc1, fc2), _ = arguments(
         t, e, 2 * m, 2 * f, dtype=torch.bfloat16, gated=gated, biases=False
     )
@@ -340,11 +353,11 @@ def test_products_of_pairs_match_meaning(t, e, m, f, k, gated, activation):
     ids = torch.randint(0, e, (t * k,), generator=generator)
     inputs = (x, ids, fc1, fc2), torch.rand(t * k, generator=generator)
     options = {"activation": activation, "gated": gated}
-    actual = pairs(inputs, 2, k, **options)
-    for one, two in zip(actual, pairs(inputs, 1, k, **options), strict=True):
+    actual = narrow(inputs, 2, k, by, **options)
+    for one, two in zip(actual, narrow(inputs, 1, k, by, **options), strict=True):
         assert torch.equal(one, two)
     exact_ = meaning(inputs, torch.float64, "reference", k, **options)
-    allowed = bounds_of_pairs(inputs, k, **options)
+    allowed = bounds_of_narrow(inputs, k, **options)
     eager = meaning(inputs, torch.bfloat16, "torch", k, **options)
     for name, one, other, wanted, most in zip(NAMES, actual, eager, exact_, allowed, strict=True):
         # of a few draws in a thousand, plain PyTorch is right by luck, and this then too strict
@@ -353,21 +366,23 @@ def test_products_of_pairs_match_meaning(t, e, m, f, k, gated, activation):
         assert ((one.double() - wanted).abs() <= most).all(), name
 
 
-def test_a_pair_that_is_left_out_is_out_of_bounds():
+@BY
+def test_a_pair_that_is_left_out_is_out_of_bounds(by: str):
     (x, ids, fc1, fc2), extra = arguments(70, 3, 64, 48, dtype=torch.bfloat16, biases=False)
     options: dict[str, Any] = {"activation": "silu", "gated": True}
     inputs = (x, ids, fc1, fc2), extra["gate"]
     exact_ = meaning(inputs, torch.float64, "reference", 1, **options)
-    allowed = bounds_of_pairs(inputs, 1, **options)
+    allowed = bounds_of_narrow(inputs, 1, **options)
     fc2 = fc2.clone()
     fc2[:, :, -2:] = 0
-    broken = pairs(((x, ids, fc1, fc2), extra["gate"]), 1, 1, **options)
+    broken = narrow(((x, ids, fc1, fc2), extra["gate"]), 1, 1, by, **options)
     for name, one, wanted, most in zip(NAMES, broken, exact_, allowed, strict=True):
         if name != "fc2":  # its gradient does not have them in it
             assert ((one.double() - wanted).abs() > most).any(), name
 
 
-def test_products_of_pairs_longer_than_a_task_in_strided_memory():
+@BY
+def test_narrow_products_longer_than_a_task_in_strided_memory(by: str):
     """A group of 301 tokens, an idle expert, more columns and rows than a task has."""
     (x, _, fc1, fc2), extra = arguments(301, 3, 150, 84, dtype=torch.bfloat16, biases=False)
     spread = torch.full((301, 2, 150), math.nan, dtype=torch.bfloat16)
@@ -377,39 +392,50 @@ def test_products_of_pairs_longer_than_a_task_in_strided_memory():
     options = {"activation": "silu", "gated": True}
     inputs = (spread[:, 1], ids, fc1, fc2), extra["gate"]
     exact_ = meaning(inputs, torch.float64, "reference", 1, **options)
-    actual = pairs(inputs, 2, 1, **options)
+    actual = narrow(inputs, 2, 1, by, **options)
     for a, b in zip(actual, exact_, strict=True):
         assert relative_error(a, b) < 1e-2
     assert not actual[2][1].any()
     assert not actual[3][1].any()
 
 
+@BY
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_pairs_keep_nan_and_infinity(bad: float):
+def test_narrow_products_keep_nan_and_infinity(bad: float, by: str):
     (x, ids, fc1, fc2), extra = arguments(70, 2, 20, 12, dtype=torch.bfloat16, biases=False)
     x[1, 3] = bad
     options = {"activation": "silu", "gated": True}
-    y, grad_x, *_ = pairs(((x, ids, fc1, fc2), extra["gate"]), 1, 1, **options)
+    y, grad_x, *_ = narrow(((x, ids, fc1, fc2), extra["gate"]), 1, 1, by, **options)
     assert not y[1].isfinite().all()
     others = torch.arange(70) != 1
     assert y[others].isfinite().all()
     assert grad_x[others].isfinite().all()
 
 
-@pytest.mark.skipif(
-    native.missing() is not None or not native.extension().multiplies_pairs(),
-    reason="the processor has no instruction for pairs of bfloat16",
+@pytest.mark.skipif(native.missing() is not None, reason="the extension was not built")
+@pytest.mark.parametrize(
+    ("by", "module"),
+    [("pairs", "native_pairs"), ("floats", "native_grouped"), ("tiles", None), ("library", None)],
 )
-def test_training_takes_products_of_pairs():
+def test_experts_are_by_what_is_fastest(
+    by: str, module: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bfloat16, "_by", by)
     (x, ids, fc1, fc2), extra = arguments(64, 3, 16, 8, dtype=torch.bfloat16, biases=False)
     x.requires_grad_()
     node: Any = expert_mlp(x, ids, fc1, fc2, **extra).grad_fn
-    assert node.run.__module__.endswith("native_pairs")
+    found = node.run.__module__.rpartition(".")[2] if hasattr(node, "run") else None
+    assert found == module
+
+
+def test_pairs_are_registered_as_torch_wants_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bfloat16, "_by", "pairs")
+    (x, ids, fc1, fc2), extra = arguments(64, 3, 16, 8, dtype=torch.bfloat16, biases=False)
     torch.library.opcheck(
         torch.ops.blackmamba.expert_mlp_pairs.default,
-        (x.detach()[:32], ids, fc1, fc2, None, True, True),  # 2 choices a token
+        (x[:32], ids, fc1, fc2, None, True, True),  # 2 choices a token
         test_utils=("test_schema", "test_faketensor"),
     )
     odd = fc1[:, :, :15].contiguous(), fc2[:, :15].contiguous()
-    other = expert_mlp(x[:, :15], ids, *odd, **extra)
+    other = expert_mlp(x[:, :15].requires_grad_(), ids, *odd, **extra)
     assert not hasattr(other.grad_fn, "run")

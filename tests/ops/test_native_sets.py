@@ -87,12 +87,14 @@ CASES: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
 def main() -> None:
     """All that a process of one instruction set computes."""
     import test_native
+    import test_native_narrow
     import test_native_weights
 
     for name in test_native.FUNCTIONS:
         test_native.test_relative_error_is_within_its_bound(name)
     test_native.test_limits()
     test_native_weights.every_kind()
+    test_native_narrow.every_kind()
     operations()
     one_token()
     kept_states()

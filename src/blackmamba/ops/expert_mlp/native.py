@@ -1,8 +1,9 @@
 """A few tokens by kernels that read each chosen expert's weights once; many by grouped products.
 
 Up to 16 choices the weights are what costs, and the kernels stream them. From 64 on, float32 goes
-by the native products, and so does bfloat16 in training where the processor multiplies its pairs;
-all else by torch's, and only what lies between those products is native.
+by the native products, and so does bfloat16 where it is widened for them (native/bfloat16.py); in
+training it goes in pairs where the processor multiplies those fast. All else is by torch's, and
+only what lies between those products is native.
 """
 
 from typing import Literal
@@ -15,6 +16,7 @@ from blackmamba.ops.expert_mlp.choices import choices_per_token, repeated
 from blackmamba.ops.expert_mlp.native_grouped import expert_mlp_native_grouped
 from blackmamba.ops.expert_mlp.native_pairs import expert_mlp_native_pairs, pairs_fit
 from blackmamba.ops.expert_mlp.torch_grouped import expert_mlp_grouped
+from blackmamba.ops.linear.native import takes
 
 FEW = 16
 MANY = 64  # below, groups are so short that packing a weight costs more than it saves
@@ -33,7 +35,7 @@ def expert_mlp_native(
 ) -> Tensor:
     """`expert_mlp` of float32 or bfloat16; few tokens without gradients in float32 arithmetic."""
     n_choices = len(expert_ids)
-    if n_choices >= MANY and x.dtype == torch.float32:
+    if n_choices >= MANY and takes(x.dtype):
         return expert_mlp_native_grouped(
             x, expert_ids, fc1, fc2, activation, gated, fc1_bias, fc2_bias, gate
         )

@@ -24,10 +24,10 @@ def expert_mlp_native_grouped(
     fc2_bias: Tensor | None,
     gate: Tensor | None,
 ) -> Tensor:
-    """`expert_mlp` of float32."""
+    """`expert_mlp` of float32, or of bfloat16 with sums in float32."""
     fc1, fc2 = fc1.to(x.dtype), fc2.to(x.dtype)
     fc1_bias, fc2_bias, gate = (
-        None if t is None else t.to(x.dtype) for t in (fc1_bias, fc2_bias, gate)
+        None if t is None else t.float() for t in (fc1_bias, fc2_bias, gate)
     )
     weights = (fc1, fc2, fc1_bias, fc2_bias, gate)
     inputs = (x, expert_ids, *weights, activation == "gelu", gated)
@@ -108,10 +108,11 @@ def _run_backward(
         if needs_x:
             multiply(grad_h[group], fc1[j].t(), grad_each, out_rows=picked)
         if needs_b1:
-            grad_b1[j] = grad_h[group].sum(0)
+            grad_b1[j] = grad_h[group].sum(0, dtype=torch.float32)
         if needs_b2:
             g = grad_y[picked]
-            grad_b2[j] = (g if scale is None else g * scale[picked][:, None]).sum(0)
+            g = g if scale is None else g * scale[picked][:, None]
+            grad_b2[j] = g.sum(0, dtype=torch.float32)
     if needs_x and k > 1:
         torch.sum(grad_each.view(len(x), k, -1), 1, out=grad_x)
     for j in _idle(ends):

@@ -15,6 +15,7 @@ from blackmamba.ops.activate.native import activate_rows, activate_rows_backward
 from blackmamba.ops.checks import readable
 from blackmamba.ops.expert_mlp import native_autograd
 from blackmamba.ops.expert_mlp.choices import choices_per_token
+from blackmamba.ops.native import bfloat16
 
 
 def pairs_fit(x: Tensor, fc1: Tensor, fc2: Tensor) -> bool:
@@ -23,7 +24,7 @@ def pairs_fit(x: Tensor, fc1: Tensor, fc2: Tensor) -> bool:
     return (
         native.missing() is None
         and x.dtype == torch.bfloat16
-        and native.extension().multiplies_pairs()
+        and bfloat16.multiplied_by() == "pairs"
         and all(n % 2 == 0 and n > 0 for n in sums)
     )
 

@@ -45,8 +45,6 @@ void bind_grouped_product(nb::module_& m) {
                                 rows, columns, n_threads});
       },
       nb::call_guard<nb::gil_scoped_release>());
-  m.def("multiplies_pairs", [] { return BM_PICK(grouped).is_fast; },
-        "Whether the processor multiplies bfloat16 two by two.");
 }
 
 }  // namespace bm

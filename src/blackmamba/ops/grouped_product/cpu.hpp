@@ -50,7 +50,6 @@ struct Grouped {
   bool (*sort)(const GroupedOrder& p);  // false if an id is none of 0 .. g - 1
   void (*product)(const GroupedProduct& p);
   void (*outer)(const GroupedOuter& p);
-  bool is_fast;  // whether the processor multiplies pairs of bfloat16
 };
 
 BM_DECLARE(Grouped, grouped);

@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "linear/blocks.hpp"
+#include "linear/narrow.hpp"
 #include "native/simd.hpp"
 #include "native/threads.hpp"
 #include "native/transpose.hpp"
@@ -20,8 +22,6 @@
 namespace bm {
 namespace {
 
-constexpr int rows_at_once = lanes == 16 ? 8 : 4, vectors = 3, width = vectors * lanes;
-constexpr std::int64_t most_k = 384;                   // of a piece: a pack of b stays in L2
 constexpr std::int64_t most_columns = 16 * width;      // of c in a task
 constexpr std::int64_t most_rows = 16 * rows_at_once;  // of c in a task
 constexpr std::int64_t most_packed = 1 << 22;          // numbers of b at a time
@@ -29,18 +29,17 @@ constexpr std::int64_t few_rows = 512;  // of c, for which packing b costs more 
 constexpr std::int64_t across_k = 2 * most_k;  // of a piece where c comes out across
 constexpr std::int64_t line = 16;              // numbers that come together from memory
 constexpr std::int64_t past_caches = 1 << 20;  // numbers of c from which on it leaves the caches
-constexpr std::int64_t small = 1 << 17;  // multiply-adds below which waking threads costs more
 
-BM_INLINE const float* row_of(const Operand& x, std::int64_t i) {
+BM_INLINE const float* row_of(const Operand<float>& x, std::int64_t i) {
   return x.data + (x.rows ? x.rows[i] : i) * x.row;
 }
-BM_INLINE std::int64_t place(const Operand& x, std::int64_t j) {
+BM_INLINE std::int64_t place(const Operand<float>& x, std::int64_t j) {
   return (x.columns ? x.columns[j] : j) * x.column;
 }
 
 // Rows i .. i + n - 1 (n <= w) of columns j .. j + k - 1, to out[column][w], zeros behind row n.
 template <int w>
-void pack(const Operand& x, const float* scale, std::int64_t i, std::int64_t n, std::int64_t j,
+void pack(const Operand<float>& x, const float* scale, std::int64_t i, std::int64_t n, std::int64_t j,
           std::int64_t k, float* out) {
   if (x.row == 1 && x.rows == nullptr) {  // a column's numbers lie side by side
     for (std::int64_t c = 0; c < k; ++c) {
@@ -84,7 +83,7 @@ void pack(const Operand& x, const float* scale, std::int64_t i, std::int64_t n, 
 
 // Rows i .. i + m - 1 in packs of rows_at_once, one behind the other. Where a column's numbers lie side by
 // side, two packs at a time: 16 numbers are a line.
-void pack_rows(const Operand& x, const float* scale, std::int64_t i, std::int64_t m, std::int64_t j,
+void pack_rows(const Operand<float>& x, const float* scale, std::int64_t i, std::int64_t m, std::int64_t j,
                std::int64_t k, float* out) {
   std::int64_t r = 0;
 #if defined(__AVX512F__)
@@ -199,19 +198,19 @@ void rows_across(const float* const* a, const float* b, std::int64_t k, float* c
 }
 
 // Whether rows of b can be read where they are: for few rows of c, packing is not worth it.
-BM_INLINE bool b_in_place(const Product& p) {
+BM_INLINE bool b_in_place(const Product<float>& p) {
   return p.b.row == 1 && p.b.rows == nullptr && p.b.columns == nullptr && p.m <= few_rows;
 }
 
 // Whether a vector of c is one line of memory.
-BM_INLINE bool is_aligned(const Product& p) {
+BM_INLINE bool is_aligned(const Product<float>& p) {
   return reinterpret_cast<std::uintptr_t>(p.c) % 64 == 0 && p.c_row % line == 0;
 }
 
 // The block of c of rows i .. i + m - 1 and columns j .. j + n - 1 for k numbers from k_start; b is
 // packed from column j.
 template <bool packed>
-void task(const Product& p, std::int64_t i, std::int64_t m, std::int64_t j, std::int64_t n,
+void task(const Product<float>& p, std::int64_t i, std::int64_t m, std::int64_t j, std::int64_t n,
           std::int64_t k_start, std::int64_t k_all, const float* b) {
   const std::int64_t n_pieces = pieces(k_all, most_k), piece = pieces(k_all, n_pieces);
   float* a_pack = packed ? scratch<float>(Slot::a, pieces(m, rows_at_once) * rows_at_once * piece)
@@ -269,7 +268,7 @@ void task(const Product& p, std::int64_t i, std::int64_t m, std::int64_t j, std:
 }
 
 // Rows i .. i + m - 1 of a, times packs of all of b, to columns of c: a and b are exchanged here.
-void task_across(const Product& p, std::int64_t i, std::int64_t m, const float* b) {
+void task_across(const Product<float>& p, std::int64_t i, std::int64_t m, const float* b) {
   const std::int64_t panels = pieces(p.n, width);
   for (std::int64_t from = 0; from < p.k; from += across_k) {
     const std::int64_t k = std::min(across_k, p.k - from);
@@ -311,13 +310,13 @@ void task_across(const Product& p, std::int64_t i, std::int64_t m, const float* 
 }
 
 // Whether c should come out across: few rows of a, to be packed in place of many long ones of b.
-bool wants_across(const Product& p) {
+bool wants_across(const Product<float>& p) {
   return p.m >= width && p.m <= few_rows && p.n >= 2 * p.m && p.k >= 128 &&
          p.m * p.k <= most_packed && p.b.column == 1 && p.b.rows == nullptr &&
          p.b.columns == nullptr && p.k_scale == nullptr;
 }
 
-void multiply_across(Product p) {
+void multiply_across(Product<float> p) {
   std::swap(p.a, p.b);
   std::swap(p.m, p.n);
   const std::int64_t panels = pieces(p.n, width), k_pieces = pieces(p.k, most_k);
@@ -334,17 +333,7 @@ void multiply_across(Product p) {
   });
 }
 
-// The product without terms: zeros, or the bias.
-void without_terms(const Product& p) {
-  for (std::int64_t i = 0; i < p.m && !p.accumulate; ++i) {
-    const std::int64_t row = p.c_rows ? p.c_rows[i] : i;
-    const float scale = p.row_scale ? p.row_scale[row] : 1.0f;
-    for (std::int64_t j = 0; j < p.n; ++j)
-      p.c[row * p.c_row + j] = p.bias ? p.bias[j] * scale : 0.0f;
-  }
-}
-
-void multiply(const Product& p) {
+void multiply(const Product<float>& p) {
   if (p.m == 0 || p.n == 0) return;
   if (p.k == 0) return without_terms(p);
   const int n_threads = p.m * p.n * p.k < small ? 1 : p.n_threads;
@@ -390,6 +379,6 @@ void multiply(const Product& p) {
 
 }  // namespace
 
-BM_DEFINE(Linear, linear) = {multiply};
+BM_DEFINE(Linear, linear) = {multiply, narrow::multiply<std::uint16_t>, narrow::multiply<float>};
 
 }  // namespace bm

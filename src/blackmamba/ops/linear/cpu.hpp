@@ -9,16 +9,18 @@ namespace bm {
 
 // Number (i, j) lies at data + rows[i] * row + columns[j] * column; null rows: rows[i] = i, and so
 // columns.
+template <class T>
 struct Operand {
-  const float* data;
+  const T* data;
   std::int64_t row, column;
   const std::int64_t *rows, *columns;
 };
 
-// c = a b^T: c (m, n), a (m, k), b (n, k).
+// c = a b^T: c (m, n), a (m, k), b (n, k). T and C are float, or uint16_t: a bfloat16's bits.
+template <class T, class C = T>
 struct Product {
-  Operand a, b;
-  float* c;                   // row c_rows[i] at c + c_rows[i] * c_row, its numbers side by side
+  Operand<T> a, b;
+  C* c;                       // row c_rows[i] at c + c_rows[i] * c_row, its numbers side by side
   std::int64_t c_row;
   const std::int64_t* c_rows;  // null: i
   const float* bias;           // (n), or null
@@ -30,7 +32,9 @@ struct Product {
 };
 
 struct Linear {
-  void (*multiply)(const Product& p);
+  void (*multiply)(const Product<float>& p);
+  void (*multiply_narrow)(const Product<std::uint16_t>& p);
+  void (*multiply_narrow_to_float)(const Product<std::uint16_t, float>& p);
 };
 
 BM_DECLARE(Linear, linear);

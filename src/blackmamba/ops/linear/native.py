@@ -1,9 +1,10 @@
-"""Products of float32 in C++: any layout, picked rows, results added to what is there."""
+"""Products in C++: any layout, picked rows, results added to what is there."""
 
 import torch
 from torch import Tensor
 
 from blackmamba.ops import native
+from blackmamba.ops.native import bfloat16
 
 _LEAST_PRODUCTS = 1 << 20  # multiply-adds; below, the library's call costs less
 
@@ -13,9 +14,16 @@ def fits(a: Tensor, b: Tensor) -> bool:
     return (
         native.missing() is None
         and a.device.type == "cpu"
-        and a.dtype == b.dtype == torch.float32
+        and takes(a.dtype)
+        and a.dtype == b.dtype
         and a.numel() * len(b) >= _LEAST_PRODUCTS
     )
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are faster here than by the library."""
+    narrow = dtype == torch.bfloat16 and bfloat16.multiplied_by() == "floats"
+    return dtype == torch.float32 or narrow
 
 
 def multiply(
@@ -32,13 +40,14 @@ def multiply(
     left_tokens: Tensor | None = None,
     left_scale: Tensor | None = None,
 ) -> None:
-    """out = a (t, k) times b (n, k) transposed; all are float32 on CPU, in any layout.
+    """out = a (t, k) times b (n, k) transposed, on CPU, in any layout.
 
+    a and b are float32, or both are bfloat16: sums are float32 all the same, and rounded once.
     Index tensors are int64 and contiguous; nothing checks their numbers.
 
     Args:
-        out: (t, n), its rows contiguous; written.
-        bias: (n,), contiguous, added.
+        out: (t, n), its rows contiguous; written. float32, or bfloat16 as a and b are.
+        bias: (n,), contiguous, added; float32, as all scales are.
         accumulate: add to out instead; then neither bias nor out_scale.
         a_rows: (t,), which rows of a to take.
         out_rows: (t,), which rows of out to write, each once.
@@ -53,7 +62,14 @@ def multiply(
     assert of_b == k, (a.shape, b.shape)
     assert out.shape[1] == len(b), (out.shape, b.shape)
     assert out_rows is not None or len(out) == t, (out.shape, t)
-    native.extension().product(
+    extension = native.extension()
+    if a.dtype == torch.float32:
+        product = extension.product
+    elif out.dtype == torch.float32:
+        product = extension.product_narrow_to_float
+    else:
+        product = extension.product_narrow
+    product(
         (a.data_ptr(), a.stride(0), a.stride(1), _address(a_rows), _address(left_tokens)),
         (b.data_ptr(), b.stride(0), b.stride(1), 0, _address(tokens)),
         out.data_ptr(),

@@ -1,8 +1,11 @@
-"""Products of float32 on a CPU by our own kernel or by oneDNN; all others as torch does them.
+"""Products on a CPU by our own kernels or by oneDNN, and all others as torch does them.
 
 torch takes MKL for float32, which leaves the wide vectors of processors of another maker unused: a
 Zen 5 gives 200 GFLOP/s by MKL, 320 to 480 by oneDNN and 380 to 490 by our kernel, of 505.
 Everything stays float32.
+
+bfloat16 is torch's but where the processor multiplies float32 faster (native/bfloat16.py): there
+our kernel widens it on the way.
 """
 
 import platform
@@ -24,12 +27,15 @@ _HAS_ONEDNN = (
 )
 _LEAST_PRODUCTS = 1 << 20  # multiply-adds; below, a call costs more than it saves
 _FEW_ROWS = 48  # for which packing, as our kernel does, is worth less
+_FEW_OF_BFLOAT16 = 6  # the same of bfloat16
+_FEW_COLUMNS = 24  # of which our products of bfloat16 leave most of their vectors empty
 _NARROW = 128  # columns below which a transposed left side should come out transposed
 
 
 def linear_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear`; its gradients are the same kind of product."""
-    return _any(x, weight, bias, True) if _is_large(x, weight) else F.linear(x, weight, bias)
+    is_ours = _is_large(x, weight) or native.fits(x, weight)
+    return _any(x, weight, bias, True) if is_ours else F.linear(x, weight, bias)
 
 
 def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,15 +49,11 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, use_native: boo
     The three products of a layer, weight w and gradient g of its output: `product(x, w)`,
     `product(g, w.t())` for x and `product(g.t(), x.t())` for w.
     """
-    if not _is_large(a, b):
-        return F.linear(a, b, bias)
-    if use_native and native.fits(a, b):
-        in_rows = a.stride(1) == 1 and b.stride(1) == 1
-        if not (_HAS_ONEDNN and in_rows and len(a) < _FEW_ROWS):
-            out = a.new_empty(len(a), len(b))
-            native.multiply(a, b, out, bias=bias)
-            return out
-    if not _HAS_ONEDNN:
+    if use_native and native.fits(a, b) and not _is_better_by_library(a, b):
+        out = a.new_empty(len(a), len(b))
+        native.multiply(a, b, out, bias=None if bias is None else bias.float())
+        return out
+    if not (_HAS_ONEDNN and _is_large(a, b)):
         return F.linear(a, b, bias)
     if len(b) < _NARROW and len(a) > len(b) and a.stride(1) != 1 and bias is None:
         return _onednn(b, a).t().contiguous()
@@ -70,10 +72,17 @@ def is_by_native(rows: int, weight: Tensor) -> bool:
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Add `product(a, b)` to out (t, n), whose rows are contiguous."""
-    if _is_large(a, b) and native.fits(a, b):
+    if native.fits(a, b):
         native.multiply(a, b, out, accumulate=True)
     else:
         out += product(a, b)
+
+
+def _is_better_by_library(a: Tensor, b: Tensor) -> bool:
+    if a.dtype == torch.bfloat16:
+        return len(a) < _FEW_OF_BFLOAT16 or len(b) < _FEW_COLUMNS
+    in_rows = a.stride(1) == 1 and b.stride(1) == 1
+    return _HAS_ONEDNN and in_rows and len(a) < _FEW_ROWS
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -82,15 +82,15 @@ struct Mixer {
             .initial_state = nullptr, .seq_idx = seq_idx};
   }
   // c = a b^T, its rows `c_row` apart
-  void product(Operand a, Operand b_, float* c, Size c_row, Size rows, Size columns_, Size inner,
+  void product(Operand<float> a, Operand<float> b_, float* c, Size c_row, Size rows, Size columns_, Size inner,
                bool adds = false) const {
     BM_PICK(linear).multiply({a, b_, c, c_row, nullptr, nullptr, nullptr, nullptr, rows, columns_,
                               inner, adds, n_threads});
   }
 };
 
-Operand rows_of(const float* data, Size row) { return {data, row, 1, nullptr, nullptr}; }
-Operand columns_of(const float* data, Size row) { return {data, 1, row, nullptr, nullptr}; }
+Operand<float> rows_of(const float* data, Size row) { return {data, row, 1, nullptr, nullptr}; }
+Operand<float> columns_of(const float* data, Size row) { return {data, 1, row, nullptr, nullptr}; }
 
 void forward(const Sizes& sizes, const View& xz, const Weights& weights, Address seq_idx,
              Address kept, Address y, Address final_state, int n_threads) {

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <chrono>
 
 #include "native/bindings.hpp"
@@ -40,6 +41,27 @@ void bind_elementwise(nb::module_& m) {
       },
       nb::call_guard<nb::gil_scoped_release>(),
       "Float32 operations a second of this many threads in multiply-adds that depend on no memory.");
+  m.def(
+      "pairs_against_floats",
+      [] {
+        const Elementwise& kernels = BM_PICK(elementwise);
+        if (kernels.multiply_pairs == nullptr) return 0.0;
+        constexpr std::int64_t rounds = 4'000;  // some 20 us
+        const auto seconds = [&](float (*run)(std::int64_t)) {
+          const auto start = std::chrono::steady_clock::now();
+          volatile float sink = run(rounds);
+          static_cast<void>(sink);
+          return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        };
+        double pairs = 1, floats = 1;
+        for (int i = 0; i < 10; ++i) {  // the least times: whatever else ran took some of the others
+          pairs = std::min(pairs, seconds(kernels.multiply_pairs));
+          floats = std::min(floats, seconds(kernels.multiply_adds));
+        }
+        return 2 * floats / pairs;
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Products of bfloat16 by instructions for pairs in the time of one of float32; 0 without them.");
 }
 
 }  // namespace bm

@@ -43,8 +43,26 @@ float multiply_adds(std::int64_t n) {
   return sum(total);
 }
 
+#if defined(__AVX512BF16__)
+float multiply_pairs(std::int64_t n) {
+  constexpr int chains = 16;
+  __m512 sums[chains];
+  for (int j = 0; j < chains; ++j) sums[j] = _mm512_set1_ps(1.0f + j);
+  __m512i a = _mm512_set1_epi32(0x3f80), b = _mm512_set1_epi32(0x3f80);
+  asm volatile("" : "+m"(a), "+m"(b));  // unknown to the compiler
+  for (std::int64_t i = 0; i < n; ++i)
+    for (int j = 0; j < chains; ++j)
+      sums[j] = _mm512_dpbf16_ps(sums[j], (__m512bh)a, (__m512bh)b);
+  __m512 total = _mm512_setzero_ps();
+  for (int j = 0; j < chains; ++j) total = _mm512_add_ps(total, sums[j]);
+  return _mm512_reduce_add_ps(total);
+}
+#else
+constexpr float (*multiply_pairs)(std::int64_t) = nullptr;
+#endif
+
 }  // namespace
 
-BM_DEFINE(Elementwise, elementwise) = {apply, multiply_adds, lanes};
+BM_DEFINE(Elementwise, elementwise) = {apply, multiply_adds, multiply_pairs, lanes};
 
 }  // namespace bm

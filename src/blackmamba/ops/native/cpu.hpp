@@ -14,6 +14,8 @@ struct Elementwise {
   void (*apply)(Function f, const float* x, float* y, std::int64_t n);
   // n rounds of 16 independent vector multiply-adds; returns a number that depends on all of them
   float (*multiply_adds)(std::int64_t n);
+  // the same of pairs of bfloat16, or null without an instruction for them
+  float (*multiply_pairs)(std::int64_t n);
   int lanes;
 };
 
