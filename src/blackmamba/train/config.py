@@ -60,8 +60,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Of the products; optimizer, scan state and loss are float32 either way, parameters as
     `weights` says.
-    "auto": bfloat16 where the device has instructions for it, else float32; a run that is resumed
-    goes on in the dtype that it began with."""
+    "auto": bfloat16 where the device multiplies it faster than float32 (`blackmamba doctor` says
+    whether a CPU does), else float32; a run that is resumed goes on in the dtype that it began
+    with."""
     weights: Literal["float32", "master", "stochastic", "auto"] = "float32"
     """How parameters are kept. "float32", cast for every product. "master": those of the products
     in `dtype`, and a float32 copy in the optimizer, which is what it updates: the same memory and
@@ -138,8 +139,8 @@ class TrainConfig:
     muon_dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Of the products that make Muon's matrices orthogonal, which need no more than bfloat16; the
     number and shape of the matrices decide their cost, and not the number of tokens. "auto":
-    bfloat16 where the device has instructions for it, else as `dtype`, as always in runs of before
-    this was a setting; a run that is resumed goes on as it began."""
+    bfloat16 where the device multiplies it faster than float32, else as `dtype`, as always in runs
+    of before this was a setting; a run that is resumed goes on as it began."""
     adamw_lr_ratio: float = 1.0
     """Of "muon": learning rate of what it leaves to AdamW, over `lr`."""
 

@@ -9,6 +9,7 @@ import torch
 from blackmamba.data import ChatData, MixtureData, PreparedData, prepare, prepare_conversations
 from blackmamba.errors import ConfigError, DataError
 from blackmamba.ops.backend import chosen_backend
+from blackmamba.ops.native import bfloat16
 from blackmamba.train.checkpoints import Checkpoint, newest_checkpoint, remove_leftovers
 from blackmamba.train.config import RunConfig, check_resumable
 from blackmamba.train.metrics import METRICS_FILE
@@ -74,10 +75,10 @@ def with_dtype(config: RunConfig, checkpoint: Checkpoint | None, device: torch.d
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for products of bfloat16."""
+    """Whether the device has instructions for bfloat16 that are faster than those for float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and bfloat16.is_faster_than_float32()
 
 
 def open_data(
