@@ -49,6 +49,7 @@ static struct { int x; } threadIdx, blockIdx, gridDim;
 alignas(16) static char memory[1 << 18];
 static const unsigned first_address = 16;
 #define __cvta_generic_to_shared(p) (first_address + ((const char*)(p) - memory))
+#define __cvta_shared_to_generic(address) ((void*)at_address(address))
 inline char* at_address(unsigned address) { return memory + address - first_address; }
 
 // Threads. Each but the first switch to one is a longjmp, as swapcontext asks the system each time.
@@ -257,6 +258,8 @@ _MEANINGS = (
     (r'asm volatile\("st\.shared\.f32.*?: "memory"\);', "*(float*)at_address(to) = a;"),
     (r'asm volatile\("st\.shared.*?: "memory"\);',
      "*(float4*)at_address(to) = make_float4(a, b, c, d);"),
+    (r'asm volatile\("\{\.reg \.pred p; setp[^"]*cp\.async.*?: "memory"\);',
+     "if (condition) memcpy(at_address(to), from, 16);"),
     (r'asm volatile\("\{\.reg \.pred p; setp.*?: "memory"\);',
      "if (condition) *(float2*)at_address(to) = make_float2(a, b);"),
     (r'const u32 address = [^;]*;\s*asm volatile\("cp\.async\.cg.*?: "memory"\);',

@@ -99,7 +99,8 @@ def launch(
 def _shared_bytes(name: str, warps: int, dtype: torch.dtype, *, local: bool) -> int:
     """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
     if name == "scan_forward":
-        floats = 2 * (16 * _SPAN + 16) + (0 if local else 2 * (48 * _SPAN + 8))
+        row = 32 if warps % 4 == 0 else 48
+        floats = 2 * (16 * _SPAN + 16) + (0 if local else 2 * (row * _SPAN + 8))
     elif name == "scan_backward_local":
         floats = 16 * _SPAN
     else:

@@ -41,17 +41,16 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp2_fast(x * -LOG2E)); }
 
-// log(1 + exp(v)) to 2e-7 of itself: log1p of exp(-|v|) by a polynomial fitted at Chebyshev's points
+// log(1 + exp(v)) to 2e-7 of itself: log1p of exp(-|v|) by a polynomial whose largest relative error is least
 __device__ __forceinline__ float softplus(float v) {
     float e = exp2_fast(-fabsf(v) * LOG2E);
-    float p = fmaf(0.005253457929939032f, e, -0.02958850748836994f);
-    p = fmaf(p, e, 0.07836166769266129f);
-    p = fmaf(p, e, -0.13674770295619965f);
-    p = fmaf(p, e, 0.19111430644989014f);
-    p = fmaf(p, e, -0.24844369292259216f);
-    p = fmaf(p, e, 0.33319270610809326f);
-    p = fmaf(p, e, -0.49999502301216125f);
-    p = fmaf(p, e, 1.f);
+    float p = fmaf(-0.008539200760424137f, e, 0.044089604169130325f);
+    p = fmaf(p, e, -0.10768166929483414f);
+    p = fmaf(p, e, 0.17745238542556763f);
+    p = fmaf(p, e, -0.24495461583137512f);
+    p = fmaf(p, e, 0.33275479078292847f);
+    p = fmaf(p, e, -0.4999740421772003f);
+    p = fmaf(p, e, 0.9999998211860657f);
     return fmaf(e, p, fmaxf(v, 0.f));
 }
 
@@ -122,8 +121,7 @@ __device__ __forceinline__ T* shifted(T* from, int count, int bytes) {
     return to;
 }
 
-// Keeps a value in its register: the compiler would rather compute it again in every turn of a loop.
-__device__ __forceinline__ void pin(int& value) { asm volatile("" : "+r"(value)); }
+// Keeps an address in its registers: the compiler would rather compute it again in every turn of a loop.
 template <typename T>
 __device__ __forceinline__ T* pinned(T* address) {
     asm volatile("" : "+l"(address));

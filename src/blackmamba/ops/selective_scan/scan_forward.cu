@@ -4,45 +4,71 @@
 //
 // Threads side by side read and write four channels each of a token, of all the block's channels, so that few lines of the
 // cache are touched; what they compute of them goes through shared memory to the threads that scan. Of a span: B and C have
-// come to shared memory while the span before was scanned, x, dt and z of the next to registers. Then y of the span before
+// come to shared memory while the span before was scanned, x and dt of the next to registers. Then y of the span before
 // is summed up over the threads that had parts of it, gated and stored; delta and delta x of the next span are computed;
 // and token by token the states are advanced and each thread's part of y is laid down.
 
-struct Parts {  // of y; 48 and 8: so that they are read from all banks
-    float y[SPAN][48];
+#define ROW_OF_PARTS (WARPS % 4 == 0 ? 32 : 48)  // so that they are read from all banks
+
+struct Parts {  // of y, by thread q * 8 + c
+    float y[SPAN][ROW_OF_PARTS];
     float between[8];
 };
 struct Steps {  // delta and delta x; channel c of token t in place c ^ ((t ^ warp) & 2), so that threads meet in no bank
     float2 du[SPAN][8];
     float2 between[8];
 };
+// The same of an address in shared memory.
+__device__ __forceinline__ u32 kept_address(const void* p) {
+    u32 address = (u32)__cvta_generic_to_shared(p);
+    asm volatile("" : "+r"(address));
+    return address;
+}
+template <typename T>
+__device__ __forceinline__ T& there(u32 address) { return *reinterpret_cast<T*>(__cvta_shared_to_generic(address)); }
+__device__ __forceinline__ void take(float* out, u32 address) {
+    const float4 v = there<float4>(address);
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+}
+// As copy16, without a branch.
+__device__ __forceinline__ void copy16_if(bool condition, u32 to, const void* from) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16;}"
+        ::"r"((u32)condition), "r"(to), "l"(from) : "memory");
+}
+template <typename T>
+__device__ __forceinline__ T* behind(T* from, i64 bytes) {
+    return (T*)((const char*)from + bytes);
+}
+
+struct Slot {  // of a span
+    Steps steps[WARPS];
+#if !LOCAL
+    Parts parts[WARPS];
+#endif
+    float BC[SPAN * OF_TOKEN];
+};
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forward(const Forward f) {
     struct Shared {
-        Steps steps[2][WARPS];
-#if !LOCAL
-        Parts parts[2][WARPS];
-#endif
-        float BC[2][SPAN * OF_TOKEN];
+        Slot slots[2];
     };
-    Shared& shared = shared_as<Shared>();
+    Slot& first = shared_as<Shared>().slots[0];
     // Threads whose numbers differ in the lowest bit have one channel, in the second bit the same states of two: so delta,
     // and B and C, are read by pairs from one place, which shared memory serves with half as many turns.
     const int lane = threadIdx.x & 31;
     const Place p = place_of(f.s, (lane & 1) | (lane >> 3 & 2), lane >> 1 & 7);
     // what it reads and writes: four channels of one token, scanned by that warp, as its c-th and the next
     const int reads_t = (int)threadIdx.x / (2 * WARPS), part = (int)threadIdx.x % (2 * WARPS), reads_warp = part >> 1, reads_c = (part & 1) * 4;
-    int reads_c4 = p.block * WARPS * 8 + part * 4;
+    const int reads_c4 = p.block * WARPS * 8 + part * 4;
     const bool reads = reads_c4 < f.s.d;
-    if (!reads) reads_c4 = 0;
-    float4* const put_steps = reinterpret_cast<float4*>(&shared.steps[0][reads_warp].du[reads_t][reads_c]);
-    const int low = (reads_t ^ reads_warp) >> 1 & 1;  // where the first two of four go
-    const float2* const own_du[2] = {&shared.steps[0][p.warp].du[0][p.c ^ (p.warp & 2)], &shared.steps[0][p.warp].du[0][p.c ^ (p.warp & 2) ^ 2]};
-    int place = p.q * 8 + p.c;
-    pin(place);
+    const int turned = ((reads_t ^ reads_warp) & 2) * 8;  // where the first two of four go
+    const u32 put_steps = kept_address(&first.steps[reads_warp].du[reads_t][reads_c]) + turned, put_steps2 = put_steps + 16 - 2 * turned;
+    const u32 own_du = kept_address(&first.steps[p.warp].du[0][p.c ^ (p.warp & 2)]);
+    const u32 own_du2 = kept_address(&first.steps[p.warp].du[0][p.c ^ (p.warp & 2) ^ 2]);
+    const u32 own_BC = kept_address(&first.BC[p.q * 4]);
 #if !LOCAL
-    float* const own_y = &shared.parts[0][p.warp].y[0][place];
-    const float4* const parts_of = reinterpret_cast<const float4*>(&shared.parts[0][reads_warp].y[reads_t][reads_c]);
+    const u32 own_y = kept_address(&first.parts[p.warp].y[0][p.q * 8 + p.c]);
+    const u32 parts_of = kept_address(&first.parts[reads_warp].y[reads_t][reads_c]);
 #endif
     float A2[4], h[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);
@@ -52,34 +78,38 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #endif
     float bias[4] = {}, skip[4] = {};
 #if HAS_BIAS
-    scaled4(bias, *reinterpret_cast<const float4*>(f.bias + reads_c4), 1.f);
+    if (reads) scaled4(bias, *reinterpret_cast<const float4*>(f.bias + reads_c4), 1.f);
 #endif
 #if HAS_D
-    scaled4(skip, *reinterpret_cast<const float4*>(f.D + reads_c4), 1.f);
+    if (reads) scaled4(skip, *reinterpret_cast<const float4*>(f.D + reads_c4), 1.f);
 #endif
-    int t = p.begin + reads_t;  // of what is loaded next
-    Number* const x = pinned(f.x.data + p.row * f.x.row + reads_c4);
-    Number* const dt = pinned(f.dt.data + p.row * f.dt.row + reads_c4);
-    Number* const z = pinned(f.z.data + p.row * f.z.row + reads_c4);
-    Number* const y = pinned(f.y.data + p.row * f.y.row + reads_c4);
-    int end = p.end;
-    pin(end);
-    const float* next_BC = f.BC + (p.row * f.s.l_padded + p.begin) * OF_TOKEN;
+    // Where the next numbers are that it loads, and how many tokens are left from the one of this span on that it reads.
+    const int first_t = p.begin + reads_t;
+    const auto begins = [&](const Rows& tensor) { return tensor.data + p.row * tensor.row + reads_c4 + (i64)first_t * (tensor.token / (int)sizeof(Number)); };
+    Number *x = begins(f.x), *dt = begins(f.dt), *z = begins(f.z), *y = begins(f.y);
+    int left = reads ? p.end - first_t : 0;
+    const int spans = (p.end - p.begin + SPAN - 1) / SPAN;
+    const float* BC = f.BC + (p.row * f.s.l_padded + first_t) * OF_TOKEN + part * 4;
+    const u32 put_BC = kept_address(&first.BC[reads_t * OF_TOKEN + part * 4]);
+    const auto stage_BC = [&](u32 slot, bool inside) {
+#pragma unroll
+        for (int i = 0; i < OF_TOKEN / 4; i += 2 * WARPS)
+            copy16_if((i + 2 * WARPS <= OF_TOKEN / 4 || part < OF_TOKEN / 4 - i) && inside, put_BC + slot + i * 16, BC + i * 4);
+        BC += SPAN * OF_TOKEN;
+    };
     const float* resets = f.resets + p.row * f.s.l_padded + p.begin;
-    int buffer = 0;
-    stage(shared.BC[0], next_BC);
     Kept* starts = f.starts + ((p.row * (f.s.l_padded / SPAN) + p.begin / SPAN) * f.s.d + p.channel) * 16 + p.q * 4;
     float total = 0.f, any_reset = 0.f;
 
-    Four next_dt, next_x, next_z = {}, now_x, now_z, last_x = {}, last_z = {};
-    const auto load = [&]() {
-        const bool inside = t < end;
-        next_dt = load4(at(dt, f.dt, t), inside);
-        next_x = load4(at(x, f.x, t), inside);
-        if (HAS_Z && !LOCAL) next_z = load4(at(z, f.z, t), inside);
-        t += SPAN;
+    Four next_dt, next_x, now_x = {}, last_x, last_z = {};
+    const auto load = [&](int ahead) {
+        const bool inside = left > ahead * SPAN;
+        next_x = load4(x, inside);
+        x = behind(x, (i64)f.x.token * SPAN);
+        next_dt = load4(dt, inside);
+        dt = behind(dt, (i64)f.dt.token * SPAN);
     };
-    const auto prepare = [&](int into) {  // what was loaded, and load what comes after
+    const auto prepare = [&](int ahead, u32 slot) {  // what was loaded
         float raw[4], xv[4], delta[4], drive[4];
         widen(next_dt, raw);
         widen(next_x, xv);
@@ -87,25 +117,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
         for (int i = 0; i < 4; i++) {
             raw[i] += bias[i];
             delta[i] = SOFTPLUS ? softplus(raw[i]) : raw[i];
-            if (t - SPAN >= end) delta[i] = 0.f;
+            if (left <= ahead * SPAN) delta[i] = 0.f;
             drive[i] = delta[i] * xv[i];
         }
-        float4* const to = put_steps + into * (sizeof(shared.steps[0]) / 16);
-        to[low] = make_float4(delta[0], drive[0], delta[1], drive[1]);
-        to[low ^ 1] = make_float4(delta[2], drive[2], delta[3], drive[3]);
-        now_x = next_x, now_z = next_z;
-        load();
+        there<float4>(put_steps + slot) = make_float4(delta[0], drive[0], delta[1], drive[1]);
+        there<float4>(put_steps2 + slot) = make_float4(delta[2], drive[2], delta[3], drive[3]);
+        last_x = now_x, now_x = next_x;
     };
 #if !LOCAL
-    const auto finish = [&](int from, int token) {
+    const auto finish = [&](u32 slot, bool inside) {
         float out[4], xv[4], zv[4];
-        const float4* const of = parts_of + from * (sizeof(shared.parts[0]) / 16);
         widen(last_x, xv);
         widen(last_z, zv);
 #pragma unroll
         for (int q = 0; q < 4; q++) {
             float one[4];
-            scaled4(one, of[q * 2], 1.f);
+            take(one, parts_of + slot + q * 32);
 #pragma unroll
             for (int i = 0; i < 4; i++) out[i] = q ? out[i] + one[i] : one[i];
         }
@@ -114,26 +141,34 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
             out[i] = fmaf(skip[i], xv[i], out[i]);
             if (HAS_Z) out[i] *= zv[i] * sigmoid(zv[i]);
         }
-        store4(at(y, f.y, token), out, token >= p.begin && token < end && reads);
+        store4(y, out, inside);
+        y = behind(y, (i64)f.y.token * SPAN);
     };
 #endif
-    load();
-    prepare(0);
-    for (int span = p.begin; span < end; span += SPAN) {
+    u32 slot = 0;  // of this span, in bytes
+    load(0);
+    stage_BC(0, true);
+    prepare(0, 0);
+    load(1);
+    for (int span = 0; span < spans; span++) {
         staged();
-        const float* BC = shared.BC[buffer] + p.q * 4;
-        next_BC += SPAN * OF_TOKEN;
-        if (span + SPAN < end) stage(shared.BC[buffer ^ 1], next_BC);
+        const u32 next = slot ^ (u32)sizeof(Slot);
+        stage_BC(next, span + 1 < spans);
 #if !LOCAL
-        finish(buffer ^ 1, span - SPAN + reads_t);
+        if (span > 0) finish(next, left > -SPAN);
+#if HAS_Z
+        last_z = load4(z, left > 0);
+        z = behind(z, (i64)f.z.token * SPAN);
 #endif
-        last_x = now_x, last_z = now_z;
-        prepare(buffer ^ 1);
-        const float2* const du[2] = {own_du[0] + buffer * (sizeof(shared.steps[0]) / 8), own_du[1] + buffer * (sizeof(shared.steps[0]) / 8)};
+#endif
+        prepare(1, next);
+        load(2);
+        left -= SPAN;
+        u32 du = own_du + slot, du2 = own_du2 + slot, BC_at = own_BC + slot;
 #if !LOCAL
-        float* const put_y = own_y + buffer * (sizeof(shared.parts[0]) / 4);
+        u32 put_y = own_y + slot;
 #endif
-        buffer ^= 1;
+        slot = next;
 #if KEEP && !LOCAL
         if (p.active) keep(starts, h);
         starts += (i64)f.s.d * 16;
@@ -143,9 +178,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
             float parts[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float2 step = du[i >> 1][(group + i) * 8];
+                const float2 step = there<float2>((i & 2 ? du2 : du) + i * 64);
                 float b[4];
-                take(b, BC + i * OF_TOKEN);
+                take(b, BC_at + i * OF_TOKEN * 4);
 #if HAS_SEQ
                 const float reset = resets[i];
 #endif
@@ -156,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #endif
 #else
                 float c[4];
-                take(c, BC + i * OF_TOKEN + OF_C);
+                take(c, BC_at + (i * OF_TOKEN + OF_C) * 4);
                 float part = 0.f;
 #endif
 #pragma unroll
@@ -177,23 +212,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
             }
 #if !LOCAL  // only now: no load may come before a store that it could read
 #pragma unroll
-            for (int i = 0; i < 4; i++) put_y[(group + i) * 48] = parts[i];
+            for (int i = 0; i < 4; i++) there<float>(put_y + i * ROW_OF_PARTS * 4) = parts[i];
+            put_y += 4 * ROW_OF_PARTS * 4;
 #endif
-            BC += 4 * OF_TOKEN;
+            BC_at += 4 * OF_TOKEN * 4, du += 4 * 64, du2 += 4 * 64;
             resets += 4;
         }
     }
 #if !LOCAL
     __syncthreads();
-    finish(buffer ^ 1, t - 3 * SPAN);
+    if (spans > 0) finish(slot ^ (u32)sizeof(Slot), left > -SPAN);
 #endif
     if (!p.active) return;
 #if LOCAL
     *reinterpret_cast<float4*>(f.ends + state) = make_float4(h[0], h[1], h[2], h[3]);
-    float left[4];
+    float kept[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) left[j] = exp2_fast(fmaf(total, A2[j], any_reset));
-    *reinterpret_cast<float4*>(f.decays + state) = make_float4(left[0], left[1], left[2], left[3]);
+    for (int j = 0; j < 4; j++) kept[j] = exp2_fast(fmaf(total, A2[j], any_reset));
+    *reinterpret_cast<float4*>(f.decays + state) = make_float4(kept[0], kept[1], kept[2], kept[3]);
 #else
     if (p.piece == f.s.n_chunks - 1)
         *reinterpret_cast<float4*>(f.ends + (p.row * f.s.d + p.channel) * 16 + p.q * 4) = make_float4(h[0], h[1], h[2], h[3]);
