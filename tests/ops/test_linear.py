@@ -132,7 +132,7 @@ def test_multiply_with_all_it_can(t: int, k: int, n: int, transposed: bool, choi
 @NATIVE
 @pytest.mark.parametrize("options", ["bias", "accumulate", "rows"])
 def test_few_rows_of_many_columns(options: str):
-    """They come out across; 301 and 61 are no whole number of blocks."""
+    """Tasks pack b themselves; 301 and 61 are no whole number of blocks."""
     t, k, n = 61, 900, 301
     a, b, bias, out = normal(t, k), normal(n, k, seed=1), normal(n, seed=2), normal(t, n, seed=3)
     rows, order, scale = torch.arange(t).flip(0), torch.randperm(t), normal(t, seed=4)
@@ -153,10 +153,72 @@ def test_few_rows_of_many_columns(options: str):
 
 
 @NATIVE
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    k=st.integers(1, 450),
+    n=st.integers(1, 120),
+    by_columns=st.booleans(),
+    with_all=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_products_of_groups(
+    counts: list[int], k: int, n: int, by_columns: bool, with_all: bool, dtype: torch.dtype
+):
+    """Rows of a group times its matrix, and groups' rows times each other."""
+    t, e, g = sum(counts), len(counts), torch.Generator().manual_seed(6)
+    ends, x = torch.tensor(counts).cumsum(0), normal(t + 3, k, dtype=dtype)
+    w, y = normal(e, n, k, seed=1, dtype=dtype), normal(t + 2, n, seed=2, dtype=dtype)
+    rows, order = torch.randint(0, t + 3, (t,), generator=g), torch.randperm(t, generator=g)
+    scale, bias = normal(t + 2, seed=3), normal(e, n, seed=4)
+    if by_columns:
+        w = w.transpose(1, 2).contiguous().transpose(1, 2)
+    if not with_all:
+        rows, order, x, y = torch.arange(t), torch.arange(t), x[:t], y[:t]
+    expected = torch.full((t, n), torch.nan, dtype=torch.float64)
+    outer = torch.zeros(e, n, k, dtype=torch.float64)
+    start = 0
+    for j, count in enumerate(counts):
+        mine = slice(start, start + count)
+        start += count
+        found = x[rows[mine]].double() @ w[j].double().t()
+        left = y[order[mine]].double()
+        if with_all:
+            found = (found + bias[j]) * scale[order[mine]][:, None]
+            left = left * scale[order[mine]][:, None]
+        expected[order[mine]] = found
+        outer[j] = left.t() @ x[rows[mine]].double()
+    options = (
+        {"bias": bias.float(), "a_rows": rows, "out_rows": order, "out_scale": scale.float()}
+        if with_all
+        else {}
+    )
+    tolerance = 3e-6 if dtype == torch.float32 else 0.01
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        out = torch.full((t, n), torch.nan, dtype=dtype)
+        native.multiply_groups(x, w, out, ends, **options)
+        found = torch.full((e, n, k), torch.nan, dtype=dtype)
+        picked = {"a_rows": order, "b_rows": rows, "a_scale": scale.float()} if with_all else {}
+        native.multiply_outer_groups(y, x, found, ends, **picked)
+        torch.set_num_threads(1)
+        if t:
+            assert (out - expected).abs().max() <= tolerance * max(1, expected.abs().max().item())
+        assert (found - outer).abs().max() <= tolerance * max(1, outer.abs().max().item())
+
+
+@NATIVE
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     "shape",
-    [(2, 3000, 49), (700, 9000, 130), (40, 20, 700), (61, 900, 301), (1088, 17, 1024)],
+    [
+        (2, 3000, 49),
+        (700, 9000, 130),
+        (40, 20, 700),
+        (61, 900, 301),
+        (1088, 17, 1024),
+        (530, 400, 66),
+    ],
     ids=str,
 )
 def test_multiply_in_parts_and_on_threads(shape: tuple[int, int, int], transposed: bool):

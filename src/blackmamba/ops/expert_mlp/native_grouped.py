@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blackmamba.ops import native
 from blackmamba.ops.activate.native import activate_rows, activate_rows_backward
 from blackmamba.ops.checks import readable
 from blackmamba.ops.expert_mlp import native_autograd
 from blackmamba.ops.expert_mlp.choices import choices_per_token
-from blackmamba.ops.linear.native import multiply
+from blackmamba.ops.linear.native import multiply_groups, multiply_outer_groups
 
 
 def expert_mlp_native_grouped(
@@ -54,16 +55,11 @@ def _run(
     order, ends = native_autograd.sorted_by_expert(expert_ids, len(fc1))
     k = choices_per_token(x, expert_ids)
     tokens = order if k == 1 else order // k
-    b1, b2, scale = _contiguous(fc1_bias), _contiguous(fc2_bias), _contiguous(gate)
-    h = x.new_empty(len(order), fc1.shape[1])
-    for j, group in _groups(ends):
-        bias = None if b1 is None else b1[j]
-        multiply(x, fc1[j], h[group], a_rows=tokens[group], bias=bias)
-    hidden = activate_rows(h, gelu, gated)
-    y = x.new_empty(len(order), x.shape[1])
-    for j, group in _groups(ends):
-        bias = None if b2 is None else b2[j]
-        multiply(hidden[group], fc2[j], y, out_rows=order[group], out_scale=scale, bias=bias)
+    x, scale = native.rows(x), _contiguous(gate)
+    h, y = x.new_empty(len(order), fc1.shape[1]), x.new_empty(len(order), x.shape[1])
+    multiply_groups(x, fc1, h, ends, a_rows=tokens, bias=_contiguous(fc1_bias))
+    hidden, bias = activate_rows(h, gelu, gated), _contiguous(fc2_bias)
+    multiply_groups(hidden, fc2, y, ends, out_rows=order, out_scale=scale, bias=bias)
     return y, h, order, ends
 
 
@@ -87,56 +83,42 @@ def _run_backward(
     needs_x, needs_fc1, needs_fc2, needs_b1, needs_b2, needs_gate = needs
     grads = native_autograd.empty_gradients((x, fc1, fc2, fc1_bias, fc2_bias, gate), needs)
     grad_x, grad_fc1, grad_fc2, grad_b1, grad_b2, grad_gate = grads
-    scale, k = _contiguous(gate), choices_per_token(x, expert_ids)
-    grad_each = grad_x if k == 1 else x.new_empty(len(order) if needs_x else 0, x.shape[1])
+    x, grad_y, scale = native.rows(x), native.rows(grad_y), _contiguous(gate)
+    k = choices_per_token(x, expert_ids)
 
     grad_hidden = x.new_empty(len(order), fc2.shape[2])  # but for the gate
-    for j, group in _groups(ends):
-        multiply(grad_y, fc2[j].t(), grad_hidden[group], a_rows=order[group])
+    multiply_groups(grad_y, fc2.transpose(1, 2), grad_hidden, ends, a_rows=order)
     dots = grad_gate if needs_gate else None
     grad_h = activate_rows_backward(grad_hidden, h, gelu, gated, scale, dots, order)
-    hidden = activate_rows(h, gelu, gated) if needs_fc2 else h
-    for j, group in _groups(ends):
-        picked = order[group]
-        if needs_fc2:
-            multiply(
-                grad_y.t(), hidden[group].t(), grad_fc2[j], left_tokens=picked, left_scale=scale
-            )
-        if needs_fc1:
-            tokens = picked if k == 1 else picked // k
-            multiply(grad_h[group].t(), x.t(), grad_fc1[j], tokens=tokens)
-        if needs_x:
-            multiply(grad_h[group], fc1[j].t(), grad_each, out_rows=picked)
-        if needs_b1:
-            grad_b1[j] = grad_h[group].sum(0, dtype=torch.float32)
-        if needs_b2:
-            g = grad_y[picked]
-            g = g if scale is None else g * scale[picked][:, None]
-            grad_b2[j] = g.sum(0, dtype=torch.float32)
-    if needs_x and k > 1:
-        torch.sum(grad_each.view(len(x), k, -1), 1, out=grad_x)
-    for j in _idle(ends):
-        for needed, grad in zip(needs[1:5], grads[1:5], strict=True):
-            if needed:
-                grad[j] = 0
+    if needs_fc2:
+        hidden = activate_rows(h, gelu, gated)
+        multiply_outer_groups(grad_y, hidden, grad_fc2, ends, a_rows=order, a_scale=scale)
+    if needs_fc1:
+        multiply_outer_groups(grad_h, x, grad_fc1, ends, b_rows=order if k == 1 else order // k)
+    if needs_x:
+        grad_each = grad_x if k == 1 else x.new_empty(len(order), x.shape[1])
+        multiply_groups(grad_h, fc1.transpose(1, 2), grad_each, ends, out_rows=order)
+        if k > 1:
+            torch.sum(grad_each.view(len(x), k, -1), 1, out=grad_x)
+    if needs_b1 or needs_b2:
+        for j, group in _groups(ends):
+            if needs_b1:
+                grad_b1[j] = grad_h[group].sum(0, dtype=torch.float32)
+            if needs_b2:
+                g = grad_y[order[group]]
+                g = g if scale is None else g * scale[order[group]][:, None]
+                grad_b2[j] = g.sum(0, dtype=torch.float32)
     if needs_gate and fc2_bias is not None:
         grad_gate += (grad_y * fc2_bias[expert_ids]).sum(-1)
     return grads
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Number and rows of each group that is not empty."""
+    """Number and rows of each group."""
     start = 0
     for j, end in enumerate(ends.tolist()):
-        if end > start:
-            yield j, slice(start, end)
+        yield j, slice(start, end)
         start = end
-
-
-def _idle(ends: Tensor) -> list[int]:
-    """The experts without a token."""
-    busy = {j for j, _ in _groups(ends)}
-    return [j for j in range(len(ends)) if j not in busy]
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

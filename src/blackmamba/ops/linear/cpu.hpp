@@ -33,6 +33,8 @@ struct Product {
 
 struct Linear {
   void (*multiply)(const Product<float>& p);
+  // Several that write different rows or matrices, at once; for b that few rows of a meet.
+  void (*multiply_each)(const Product<float>* products, std::int64_t count, int n_threads);
   void (*multiply_narrow)(const Product<std::uint16_t>& p);
   void (*multiply_narrow_to_float)(const Product<std::uint16_t, float>& p);
 };

@@ -1,5 +1,7 @@
 """Products in C++: any layout, picked rows, results added to what is there."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -82,6 +84,97 @@ def multiply(
         accumulate,
         torch.get_num_threads(),
     )
+
+
+def multiply_groups(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    ends: Tensor,
+    *,
+    bias: Tensor | None = None,
+    a_rows: Tensor | None = None,
+    out_rows: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> None:
+    """`multiply` for each group of sorted rows with its matrix of b (g, n, k): all at once.
+
+    Group j's rows end at ends[j]; b may have any layout, a's and out's rows are contiguous. Of
+    bfloat16 one after the other.
+
+    Args:
+        bias: (g, n), contiguous.
+        a_rows, out_rows: for each sorted row, where it is; None: they lie one behind the other.
+        out_scale: as for `multiply`; only with out_rows.
+    """
+    assert b.shape == (len(ends), out.shape[1], a.shape[1]), (b.shape, a.shape, out.shape)
+    assert a.stride(1) == out.stride(1) == 1, (a.stride(), out.stride())
+    if a.dtype != torch.float32:
+        for j, rows in _groups(ends):
+            multiply(
+                a if a_rows is not None else a[rows],
+                b[j],
+                out if out_rows is not None else out[rows],
+                bias=None if bias is None else bias[j],
+                a_rows=None if a_rows is None else a_rows[rows],
+                out_rows=None if out_rows is None else out_rows[rows],
+                out_scale=out_scale,
+            )
+        return
+    native.extension().products_of_groups(
+        (a.data_ptr(), a.stride(0), _address(a_rows)),
+        (b.data_ptr(), *b.stride()),
+        (out.data_ptr(), out.stride(0), _address(out_rows)),
+        _address(bias),
+        _address(out_scale),
+        ends.data_ptr(),
+        tuple(b.shape),
+        torch.get_num_threads(),
+    )
+
+
+def multiply_outer_groups(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    ends: Tensor,
+    *,
+    a_rows: Tensor | None = None,
+    a_scale: Tensor | None = None,
+    b_rows: Tensor | None = None,
+) -> None:
+    """out (g, m, n), contiguous: for each group a's rows (m,) transposed times b's rows (n,); 0 for
+    an empty one. `a_scale` multiplies row a_rows[i] of a by a_scale[a_rows[i]]."""
+    assert out.shape == (len(ends), a.shape[1], b.shape[1]), (out.shape, a.shape, b.shape)
+    assert a.stride(1) == b.stride(1) == 1, (a.stride(), b.stride())
+    if a.dtype != torch.float32:
+        for j, rows in _groups(ends):
+            multiply(
+                (a if a_rows is not None else a[rows]).t(),
+                (b if b_rows is not None else b[rows]).t(),
+                out[j],
+                left_tokens=None if a_rows is None else a_rows[rows],
+                left_scale=a_scale,
+                tokens=None if b_rows is None else b_rows[rows],
+            )
+        return
+    native.extension().outer_products_of_groups(
+        (a.data_ptr(), a.stride(0), _address(a_rows)),
+        _address(a_scale),
+        (b.data_ptr(), b.stride(0), _address(b_rows)),
+        out.data_ptr(),
+        ends.data_ptr(),
+        tuple(out.shape),
+        torch.get_num_threads(),
+    )
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Number and sorted rows of each group."""
+    start = 0
+    for j, end in enumerate(ends.tolist()):
+        yield j, slice(start, end)
+        start = end
 
 
 def _address(tensor: Tensor | None) -> int:
