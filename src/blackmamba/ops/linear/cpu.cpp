@@ -101,9 +101,10 @@ void task_that_packs(const Product<float>& p, std::int64_t i, std::int64_t m, st
   }
 }
 
-// Whether tasks should pack b: its rows are long or meet few of a, or both have few numbers.
+// Whether tasks should pack b: its rows are long or meet few of a, or all have few numbers.
 bool packs_in_tasks(const Product<float>& p) {
-  return a_in_rows(p) && p.b.column == 1 && p.b.rows == nullptr && p.b.columns == nullptr &&
+  if (!a_in_rows(p)) return p.k <= most_k && p.m >= 4 * few_rows;
+  return p.b.column == 1 && p.b.rows == nullptr && p.b.columns == nullptr &&
          (p.m <= few_rows || p.k <= most_k);
 }
 
@@ -126,7 +127,9 @@ void multiply(const Product<float>& p) {
   // where b is read in place, as few as can be: its rows then come in long pieces, and once
   const std::int64_t enough = b_in_place(p, width) ? 2 * n_threads : 16;
   const std::int64_t narrow = b_in_place(p, width) ? width : 4 * width;
-  while (n_blocks() < enough && columns > narrow) columns /= 2;
+  // a that has to be packed, for as many columns as can be
+  const bool is_wide = !a_in_rows(p) && p.n <= most_columns;
+  while (n_blocks() < enough && columns > narrow && !is_wide) columns /= 2;
   while (n_blocks() < enough && rows > 4 * rows_at_once) rows /= 2;
   while (n_blocks() < enough && columns > width) columns /= 2;
 
@@ -151,26 +154,24 @@ void multiply(const Product<float>& p) {
   }
 }
 
-// How a product is cut into tasks that pack b themselves: panels for many rows of a, or all of them
+// How a product is cut into tasks that pack b themselves: a panel for many rows of a, or many panels
 // for fewer rows that are packed, too.
 struct Cut {
-  std::int64_t rows, n_rows, panels, panels_each, count;
-  explicit Cut(const Product<float>& p) : panels(pieces(p.n, width)), panels_each(a_in_rows(p) ? 1 : panels) {
-    const std::int64_t parts = pieces(p.m, a_in_rows(p) ? few_rows : most_rows);
-    if (p.m == 0 || p.n == 0 || p.k == 0) {
-      rows = n_rows = 0;
-      count = p.m > 0 && p.n > 0 ? 1 : 0;  // no terms
-      return;
-    }
+  std::int64_t panels, panels_each, n_panels, rows = 0, n_rows = 0, count;  // n_: of tasks
+  explicit Cut(const Product<float>& p)
+      : panels(pieces(p.n, width)),
+        panels_each(a_in_rows(p) ? 1 : most_columns / width),
+        n_panels(pieces(panels, panels_each)),
+        count(p.m > 0 && p.n > 0 ? 1 : 0) {
+    if (count == 0 || p.k == 0) return;  // without terms it is one task
+    const std::int64_t parts = pieces(p.m, a_in_rows(p) ? few_rows : 2 * most_rows);
     rows = pieces(pieces(p.m, parts), rows_at_once) * rows_at_once;
     n_rows = pieces(p.m, rows);
-    count = n_rows * pieces(panels, panels_each);
+    count = n_rows * n_panels;
   }
-  // of a task: its rows' and its panels' beginning; all panels of the same rows follow each other
-  std::int64_t row(std::int64_t task) const { return task / pieces(panels, panels_each) * rows; }
-  std::int64_t panel(std::int64_t task) const {
-    return task % pieces(panels, panels_each) * panels_each;
-  }
+  // Where a task's rows and panels begin. All panels of the same rows follow each other.
+  std::int64_t row(std::int64_t task) const { return task / n_panels * rows; }
+  std::int64_t panel(std::int64_t task) const { return task % n_panels * panels_each; }
 };
 
 void multiply_each(const Product<float>* products, std::int64_t count, int n_threads) {
