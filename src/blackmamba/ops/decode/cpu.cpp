@@ -365,7 +365,7 @@ class Member {
     float largest = 0;
     for (int e = 0; e < l.n_experts; ++e) {
       float logit;
-      dot_rows<1, 1>(l.router_weight + e * p_.m, p_.m, x, p_.m, &logit, 1);
+      dot_rows<1, 1>(l.router_weight + e * p_.m, p_.m, x, p_.m, &logit, 1, false);
       logit += l.router_bias[e];
       if (e == 0 || logit > largest || (logit != logit && largest == largest)) {
         best = e;

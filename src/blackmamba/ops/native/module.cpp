@@ -45,6 +45,18 @@ Target target() {
   return t;
 }
 
+bool reads_ahead_to_a_page_end() {
+#if defined(BM_X86)
+  static const bool is_intel = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") != 0;
+  }();
+  return is_intel;
+#else
+  return false;
+#endif
+}
+
 }  // namespace bm
 
 NB_MODULE(_native, m) {

@@ -8,6 +8,7 @@
 
 #include "native/product_quantized.hpp"
 #include "native/simd.hpp"
+#include "native/targets.hpp"
 #include "native/threads.hpp"
 #include "native/weights.hpp"
 
@@ -52,15 +53,27 @@ BM_INLINE void load_pair(const bf16* w, vec& a, vec& b) {
   b = (vec)(words & 0xffff0000u);
 }
 
+// Asks for what lies a page behind the 2 lanes numbers of a row from number c on, into the second
+// cache.
+template <class T>
+BM_INLINE void ask_a_page_ahead(const T* row, std::int64_t c) {
+  constexpr int page = 4096, line = 64, bytes = 2 * lanes * sizeof(T);
+  if (bytes < line && c * static_cast<int>(sizeof(T)) % line != 0) return;
+  const char* const at = reinterpret_cast<const char*>(row + c) + page;
+  for (int i = 0; i < bytes; i += line) __builtin_prefetch(at + i, 0, 2);
+}
+
 // y[b * ldy + i] = row i of w . x[b], for so many rows and prepared vectors
 template <int rows, int batch, class T>
 BM_INLINE void dot_rows(const T* w, std::int64_t cols, const float* x, std::int64_t ldx, float* y,
-                        std::int64_t ldy) {
+                        std::int64_t ldy, bool ahead) {
   vec even[rows][batch] = {}, odd[rows][batch] = {};
   std::int64_t c = 0;
   for (; c + 2 * lanes <= cols; c += 2 * lanes) {
     vec a[rows], b[rows];
     for (int i = 0; i < rows; ++i) load_pair(w + i * cols + c, a[i], b[i]);
+    if (ahead)
+      for (int i = 0; i < rows; ++i) ask_a_page_ahead(w + i * cols, c);
     for (int j = 0; j < batch; ++j) {
       const vec first = load(x + j * ldx + c), second = load(x + j * ldx + c + lanes);
       for (int i = 0; i < rows; ++i) {
@@ -85,19 +98,20 @@ BM_INLINE void dot_rows(const T* w, std::int64_t cols, const float* x, std::int6
 template <class T>
 void float_product(const T* w, std::int64_t cols, std::int64_t n_rows, const float* x,
                    std::int64_t ldx, int batch, float* y, std::int64_t ldy) {
+  const bool ahead = reads_ahead_to_a_page_end();
   int b = 0;
   for (; b + 4 <= batch; b += 4) {
     std::int64_t i = 0;
     for (; i + 2 <= n_rows; i += 2)
-      dot_rows<2, 4>(w + i * cols, cols, x + b * ldx, ldx, y + b * ldy + i, ldy);
+      dot_rows<2, 4>(w + i * cols, cols, x + b * ldx, ldx, y + b * ldy + i, ldy, ahead);
     for (; i < n_rows; ++i)
-      dot_rows<1, 4>(w + i * cols, cols, x + b * ldx, ldx, y + b * ldy + i, ldy);
+      dot_rows<1, 4>(w + i * cols, cols, x + b * ldx, ldx, y + b * ldy + i, ldy, ahead);
   }
   for (std::int64_t i = 0; i < n_rows; ++i) {
     const T* const row = w + i * cols;
-    if (batch - b == 3) dot_rows<1, 3>(row, cols, x + b * ldx, ldx, y + b * ldy + i, ldy);
-    if (batch - b == 2) dot_rows<1, 2>(row, cols, x + b * ldx, ldx, y + b * ldy + i, ldy);
-    if (batch - b == 1) dot_rows<1, 1>(row, cols, x + b * ldx, ldx, y + b * ldy + i, ldy);
+    if (batch - b == 3) dot_rows<1, 3>(row, cols, x + b * ldx, ldx, y + b * ldy + i, ldy, ahead);
+    if (batch - b == 2) dot_rows<1, 2>(row, cols, x + b * ldx, ldx, y + b * ldy + i, ldy, ahead);
+    if (batch - b == 1) dot_rows<1, 1>(row, cols, x + b * ldx, ldx, y + b * ldy + i, ldy, ahead);
   }
 }
 

@@ -14,6 +14,10 @@ enum class Target { baseline, avx2, avx512, avx512_bf16 };
 // The set in use: the best that the processor has, unless BLACKMAMBA_CPU_TARGET names a lesser one.
 Target target();
 
+// Whether the processor reads ahead on its own, but no further than a page of 4 KiB reaches: then a
+// kernel that reads on asks for the next one. Intel's do; a Zen 4 is faster left alone.
+bool reads_ahead_to_a_page_end();
+
 }  // namespace bm
 
 #define BM_JOIN_(a, b) a##_##b
