@@ -285,6 +285,21 @@ def test_cuda_in_float32_in_chunks_with_documents(
 
 
 @CUDA_ON_CPU
+def test_cuda_where_softplus_ends(launched: list[str]):
+    """Far from zero softplus(v) is exp(v), or v: the backward pass gets its slope from it."""
+    wide = make(1, 19, 56, 16)
+    wide["dt_bias"] = torch.linspace(-40, 200, 56, dtype=torch.float64)
+    wide = {k: v.float().double() for k, v in wide.items()}
+    exact = with_gradients(wide, "reference")
+    actual = with_gradients({k: v.float() for k, v in wide.items()}, "triton")
+    assert launched == ["scan_forward", "scan_backward"]
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 3e-6, name
+    grad, expected = actual["grad_dt_bias"], exact["grad_dt_bias"]
+    assert ((grad - expected).abs() < 1e-4 * expected.abs()).all()
+
+
+@CUDA_ON_CPU
 def test_cuda_in_bfloat16_is_as_near_as_plain_pytorch(launched: list[str]):
     narrow = make(2, 35, 24, 16, dtype=torch.bfloat16)
     exact = with_gradients({k: v.double() for k, v in narrow.items()}, "reference")

@@ -284,9 +284,9 @@ def sum_kernel(
         total += tl.load(partial + at * (8 * N) + place[None, :], at < n_blocks, other=0.0)
     total = tl.sum(total, 0)
     if OF_UNITS:
-        k = place // 32 * 4 + place // 16 % 2 + place % 2 * 2
-        t = tile * 4 + place // 4 % 4
-        of_B = place % 4 < 2
+        k = place // 32 * 4 + place // 16 % 2 + place // 2 % 2 * 2
+        t = tile * 4 + place // 4 % 2 * 2 + place % 2
+        of_B = place // 8 % 2 == 0
     else:
         k = (place // 4) % N
         t = tile * 4 + place % 4

@@ -105,10 +105,11 @@ def _shared_bytes(name: str, warps: int, dtype: torch.dtype, *, local: bool) -> 
         floats = 16 * _SPAN
     else:
         short = dtype == torch.bfloat16
-        floats = 3 * 8 * _SPAN + (8 * _SPAN if short else 16 * _SPAN + 4 * 2 * 8 * 20)
-        floats += 2 * _SPAN // 4 * 32 * 4 + 12 + 2 * 2 * 4 + 7 * 2 * 2
+        floats = 4 * 8 * _SPAN + (8 * _SPAN if short else 4 * 2 * 8 * 20)
+        floats += 2 * _SPAN // 4 * 32 * 4 + 12 + 2 * 2 * 4 + 4 * 2 * 4
         floats += 2 * 32 * (4 * dtype.itemsize + (2 if short else 4))
-    return 4 * (warps * floats + 2 * _SPAN * 32)
+    rows = _SPAN // 4 * 5 if name == "scan_backward" else _SPAN
+    return 4 * (warps * floats + 2 * rows * 32)
 
 
 _DEFAULTS = {

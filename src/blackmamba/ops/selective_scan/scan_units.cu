@@ -2,9 +2,8 @@
 
 // Addresses in shared memory that stay in registers: what goes through a shuffle the compiler cannot compute again where
 // it is used, which took it four instructions each time.
-__device__ __forceinline__ u32 address_of(const void* p) {
-    return __shfl_sync(FULL, (u32)__cvta_generic_to_shared(p), threadIdx.x & 31);
-}
+__device__ __forceinline__ u32 held(u32 value) { return __shfl_sync(FULL, value, threadIdx.x & 31); }
+__device__ __forceinline__ u32 address_of(const void* p) { return held((u32)__cvta_generic_to_shared(p)); }
 __device__ __forceinline__ float load1(u32 from) {
     float v;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
@@ -27,9 +26,9 @@ __device__ __forceinline__ void store4(u32 to, float a, float b, float c, float 
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 // Without a branch.
-__device__ __forceinline__ void store2_if(bool condition, u32 to, float a, float b) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.v2.f32 [%1], {%2, %3};}"
-        ::"r"((u32)condition), "r"(to), "f"(a), "f"(b) : "memory");
+__device__ __forceinline__ void store4_if(bool condition, u32 to, const float* v) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.v4.f32 [%1], {%2, %3, %4, %5};}"
+        ::"r"((u32)condition), "r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
 }
 
 // D += A B by a warp's matrix units: a thread has of A (16 x 8) the numbers (g, k), (g + 8, k), (g, k + 4), (g + 8, k + 4),
@@ -69,9 +68,9 @@ __device__ __forceinline__ void outer(float* even, float* odd, float rough, floa
     multiply_add(odd, u0, u1, b.y);
 }
 
-// Sums over states of h times C, for two tokens of eight. Thread 4 c + q gives states 4 q to 4 q + 3 of channel c of both,
-// and of C those of the c-th token. It gets in sums[0] the first token's, if that is the 2 q-th, and in sums[3] the
-// second's, if that is the next. For bfloat16, which keeps 8 bits of a sum, 11 of a state do.
+// Sums over states of h times C, for two tokens. Thread 4 c + q gives states 4 q to 4 q + 3 of channel c of both, and of C
+// those of some token. It gets the first token's sums in sums[0] with what threads with c = 2 q gave of C, in sums[1] with
+// that of c = 2 q + 1; the second's in sums[2] and sums[3]. For bfloat16, which keeps 8 bits of a sum, 11 of a state do.
 __device__ __forceinline__ void over_states(float* sums, const float* first, const float* second, const float4& c) {
     const float v[2][4] = {{first[0], second[0], first[1], second[1]}, {first[2], second[2], first[3], second[3]}};
     sums[0] = sums[1] = sums[2] = sums[3] = 0.f;
@@ -92,13 +91,19 @@ __device__ __forceinline__ void over_states(float* sums, const float* first, con
 #endif
 }
 
-// Sums over the four threads of a channel: what over_states gives of what they have summed up already.
-__device__ __forceinline__ void over_threads(float* sums, float first, float second) {
-    sums[0] = sums[1] = sums[2] = sums[3] = 0.f;
-    multiply_add(sums, first, second, 1.f);
+// Sums over the four threads of a channel, of four tokens: thread 4 c + q gets the q-th token's. last_channels: all bits, if c
+// is above 3.
+__device__ __forceinline__ float over_threads(const float* v, int q, u32 last_channels) {
+    const float first = __uint_as_float(0x3f800000u & ~last_channels), last = __uint_as_float(0x3f800000u & last_channels);
+    float sums[4] = {};
+    multiply_add(sums, v, first, last);
 #if TYPE != 1
-    multiply_add(sums, first - high_part(first), second - high_part(second), 1.f);
+    float rest[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) rest[i] = v[i] - high_part(v[i]);
+    multiply_add(sums, rest, first, last);
 #endif
+    return q & 1 ? sums[2] : sums[0];
 }
 
 // D += A B with bfloat16, a pair to a register: of A (16 x 16) a thread has (g, 2 k), (g + 8, 2 k), (g, 2 k + 8),
@@ -117,17 +122,18 @@ __device__ __forceinline__ void multiply_halves(u32* d, const u32* a, u32 b0, u3
 
 // Sums over a warp's 8 channels, for each of 4 tokens and 16 states, of g times one number of the channel and of h times
 // another: gradients of B and of C. Threads 4 c + q give states 4 q to 4 q + 3 of channel c. For the matrix units that is
-// turned, so that states are rows of A and channels its columns. Thread 4 r + k gets those of token k and the two states
-// s = r / 2 * 4 + r % 2 and s + 2: of g, then of h. Bfloat16 numbers are summed as such, others are read in parts.
+// turned, so that states are rows of A and channels its columns. Columns of B are the four tokens with g's numbers, then with
+// h's. Thread 4 r + k gets, of columns 2 k and 2 k + 1, those of state s = r / 2 * 4 + r % 2, then of s + 2. Bfloat16 numbers are
+// summed as such, others are read in parts.
 #if TYPE == 1
 // They are turned by a product with ones: D is B, and has the form that A shall have. That the units take it for float16
-// changes no bit of a number below 2^121; others become NaN. Rows of A are first those of one token, then those of the
-// next; of columns of B, two are a token's, for states s and s + 2. So D has what is wanted in some places.
+// changes no bit of a number below 2^121; others become NaN. Columns of A are the channels of one token, then those of the
+// next; columns of B have zeros where A has the other token. Those of the two tokens get what is wanted.
 struct Turned {
-    u32 ones[4], even[2], odd[2];
-    int r, k;
-    float sums[4];
-    __device__ __forceinline__ explicit Turned(int lane) : r(lane >> 2), k(lane & 3) {
+    u32 ones[4], of[2][2], odd, last;  // odd, last: all bits, if r is odd or above 3
+    __device__ __forceinline__ explicit Turned(int lane) {
+        const int r = lane >> 2, k = lane & 3;
+        odd = held(0u - (r & 1)), last = held(0u - (r >> 2));
         const u32 one = r == k * 2 ? 0x3c00u : r == k * 2 + 1 ? 0x3c000000u : 0u;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -135,53 +141,48 @@ struct Turned {
             ones[i] = __shfl_sync(FULL, (i % 3 ? 0 : one) | zero, lane);
         }
     }
-    // by: where the numbers are of token r / 2 and channels 2 k and 2 k + 1, for g and for h
+    // by: where the numbers are of channels 2 k and 2 k + 1 and token r % 4, for h if r > 3
     __device__ __forceinline__ void begin(u32 by) {
-        const float2 v = load2(by);
-        even[0] = r & 1 ? 0 : __float_as_uint(v.x), odd[0] = r & 1 ? __float_as_uint(v.x) : 0;
-        even[1] = r & 1 ? 0 : __float_as_uint(v.y), odd[1] = r & 1 ? __float_as_uint(v.y) : 0;
+        const u32 v = __float_as_uint(load1(by));
+        of[0][0] = v & ~last & ~odd, of[0][1] = v & ~last & odd;
+        of[1][0] = v & last & ~odd, of[1][1] = v & last & odd;
     }
-    // Two tokens of four; g and h of both.
-    __device__ __forceinline__ void add(int pair, const uint2* g, const uint2* h) {
+    // Two tokens of four: g and h of both. The sums are those of thread 4 r + k if k is even for the first two tokens, odd for
+    // the last two.
+    __device__ __forceinline__ void sum(float* sums, const uint2* g, const uint2* h) const {
+        sums[0] = sums[1] = sums[2] = sums[3] = 0.f;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const uint2* const of = i ? h : g;
+            const uint2* const v = i ? h : g;
             u32 a[4];
-            float d[4] = {};
-            multiply_halves(a, ones, of[0].x, of[1].x);
-            multiply_halves(a + 2, ones, of[0].y, of[1].y);
-            multiply_add_pairs(d, a, even[i], odd[i]);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                if (pair == 1 || k == pair * 2) sums[i * 2 + j] = d[j];
-                if (k == pair * 2 + 1) sums[i * 2 + j] = d[2 + j];
-            }
+            multiply_halves(a, ones, v[0].x, v[0].y);
+            multiply_halves(a + 2, ones, v[1].x, v[1].y);
+            multiply_add_pairs(sums, a, of[i][0], of[i][1]);
         }
     }
 };
 #else
-// They are turned by way of shared memory. Columns of B are the tokens, of g and of h in turn.
+// They are turned by way of shared memory.
 struct Turned {
-    u32 put_at, take_at;
+    u32 put_at, take_at, last;
     int r;
-    float sums[4];
     typedef float Rows[2][8][20];  // of a token, g or h, a channel
     __device__ __forceinline__ Turned(Rows* rows, int lane)
         : put_at(address_of(&rows[0][0][lane >> 2][(lane & 3) * 4])),
-          take_at(address_of(&rows[0][0][lane & 3][(lane >> 3) * 4 + (lane >> 2 & 1)])), r(lane >> 2) {}
+          take_at(address_of(&rows[0][0][lane & 3][(lane >> 3) * 4 + (lane >> 2 & 1)])), last(0u - (lane >> 4)), r(lane >> 2) {}
     __device__ __forceinline__ void put(int token, const float* g, const float* h) const {
         const u32 to = put_at + token * sizeof(Rows);
         store4(to, g[0], g[1], g[2], g[3]);
         store4(to + sizeof(Rows) / 2, h[0], h[1], h[2], h[3]);
     }
-    // by: where the number is of token r / 2, of g or h as r is even or odd, channel k, and after 4 more that of k + 4
-    __device__ __forceinline__ void add_all(u32 by) {
+    // by: where the number is of channel k and token r % 4, for h if r > 3, and after 4 more that of channel k + 4
+    __device__ __forceinline__ void sum(float* d, u32 by) const {
         const float low = load1(by), high = load1(by + 4 * sizeof(float));
-        float d[4] = {};
+        d[0] = d[1] = d[2] = d[3] = 0.f;
 #pragma unroll
         for (int column = 0; column < 8; column++) {
             const float b0 = r == column ? low : 0.f, b1 = r == column ? high : 0.f;
-            const u32 at = take_at + column * (sizeof(Rows) / 2), on = 4 * 20 * sizeof(float);
+            const u32 at = take_at + (column & 3) * sizeof(Rows) + (column >> 2) * (sizeof(Rows) / 2), on = 4 * 20 * sizeof(float);
             const float a[4] = {load1(at), load1(at + 8), load1(at + on), load1(at + on + 8)};
 #if TYPE == 0
             float rest[4];
@@ -192,7 +193,6 @@ struct Turned {
 #endif
             multiply_add(d, a, b0, b1);
         }
-        sums[0] = d[0], sums[1] = d[2], sums[2] = d[1], sums[3] = d[3];
     }
 };
 #endif
