@@ -105,7 +105,14 @@ template <typename T> T __shfl_xor_sync(unsigned, T v, int mask) {
     memcpy(&v, &values[current ^ mask], 4);
     return v;
 }
-inline unsigned __shfl_sync(unsigned, unsigned v, int lane) { return v; }  // one's own
+template <typename T> T __shfl_sync(unsigned, T v, int lane) {
+    unsigned* const values = passed_on[turns[current]++ % 2];
+    memcpy(&values[current], &v, 4);
+    __syncwarp();
+    memcpy(&v, &values[current / 32 * 32 + lane], 4);
+    return v;
+}
+inline int atomicAdd(int* to, int n) { return (*to += n) - n; }
 static float shared_by_warp[1024][6];
 inline unsigned bits(float f) {  // of the nearest bfloat16
     const unsigned u = __float_as_uint(f);

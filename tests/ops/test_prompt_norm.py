@@ -8,7 +8,7 @@ import torch
 from cuda_on_cpu import CXX, Kernel
 
 from blackmamba.ops.gpu import cuda
-from blackmamba.ops.prompt.gpu import NormCut, chooses, norm_and_choice
+from blackmamba.ops.prompt.gpu import NormCut, chooses, norm_and_choice, norm_and_places
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -56,6 +56,37 @@ def test_near_float64(t: int, m: int, e: int, cut: NormCut):
     torch.testing.assert_close(
         routes.gate.cpu(), logits.max(1).values.sigmoid().float(), rtol=2e-6, atol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("t", "m", "e", "cut"),
+    [
+        (11, 132, 8, NormCut(2, 2)),
+        (1, 256, 3, NormCut(1, 1)),
+        (70, 64, 1, NormCut(1, 2)),
+        (131, 128, 16, NormCut(1, 16)),
+    ],
+    ids=str,
+)
+def test_rows_where_experts_read_them(t: int, m: int, e: int, cut: NormCut):
+    g = torch.Generator().manual_seed(t)
+    x, update = torch.randn(t, m, generator=g), torch.randn(t, m, generator=g).bfloat16()
+    weight, bias = torch.rand(m, generator=g) + 0.5, torch.randn(e, generator=g)
+    router = torch.randn(e, m, generator=g) / m**0.5
+    x, update, weight, router, bias = (v.to(DEVICE) for v in (x, update, weight, router, bias))
+    total = x.clone()
+    y, routes = norm_and_choice(total, update, weight, 1e-5, (router, bias), cut)
+    counts = torch.zeros(e, dtype=torch.int32, device=DEVICE)
+    placed, places = norm_and_places(x, update, weight, 1e-5, (router, bias), counts, cut)
+    assert torch.equal(x, total)
+    assert placed.shape == (e, t, m)
+    assert places.counts is counts
+    assert counts.tolist() == routes.expert_ids.bincount(minlength=e).tolist()
+    for i, count in enumerate(counts.tolist()):
+        tokens = places.order[i, :count].long()
+        assert torch.equal(tokens.sort().values, (routes.expert_ids == i).nonzero()[:, 0])
+        assert torch.equal(placed[i, :count], y[tokens])
+        assert torch.equal(places.gate[i, :count], routes.gate[tokens])
 
 
 def test_the_first_of_equals():

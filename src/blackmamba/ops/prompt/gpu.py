@@ -34,6 +34,18 @@ class Routes:
     """(t,) float32: the sigmoid of the expert's logit."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Which tokens each expert has, in rows of as many places as there are tokens."""
+
+    counts: Tensor
+    """(e,) int32: how many they are, and of how many places there is something in each row."""
+    order: Tensor
+    """(e, t) int32: which they are."""
+    gate: Tensor
+    """(e, t) float32: the sigmoid of the expert's logit."""
+
+
 def routable(weight: Tensor) -> bool:
     """Whether `norm` can choose by a router of this weight, (e, m)."""
     return weight.dtype == torch.float32 and 1 <= len(weight) <= MOST_EXPERTS
@@ -131,20 +143,59 @@ def norm_and_choice(
         update: (t, m) bfloat16.
         weight, eps, router: as for `norm`; see `chooses`.
     """
-    (t, m), (columns, bias) = x.shape, router
+    t = len(x)
     y = torch.empty_like(update)
     routes = Routes(x.new_empty(t, dtype=torch.int64), x.new_empty(t, dtype=torch.float32))
-    if t:
-        shared = _shared_bytes(columns)
-        flags = {"WIDTH": m, "EXPERTS": len(columns), "SHARED": shared}
-        flags |= {"ROWS": cut.rows, "WARPS": cut.warps}
-        tensors = (x, update, weight, columns, bias, y, routes.expert_ids, routes.gate)
-        arguments = _Norm(*(tensor.data_ptr() for tensor in tensors), t, eps)
-        blocks = min(_processors(x), -(-t // cut.rows))
-        sources, index = (cuda.NUMBERS, Path(__file__).with_name("norm.cu")), x.device.index
-        kernel = cuda.kernel(sources, "norm_and_choice", tuple(sorted(flags.items())), index)
-        kernel.launch(blocks, 32 * cut.warps, arguments, shared)
+    found = {"y": y, "ids": routes.expert_ids, "gate": routes.gate}
+    _choose(x, update, weight, eps, router, cut, found)
     return y, routes
+
+
+def norm_and_places(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    eps: float,
+    router: tuple[Tensor, Tensor],
+    counts: Tensor,
+    cut: NormCut = NORM_CUTS[0],
+) -> tuple[Tensor, Places]:
+    """`norm_and_choice` with y where experts read it: (e, t, m), of which as many rows of each
+    expert are written as it has tokens. Which token's row comes first is left to chance, by
+    `Places.order`; nothing else is.
+
+    Args:
+        counts: (e,) int32, zeros, which become those of `Places`.
+    """
+    (t, m), e = x.shape, len(router[0])
+    y = update.new_empty(e, t, m)
+    order, gate = (x.new_empty(e, t, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    found = {"y": y, "gate": gate, "counts": counts, "order": order}
+    _choose(x, update, weight, eps, router, cut, found)
+    return y, Places(counts, order, gate)
+
+
+def _choose(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    eps: float,
+    router: tuple[Tensor, Tensor],
+    cut: NormCut,
+    found: dict[str, Tensor],
+) -> None:
+    (t, m), (columns, bias) = x.shape, router
+    if not t:
+        return
+    shared = _shared_bytes(columns)
+    flags = {"WIDTH": m, "EXPERTS": len(columns), "ROWS": cut.rows, "WARPS": cut.warps}
+    flags |= {"PLACES": int("order" in found), "SHARED": shared}
+    tensors = {"x": x, "update": update, "weight": weight, "router": columns, "bias": bias, **found}
+    arguments = _Norm(t=t, eps=eps, **{name: v.data_ptr() for name, v in tensors.items()})
+    blocks = min(_processors(x), -(-t // cut.rows))
+    sources, index = (cuda.NUMBERS, Path(__file__).with_name("norm.cu")), x.device.index
+    kernel = cuda.kernel(sources, "norm_and_choice", tuple(sorted(flags.items())), index)
+    kernel.launch(blocks, 32 * cut.warps, arguments, shared)
 
 
 def _shared_bytes(router: Tensor) -> int:
@@ -162,7 +213,7 @@ def _processors(tensor: Tensor) -> int:
 class _Norm(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("x", "update", "weight", "router", "bias")),
-        *((name, ctypes.c_uint64) for name in ("y", "ids", "gate")),
+        *((name, ctypes.c_uint64) for name in ("y", "ids", "gate", "counts", "order")),
         ("t", ctypes.c_int),
         ("eps", ctypes.c_float),
     )

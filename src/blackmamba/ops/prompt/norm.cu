@@ -6,8 +6,11 @@
 // scaled, as the scale is the same for all of them. A block walks over rows in steps of the grid. Moves rows once each way.
 // Bound by bytes.
 //
+// PLACES: y lies by expert, each of which has places for t rows: the rows e t and on of y are those of expert e's tokens, and
+// order says which they are, in no certain order. So do the gates. A count, which begins with 0, gives each its place.
+//
 // Compiled at run time, without headers, with: WIDTH (numbers of a row, a multiple of 4), EXPERTS, ROWS, WARPS (of a block),
-// SHARED (bytes).
+// PLACES (0 or 1), SHARED (bytes).
 
 #define CHUNKS ((WIDTH + 127) / 128)
 #define PADDED (CHUNKS * 128)
@@ -21,8 +24,10 @@ struct Arguments {
     const float* router;  // (EXPERTS, WIDTH)
     const float* bias;
     u16* y;
-    i64* ids;
+    i64* ids;  // not PLACES
     float* gate;
+    int* counts;  // PLACES; (EXPERTS,)
+    int* order;   // PLACES; (EXPERTS, t), as y and gate
     int t;
     float eps;
 };
@@ -98,8 +103,31 @@ __device__ __forceinline__ void finish(const Arguments& a, const Shared& shared,
         }
     }
     float scale[ROWS];
+    i64 to[ROWS];  // row of y
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) scale[r] = 1.f / sqrtf(summed(squares[r]) * (1.f / WIDTH) + a.eps);
+    for (int r = 0; r < ROWS; r++) {
+        scale[r] = 1.f / sqrtf(summed(squares[r]) * (1.f / WIDTH) + a.eps);
+        int chosen = 0;
+        float best = 0.f;
+#pragma unroll
+        for (int e = 0; e < EXPERTS; e++) {
+            const float logit = summed(sums[r][e]) * scale[r] + a.bias[e];
+            if (e == 0 || logit > best) best = logit, chosen = e;
+        }
+        const bool writes = lane == 0 && first + r < a.t;
+        const float gate = 1.f / (1.f + exp2_fast(best * -LOG2E));
+#if PLACES
+        int place = 0;
+        if (writes) {
+            place = chosen * a.t + atomicAdd(a.counts + chosen, 1);
+            a.order[place] = first + r, a.gate[place] = gate;
+        }
+        to[r] = __shfl_sync(FULL, place, 0);
+#else
+        if (writes) a.ids[first + r] = chosen, a.gate[first + r] = gate;
+        to[r] = first + r;
+#endif
+    }
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
         const int k = i * 128 + lane * 4;
@@ -111,21 +139,7 @@ __device__ __forceinline__ void finish(const Arguments& a, const Shared& shared,
             uint2 y;
             y.x = narrow(v[0] * scale[r] * w.x, v[1] * scale[r] * w.y);
             y.y = narrow(v[2] * scale[r] * w.z, v[3] * scale[r] * w.w);
-            *reinterpret_cast<uint2*>(a.y + (i64)(first + r) * WIDTH + k) = y;
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        int chosen = 0;
-        float best = 0.f;
-#pragma unroll
-        for (int e = 0; e < EXPERTS; e++) {
-            const float logit = summed(sums[r][e]) * scale[r] + a.bias[e];
-            if (e == 0 || logit > best) best = logit, chosen = e;
-        }
-        if (lane == 0 && first + r < a.t) {
-            a.ids[first + r] = chosen;
-            a.gate[first + r] = 1.f / (1.f + exp2_fast(best * -LOG2E));
+            *reinterpret_cast<uint2*>(a.y + to[r] * WIDTH + k) = y;
         }
     }
 }
