@@ -278,6 +278,9 @@ _MEANINGS = (
     (r'asm volatile\("cp\.async\.ca[^"]*".*?: "memory"\);',
      "memcpy(at_address(to), from, sizeof(T));"),
     (r'asm volatile\("cp\.async\.wait_all;" ::: "memory"\);', ""),
+    (r'asm volatile\("red\.global\.add\.v4\.f32.*?: "memory"\);',
+     'if ((unsigned long long)to % 16) fail("16 bytes at %p", to);'
+     "to[0] += a, to[1] += b, to[2] += c, to[3] += d;"),
     (r"extern __shared__ (__align__\(16\) )?char memory\[\];", ""),
 )  # fmt: skip
 _ARGUMENTS = {

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blackmamba.ops.expert_mlp import hopper
+from blackmamba.ops.expert_mlp.order import gathered, sort_by_expert
+from blackmamba.ops.prompt.gpu import norm_and_choice, norm_and_places
 
 pytestmark = [
     pytest.mark.gpu,
@@ -138,3 +140,39 @@ def test_what_does_not_fit():
     assert not hopper.fits(x[:, 1:9])
     assert not hopper.fits(x[:, :12])
     assert not hopper.fits(x.t())
+
+
+@pytest.mark.parametrize(
+    ("t", "m", "f", "e"), [(257, 136, 72, 3), (2048, 1152, 3072, 8), (16_384, 1472, 3872, 8)]
+)
+@torch.inference_mode()
+def test_rows_from_the_norm_added_to_the_stream(t: int, m: int, f: int, e: int):
+    g = torch.Generator("cuda").manual_seed(t)
+    x, router = (torch.randn(n, m, generator=g, device="cuda") for n in (t, e))
+    update, fc1, fc2 = (
+        torch.randn(shape, generator=g, device="cuda").bfloat16() / shape[-1] ** 0.5
+        for shape in ((t, m), (e, 2 * f, m), (e, m, f))
+    )
+    weight, bias = torch.ones(m, device="cuda"), torch.zeros(e, device="cuda")
+    choice = (update, weight, 1e-5, (router / m**0.5, bias))
+
+    expected = x.clone()
+    y, routes = norm_and_choice(expected, *choice)
+    order, ends = sort_by_expert(routes.expert_ids, e)
+    (rows,) = gathered(order, y)
+    hidden, _ = hopper.gated(rows, fc1, ends, gelu=False, keep=False)
+    expected += hopper.placed(hidden, fc2, ends, order, routes.gate)
+    for _ in range(3):  # whatever the order of an expert's rows
+        counts, found = torch.zeros(e, dtype=torch.int32, device="cuda"), x.clone()
+        places_y, places = norm_and_places(found, *choice, counts)
+        assert torch.equal(counts, routes.expert_ids.bincount(minlength=e).int())
+        hopper.add_routed_(found, places_y, counts, places.order, places.gate, fc1, fc2, gelu=False)
+        assert torch.equal(found, expected)
+
+    some = slice(0, t, t // 16)
+    total = x[some].double() + update[some].double()
+    ids = routes.expert_ids[some]
+    h = torch.einsum("tm,tfm->tf", y[some].double(), fc1[ids].double())
+    h = F.silu(h[:, :f]) * h[:, f:]
+    exact = routes.gate[some, None].double() * torch.einsum("tf,tmf->tm", h, fc2[ids].double())
+    assert relative_error(found[some].double() - total, exact) < 2 * EXACT

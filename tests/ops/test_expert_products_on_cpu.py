@@ -129,6 +129,31 @@ def test_placed(results: Results, by_columns: bool, gate: bool, n: int):
     assert_near(y, exact)
 
 
+@pytest.mark.parametrize(("m", "f", "gelu"), [(200, 72, True), (264, 136, False)])
+@pytest.mark.usefixtures("results")
+def test_added_to_the_stream(m: int, f: int, gelu: bool):
+    x, fc1, ends, _ = drawn(m, 2 * f)
+    fc2 = matrix(E * m, f, f**-0.5).unflatten(0, (E, m))
+    g = torch.Generator().manual_seed(0)
+    tokens, of_token = torch.randperm(T, generator=g), torch.rand(T, generator=g)
+    order, rows = torch.full((E, T), T), torch.full((E, T, m), torch.nan, dtype=torch.bfloat16)
+    gates = torch.full((E, T), torch.nan)  # beyond the groups is what would be seen
+    for e, (own, of_group) in enumerate(zip(tokens.split(SIZES), x.split(SIZES), strict=True)):
+        order[e, : len(own)], rows[e, : len(own)] = own, of_group
+        gates[e, : len(own)] = of_token[own]
+
+    stream = torch.randn(T + 2, m, generator=g)
+    expected, again = stream.clone(), stream.clone()
+    for to in (stream, again):
+        hopper.add_routed_(
+            to[1:-1], rows, torch.tensor(SIZES).int(), order.int(), gates, fc1, fc2, gelu
+        )
+    hidden = hopper.gated(x, fc1, ends, gelu, False)[0]
+    expected[1:-1] += hopper.placed(hidden, fc2, ends, tokens.int(), of_token)
+    assert torch.equal(stream, expected)
+    assert torch.equal(again, stream)
+
+
 def test_product(results: Results):
     x, w, ends, exact = drawn(72, 40, columns_of_w=True)
     assert_near(hopper.product(x, w, ends), exact)

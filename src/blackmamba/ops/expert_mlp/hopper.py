@@ -1,6 +1,7 @@
 """Launches of products.cu: groups of rows times their expert's matrix, on NVIDIA's Hopper (9.0).
 
-Rows are sorted by group; `ends` (e,) int32 are the groups' ends. All matrices are bfloat16.
+Rows are sorted by group; `ends` (e,) int32 are the groups' ends. All matrices are bfloat16, but
+what `add_routed_` adds to.
 
 Letters: t rows, e groups, m numbers of a row, n columns of a result.
 """
@@ -58,6 +59,40 @@ def gated(
     return y, h
 
 
+def add_routed_(
+    stream: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    order: Tensor,
+    gate: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    gelu: bool,
+) -> None:
+    """stream[order[e, j]] += gate[e, j] * expert e's output for rows[e, j], rounded to bfloat16.
+
+    In which order an expert's rows lie does not matter to a single bit: a row's numbers are summed
+    up in the same way in any place, and each is added to the stream once.
+
+    Args:
+        stream: (t, m) float32, rows one after the other.
+        rows: (e, t, m): expert e's are the first counts[e] of rows[e]; the rest may be anything.
+        counts: (e,) int32; t in all.
+        order: (e, t) int32: rows[e, j] is that of row order[e, j] of the stream, each once.
+        gate: (e, t) float32, as `order`.
+        fc1: (e, 2 f, m), fc2: (e, m, f).
+    """
+    e, t, m = rows.shape
+    hidden = rows.new_empty(t, fc2.shape[2])
+    flags = {"PLACES": 1, "GELU": int(gelu)}
+    _launch(_BY_ROWS, _GATED, rows.view(e * t, m), fc1, counts, hidden, 256, flags, places=t)
+    flags = {"PLACES": 1, "ADD": 1, "HAS_GATE": 1}
+    _launch(
+        _BY_ROWS, _PLACED, hidden, fc2, counts, stream, _width(m), flags,
+        places=t, order=order, gate=gate,
+    )  # fmt: skip
+
+
 def product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     """W^T x of rows x (t, m), w (e, m, n): (t, n)."""
     y = x.new_empty(len(x), w.shape[2])
@@ -109,6 +144,7 @@ def _launch(
     y: Tensor,
     wide: int,
     flags: dict[str, int],
+    places: int = 0,
     **others: Tensor | None,
 ) -> None:
     t, m = x.shape
@@ -119,7 +155,7 @@ def _launch(
     depth = (_MOST_SHARED - _FOR_ALIGNMENT) // of_part
     shared = depth * of_part + _FOR_ALIGNMENT
     ends_within_part = form == _BY_COLUMNS and w.dim() == 3 and m % _DEEP != 0
-    flags = {"GELU": 0, "KEEP": 0, "HAS_GATE": 0} | flags
+    flags = dict.fromkeys(("GELU", "KEEP", "HAS_GATE", "ADD", "PLACES"), 0) | flags
     flags["APART"] = int(ends_within_part)
     flags |= {"FORM": form, "MODE": mode, "WIDE": wide, "DEPTH": depth, "SHARED": shared}
     together = _DEEP if form != _BY_ROWS else wide // 2 if mode == _GATED else wide
@@ -133,6 +169,7 @@ def _launch(
         if tensor is not None:
             setattr(arguments, name, tensor.data_ptr())
     arguments.n_groups, arguments.n, arguments.size = len(ends), y.shape[-1], m
+    arguments.places = places
     index = x.device.index
     kernel = cuda.kernel(_SOURCES, "grouped_product", tuple(sorted(flags.items())), index, True)
     blocks = torch.cuda.get_device_properties(index).multi_processor_count
@@ -147,8 +184,8 @@ class _Arguments(ctypes.Structure):
     _fields_: Any = (
         *((name, _Map) for name in ("x", "w")),
         *((name, ctypes.c_uint64) for name in ("ends", "y", "h", "order", "gate")),
-        *((name, ctypes.c_int) for name in ("n_groups", "n", "size")),
-        ("_", ctypes.c_int * 3),  # whole 64 bytes, as in products.cu
+        *((name, ctypes.c_int) for name in ("n_groups", "n", "size", "places")),
+        ("_", ctypes.c_int * 2),  # whole 64 bytes, as in products.cu
     )
 
 

@@ -10,6 +10,12 @@
 //     1    y_i = act(g) * u of [g | u] = s_i, and h_i = s_i if KEEP           (fc1)
 //     2    y_order[i] = gate_order[i] * s_i                                   (fc2, rows back in the tokens' order)
 //
+// ADD, in MODE 2: the same, rounded to bfloat16, is added to y, which is float32. One thread adds to a number, and once.
+//
+// PLACES, in FORM 0: each group has places for `places` rows, as prompt/norm.cu leaves them. Group e's, as many as `ends` says
+// by itself, begin at row e * places: of x in MODE 1; of order and gate, which is by place then, in MODE 2. What MODE 1 writes
+// and MODE 2 reads has no gaps.
+//
 // A block makes a tile of 128 rows of one group and WIDE columns after the other. One of its 12 warps asks for parts of x
 // and W, 64 numbers deep, DEPTH of them ahead (TMA: one instruction a part, a barrier in shared memory counts the bytes);
 // the 8 warps of two warpgroups, 64 rows each, multiply what has come and leave the place to the next. How many rows a
@@ -20,8 +26,8 @@
 // APART, in FORM 1: where m is not a whole number of parts, the last part of a W_e would end with the first rows of W_(e+1),
 // times zeros of x; but 0 times NaN is NaN. So each W_e is a matrix of its own for TMA, which gives 0 for what is outside.
 //
-// Compiled at run time, without headers, with: FORM, MODE, GELU, KEEP, HAS_GATE, APART (each 0 or 1), WIDE (columns of
-// sums in a tile: 128, 192 or 256; in MODE 1 one half are g's), DEPTH, SHARED (bytes).
+// Compiled at run time, without headers, with: FORM, MODE, GELU, KEEP, HAS_GATE, APART, ADD, PLACES (each 0 or 1), WIDE
+// (columns of sums in a tile: 128, 192 or 256; in MODE 1 one half are g's), DEPTH, SHARED (bytes).
 //
 // Letters: t rows, e groups, m numbers of a row of x, n columns of y.
 
@@ -42,13 +48,14 @@ struct alignas(64) Map {  // how TMA finds its way in a matrix
 };
 struct Arguments {
     Map x, w;
-    const int* ends;      // of the groups, ascending
-    u16* y;
+    const int* ends;      // of the groups, ascending; PLACES: how many rows each has
+    u16* y;               // ADD: of float32
     u16* h;               // KEEP
     const int* order;     // MODE 2
     const float* gate;    // HAS_GATE
     int n_groups, n;      // columns of y
     int size;             // numbers that a product sums over; FORM 2: rows of Y_e
+    int places;           // PLACES
 };
 
 struct Shared {
@@ -162,6 +169,7 @@ __device__ __forceinline__ void wait_products() {
 struct Tile {  // rows of y from `row` on, of which those before `end` are the group's; columns from `column` on
     int group, row, end, column;
     int first, last;  // what is summed over
+    int to_place;     // from a row to its place
 };
 #if FORM == 2
 // A block's tiles, one after the other.
@@ -192,13 +200,14 @@ struct Walk {
                 tile.group = group;
                 tile.row = begin + here % down * ROWS, tile.end = end, tile.column = here / down * OUT;
                 tile.first = 0, tile.last = a.size;
+                tile.to_place = PLACES ? group * a.places - begin : 0;
                 at += gridDim.x;
                 return true;
             }
             before += down * across;
             if (++group == a.n_groups) return false;
             begin = end;
-            end = a.ends[group];
+            end = a.ends[group] + (PLACES ? begin : 0);
         }
     }
 };
@@ -242,7 +251,7 @@ __device__ __forceinline__ void produce(const Arguments& a, Shared& shared) {
 #if FORM == 2
             fetch_columns<ROWS>(x, a.x, tile.row, at, full);
 #else
-            fetch(x, a.x, at, tile.row, full);
+            fetch(x, a.x, at, MODE == 1 ? tile.row + tile.to_place : tile.row, full);
 #endif
             fetch_w(a, tile, at, shared.w[place.at], full);
             place.next();
@@ -281,6 +290,25 @@ __device__ __forceinline__ void write(u16* row, int column, int columns, bool in
     column += k * 8;
     if (inside && column < columns) *reinterpret_cast<uint4*>(row + column) = make_uint4(v[0], v[1], v[2], v[3]);
 }
+
+#if ADD
+__device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+// The same, added to float32. Two threads have 8 columns that lie side by side, twice: 32 bytes that meet.
+__device__ __forceinline__ void add(float* row, int column, int columns, bool inside, const u32* v) {
+    const int k = threadIdx.x & 3;
+    const bool odd = k & 1;
+    column += (odd ? 8 : 0) + (k >> 1) * 4;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 other = __shfl_xor_sync(FULL, odd ? v[i] : v[i + 1], 1);
+        const u32 first = odd ? other : v[i], second = odd ? v[i + 1] : other;
+        const int at = column + i * 8;
+        if (inside && at < columns) add_four(row + at, low(first), high(first), low(second), high(second));
+    }
+}
+#endif
 
 // The sums of a tile that is done, in bfloat16: they are finished while the next tile is multiplied, a few after each of its
 // first parts.
@@ -321,6 +349,8 @@ struct Done {
             write(a.h + row * 2 * a.n, at, a.n, inside, g);
             write(a.h + row * 2 * a.n + a.n, at, a.n, inside, u);
 #endif
+#elif ADD
+            add(reinterpret_cast<float*>(a.y) + row * a.n, at, a.n, inside, sums[half] + first);
 #else
             write(a.y + row * a.n, at, a.n, inside, sums[half] + first);
 #endif
@@ -359,9 +389,10 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& shared, int 
             const int row = tile.row + warpgroup * 64 + (threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7) + half * 8;
             to[half] = row >= tile.end ? -1 : FORM == 2 ? tile.group * a.size + row : row;
 #if MODE == 2
-            if (to[half] >= 0) to[half] = a.order[row];
+            const int place = row + tile.to_place;
+            if (to[half] >= 0) to[half] = a.order[place];
 #if HAS_GATE
-            if (to[half] >= 0) scale[half] = a.gate[to[half]];
+            if (to[half] >= 0) scale[half] = a.gate[PLACES ? place : to[half]];
 #endif
 #endif
         }
