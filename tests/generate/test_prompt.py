@@ -1,14 +1,23 @@
 """The pass over prompts that recordings are of: its kernels interpreted where there is no GPU."""
 
+import ctypes
 import dataclasses
+import functools
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from cuda_on_cpu import CXX, Kernel
+from hopper_on_cpu import Driver
 from numerics import largest_difference
 
 from blackmamba.generate.prompt import PromptPass
 from blackmamba.model import BlackMamba, State
 from blackmamba.ops import gpu
+from blackmamba.ops.expert_mlp import gpu as experts
+from blackmamba.ops.expert_mlp import hopper
+from blackmamba.ops.gpu import cuda
 from blackmamba.presets import presets
 
 pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason="needs triton")
@@ -73,3 +82,47 @@ def test_bfloat16_is_no_further_from_float32_than_the_models_own():
     found = PromptPass(narrow)(narrow, ids, None, None)
     assert found[0].dtype == torch.bfloat16
     assert differ(found, exact) < 1.5 * differ(own, exact)
+
+
+@pytest.mark.skipif(CXX is None or DEVICE == "cuda", reason="needs a C++ compiler and no GPU")
+@torch.inference_mode()
+def test_experts_that_add_to_the_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    layers = ("mamba", "moe", "moe", "mamba", "moe", "mamba")
+    model, narrow = build(layers=layers), build(torch.bfloat16, layers=layers)
+    ids = torch.randint(0, 96, (2, 8), generator=torch.Generator().manual_seed(1))
+    exact = model.prefill(ids, logits="last")
+    own = narrow.prefill(ids, logits="last")
+    launched: list[str] = []
+
+    @functools.cache
+    def compiled(
+        sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...]
+    ) -> Kernel:
+        return Kernel(sources, name, dict(defines), tmp_path)
+
+    def kernel(
+        sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...], *_: object
+    ) -> Kernel:
+        launched.append(name)
+        return compiled(sources, name, defines)
+
+    monkeypatch.setattr(cuda, "kernel", kernel)
+    monkeypatch.setattr(cuda, "runs_on", lambda _: True)
+    monkeypatch.setattr(hopper, "runs_on", lambda _: True)
+    libraries = SimpleNamespace(**vars(ctypes) | {"CDLL": lambda _: Driver()})
+    monkeypatch.setattr(hopper, "ctypes", libraries)
+    properties = SimpleNamespace(multi_processor_count=2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(experts, "FEW", 8)
+    hopper._map.cache_clear()
+    found = PromptPass(narrow)(narrow, ids, None, None)
+    # the experts of the second of two follow no update, and choose by another kernel
+    assert launched == ["norm_and_choice", "grouped_product", "grouped_product"] * 2
+    assert differ(found, exact) < 1.5 * differ(own, exact)
+    assert differ(PromptPass(narrow)(narrow, ids, None, None), found) == 0
+    launched.clear()
+    monkeypatch.setattr(experts, "MOST_ADDED", 15)
+    others = PromptPass(narrow)(narrow, ids, None, None)
+    assert launched == ["norm_and_choice"] * 3
+    assert differ(others, exact) < 1.5 * differ(own, exact)
+    hopper._map.cache_clear()

@@ -14,6 +14,8 @@ from blackmamba.model.mamba import Mamba
 from blackmamba.model.moe import MoE
 from blackmamba.model.state import LayerState, MambaState
 from blackmamba.ops import linear
+from blackmamba.ops.expert_mlp.gpu import adds_routed
+from blackmamba.ops.expert_mlp.hopper import add_routed_
 from blackmamba.ops.mamba_mixer.gpu import (
     PromptWeights,
     mamba_mixer_of_last,
@@ -28,7 +30,8 @@ class PromptPass:
     What depends on the weights alone is computed here, once. What no memory and no logits depend on
     is left out: behind the last mixer, all tokens but each row's last. Where norm and choice are
     one kernel, routers see the norm before it is rounded: the results of a bfloat16 model differ
-    from the model's by that.
+    from the model's by that. Where experts add to the stream (`add_routed_`), their rows take
+    2 e t m bytes while a layer is computed; in which order they lie changes no result.
 
     Args:
         model: in evaluation mode; sequential layers, each a Mamba, MLP or MoE layer without biases.
@@ -75,6 +78,7 @@ class PromptPass:
         if self._last_mixer < 0:
             first = first[last]
         layers: list[LayerState] = [None] * len(self._mixers) if state is None else [*state.layers]
+        counts = ids.new_zeros(len(layers), kernels.MOST_EXPERTS, dtype=torch.int32)
         for i, layer in enumerate(model._stack()):
             router = self._routers[i]
             if (
@@ -82,6 +86,12 @@ class PromptPass:
                 and update is not None
                 and kernels.chooses(x, update, model.compute_dtype, router[0])
             ):
+                experts = _plain_experts(layer.feed_forward)
+                if experts is not None and adds_routed(x, *experts):
+                    of_layer = counts[i, : len(router[0])]
+                    _add_experts_(x, update, layer, router, experts, of_layer)
+                    update = None
+                    continue
                 y, routes = kernels.norm_and_choice(
                     x, update, layer.norm.weight, layer.norm.eps, router
                 )
@@ -105,7 +115,6 @@ class PromptPass:
                 update = fed.routed(y, routes.expert_ids, routes.gate, shared)
             else:
                 update = fed(y, balanced=False)[0] if isinstance(fed, MoE) else fed(y)
-        assert update is not None  # there is a layer
         logits = model._logits(model._normed(x, update))
         return logits, State(b, tuple(layers))
 
@@ -142,3 +151,29 @@ class PromptPass:
             x, z = linear(y, of_x), linear(y.flatten(0, 1)[last], of_z)
             y, conv, ssm = mamba_mixer_of_last(x, z, weights, before, first, lengths, last)
         return mixer.out_proj(y), MambaState(conv, ssm)
+
+
+def _plain_experts(fed: object) -> tuple[Tensor, Tensor] | None:
+    """fc1 and fc2, if they are all that becomes of a token."""
+    if not isinstance(fed, MoE) or not fed.gated or fed.fc1_bias is not None:
+        return None
+    if fed.shared is not None or fed.spread_experts is not None:
+        return None
+    fc1, fc2 = fed.fc1, fed.fc2
+    return (fc1, fc2) if isinstance(fc1, Tensor) and isinstance(fc2, Tensor) else None
+
+
+def _add_experts_(
+    x: Tensor,
+    update: Tensor,
+    layer: Layer,
+    router: tuple[Tensor, Tensor],
+    experts: tuple[Tensor, Tensor],
+    counts: Tensor,
+) -> None:
+    """x += update, and then what experts make of x's norm, by `counts` (e,) of zeros."""
+    norm, fed = layer.norm, layer.feed_forward
+    assert isinstance(fed, MoE)
+    y, places = kernels.norm_and_places(x, update, norm.weight, norm.eps, router, counts)
+    gelu = fed.activation == "gelu"
+    add_routed_(x, y, places.counts, places.order, places.gate, *experts, gelu)

@@ -126,6 +126,17 @@ def _(x: Tensor, expert_ids: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(expert_ids.shape[0], x.shape[1])
 
 
+MOST_ADDED = 16_384
+"""Tokens up to which the places that `hopper.add_routed_` reads are worth their memory: 302 MB for
+8 experts of width 1152."""
+
+
+def adds_routed(stream: Tensor, fc1: Tensor, fc2: Tensor) -> bool:
+    """Whether `hopper.add_routed_` is for a stream (t, m) and experts without biases: on a Hopper,
+    for more tokens than `_few` is for and at most `MOST_ADDED`."""
+    return FEW < len(stream) <= MOST_ADDED and hopper.fits(fc1, fc2)
+
+
 def _products(*matrices: Tensor) -> Any:
     """The module whose products take these rows and weights."""
     return hopper if hopper.fits(*matrices) else library
