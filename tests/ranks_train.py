@@ -140,6 +140,7 @@ def waits_for_nothing(what: str) -> int:
         if what == "dies":
             os._exit(7)
         raise ValueError("rank 1 alone")
+    say("waits")
     threading.Event().wait()
     return rank
 

@@ -8,7 +8,7 @@ from ranks_train import waits_for_nothing
 
 def test_a_rank_that_hangs_is_told_with_its_stack(monkeypatch: pytest.MonkeyPatch):
     heard: set[tuple[int, str]] = set()
-    expected = {(0, "begins"), (1, "begins"), (1, "in step 3")}
+    expected = {(0, "begins"), (0, "waits"), (1, "begins"), (1, "in step 3")}
 
     def clock() -> float:  # time passes when all is said
         return 1e9 if heard == expected else 0.0
@@ -17,7 +17,7 @@ def test_a_rank_that_hangs_is_told_with_its_stack(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(AssertionError) as caught:
         on_ranks(2, waits_for_nothing, "hangs", timeout_s=60, said=lambda *told: heard.add(told))
     first, second = str(caught.value).split("rank 1: ")
-    assert first.startswith("no word for 60 s\nrank 0: begins\n")
+    assert first.startswith("no word for 60 s\nrank 0: waits\n")
     assert second.startswith("in step 3\n")
     assert all("in waits_for_nothing" in report for report in (first, second))
 
