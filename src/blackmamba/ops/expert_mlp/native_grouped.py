@@ -1,6 +1,5 @@
 """Tokens by the group: picked, scaled and put back by the native products themselves."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from blackmamba.ops.activate.native import activate_rows, activate_rows_backward
 from blackmamba.ops.checks import readable
 from blackmamba.ops.expert_mlp import native_autograd
 from blackmamba.ops.expert_mlp.choices import choices_per_token
-from blackmamba.ops.linear.native import multiply_groups, multiply_outer_groups
+from blackmamba.ops.linear.native import groups, multiply_groups, multiply_outer_groups
 
 
 def expert_mlp_native_grouped(
@@ -101,7 +100,7 @@ def _run_backward(
         if k > 1:
             torch.sum(grad_each.view(len(x), k, -1), 1, out=grad_x)
     if needs_b1 or needs_b2:
-        for j, group in _groups(ends):
+        for j, group in groups(ends):
             if needs_b1:
                 grad_b1[j] = grad_h[group].sum(0, dtype=torch.float32)
             if needs_b2:
@@ -111,14 +110,6 @@ def _run_backward(
     if needs_gate and fc2_bias is not None:
         grad_gate += (grad_y * fc2_bias[expert_ids]).sum(-1)
     return grads
-
-
-def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Number and rows of each group."""
-    start = 0
-    for j, end in enumerate(ends.tolist()):
-        yield j, slice(start, end)
-        start = end
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

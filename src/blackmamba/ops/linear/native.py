@@ -110,7 +110,7 @@ def multiply_groups(
     assert b.shape == (len(ends), out.shape[1], a.shape[1]), (b.shape, a.shape, out.shape)
     assert a.stride(1) == out.stride(1) == 1, (a.stride(), out.stride())
     if a.dtype != torch.float32:
-        for j, rows in _groups(ends):
+        for j, rows in groups(ends):
             multiply(
                 a if a_rows is not None else a[rows],
                 b[j],
@@ -148,7 +148,7 @@ def multiply_outer_groups(
     assert out.shape == (len(ends), a.shape[1], b.shape[1]), (out.shape, a.shape, b.shape)
     assert a.stride(1) == b.stride(1) == 1, (a.stride(), b.stride())
     if a.dtype != torch.float32:
-        for j, rows in _groups(ends):
+        for j, rows in groups(ends):
             multiply(
                 (a if a_rows is not None else a[rows]).t(),
                 (b if b_rows is not None else b[rows]).t(),
@@ -169,8 +169,8 @@ def multiply_outer_groups(
     )
 
 
-def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Number and sorted rows of each group."""
+def groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Number of each group, and which of the sorted rows are its own."""
     start = 0
     for j, end in enumerate(ends.tolist()):
         yield j, slice(start, end)
