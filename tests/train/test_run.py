@@ -312,6 +312,29 @@ def test_too_many_bad_steps_in_a_row_end_the_run(bad_steps: set[int], small: Sma
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
 
 
+def test_bad_steps_do_not_push_out_the_checkpoint_before_them(
+    bad_steps: set[int], small: Small, tmp_path: Path
+):
+    bad_steps.update(range(6, 12))
+    settings = small(checkpoint_every=2, keep_checkpoints=1, max_bad_steps=6)
+    named = r"6 steps in a row.*gave a finite loss are in .*/step-00000004$"
+    with pytest.raises(TrainingError, match=named):
+        run(settings, tmp_path)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000010"]
+
+
+def test_weights_that_are_of_no_use_give_no_model(small: Small, tmp_path: Path):
+    settings = small(steps=6, lr=1e30, warmup_steps=0, log_every=1, checkpoint_every=1)
+    with pytest.raises(TrainingError, match=r"no model is written.*below 1e\+30"):
+        run(settings, tmp_path)
+    assert not (tmp_path / "model").exists()
+    *_, last = read_metrics(tmp_path / "metrics.jsonl")
+    assert last["skipped"]
+    assert last["validation"]["nats_per_token"] is None
+    assert last["experts"]["1"]["router_entropy"] is None
+
+
 # ---- validation ----------------------------------------------------------------------------
 
 

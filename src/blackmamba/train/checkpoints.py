@@ -190,6 +190,11 @@ def folders_of(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if p.name[5:].isdecimal())
 
 
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies among all of a run."""
+    return root / f"step-{step:08d}"
+
+
 def step_of(folder: Path) -> int:
     return int(folder.name[5:])
 

@@ -161,7 +161,7 @@ class ExpertLoad:
         """By layer index: `RoutingStats` in numbers.
 
         max_load is the busiest expert's tokens over the mean (1: balanced), share each expert's
-        part of the tokens.
+        part of the tokens. A figure that is not finite, as of logits that are not, is None.
         """
         known = self._readings.known()
         found: dict[str, dict[str, Any]] = {}
@@ -169,7 +169,7 @@ class ExpertLoad:
             share, figures = known[f"{layer} share"], known[f"{layer} figures"]
             found[str(layer)] = {
                 "max_load": max(share) * len(share),
-                **dict(zip(_FIGURES, figures, strict=True)),
+                **dict(zip(_FIGURES, map(finite, figures), strict=True)),
                 "share": [round(s, 6) for s in share],
             }
         return found

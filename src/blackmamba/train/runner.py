@@ -11,6 +11,7 @@ RUN/
 """
 
 import contextlib
+import math
 from collections.abc import Generator
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def run(
             that may not change (see `check_resumable`); there is no such device.
         DataError: the text is missing, too little, or not what the run began with.
         CheckpointError: a checkpoint is damaged, or a model or checkpoint cannot be written.
-        TrainingError: too many steps in a row were skipped, the run went back too often, or `out`
-            cannot be written to.
+        TrainingError: too many steps in a row were skipped, the run went back too often, the model
+            at its end has no finite loss, or `out` cannot be written to.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, to any rank, after saving a checkpoint.
         PeerError: another rank failed; that one has raised why.
     """
@@ -94,6 +95,12 @@ def _run(config: RunConfig, out: Path, resume: bool, progress: Progress, ranks: 
 
     trainer = Trainer(config, out, data, learner, counters, progress, ranks)
     found = trainer.train()
+    if not math.isfinite(found.weights.nats):
+        raise TrainingError(
+            f"{out}: no model is written: after step {counters.step} the loss on the validation "
+            f"text is not finite; try a train.lr below {settings.lr:g} or a longer "
+            f"train.warmup_steps{trainer.sound_checkpoint()}"
+        )
     adapter = out / ADAPTER if config.lora.rank else None
     learner.save_model(out / MODEL, data.tokenizer, adapter)
     if learner.average is not None:

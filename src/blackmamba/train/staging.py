@@ -29,6 +29,7 @@ from blackmamba.train.checkpoints import (
     OPTIMIZER,
     TRAINER,
     Counters,
+    folder_of,
     folders_of,
     remove,
     saved_buffers,
@@ -70,7 +71,7 @@ def staged(
         CheckpointError: it cannot be written (a full disk); the older ones are whole.
         PeerError: the same, on ranks but the first.
     """
-    folder = root / f"step-{counters.step:08d}"
+    folder = folder_of(root, counters.step)
     trainer = {
         "format": FORMAT,
         **origin(),

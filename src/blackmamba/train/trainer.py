@@ -24,7 +24,7 @@ from blackmamba.errors import TrainingError
 from blackmamba.model import Trace
 from blackmamba.model.lora import draw_dropout
 from blackmamba.model.size import training_flops_per_token
-from blackmamba.train.checkpoints import Counters
+from blackmamba.train.checkpoints import Counters, folder_of
 from blackmamba.train.config import RunConfig
 from blackmamba.train.evaluation import Validation, Validations, validate
 from blackmamba.train.folder import CHECKPOINTS
@@ -71,6 +71,8 @@ class Trainer:
             self.sampler = data.sampler(*rows, config.data.packing)
         self._is_ahead = self._device.type != "cpu"
         self._is_stopped = False
+        self._saved_step = counters.step  # of the newest checkpoint
+        self._sound_step = 0  # of the newest checkpoint after which a step was finite; 0: none
         self._gradients = learner.gradients(capture=settings.capture)
         self._parts = learner.parts()
         self._saver = Saver(self.progress.on_checkpoint, is_async=settings.checkpoint_async)
@@ -208,6 +210,8 @@ class Trainer:
         counters.bad_steps += not outcome.is_finite
         counters.spikes += outcome.is_spike
         counters.bad_in_a_row = 0 if outcome.is_taken else counters.bad_in_a_row + 1
+        if outcome.is_finite:
+            self._sound_step = self._saved_step
         counters.seconds = time.monotonic() - self._began
         row["seconds"] = round(counters.seconds, 3)
         metrics.write(row)
@@ -219,7 +223,14 @@ class Trainer:
                 f"{counters.bad_in_a_row} steps in a row; "
                 f"try a train.lr below {settings.lr:g} or a longer train.warmup_steps"
                 + (", or a larger train.spike_threshold" if outcome.is_spike else "")
+                + ("" if outcome.is_spike else self.sound_checkpoint())
             )
+
+    def sound_checkpoint(self) -> str:
+        """Where weights are that gave a finite loss, to end a message with; "" if nowhere."""
+        folder = folder_of(self.out / CHECKPOINTS, self._sound_step)
+        said = f"; the newest weights that gave a finite loss are in {folder}"
+        return said if folder.is_dir() else ""
 
     def _is_kept(self, step: Step, metrics: MetricsLog | NoMetrics) -> bool:
         """Wait until a step is done. False: it was an outlier, and the run went back.
@@ -239,6 +250,7 @@ class Trainer:
         if left_out is None:
             return True  # there is nothing to go back to: the step was skipped
         counters.seconds = now - self._began
+        self._saved_step = self._sound_step = counters.step
         self._guard = new_guard(settings, counters, self._device)
         self._rows.rolled_back = left_out
         metrics.rewind(counters.step)
@@ -285,6 +297,9 @@ class Trainer:
         keep_also = {counters.best_step} if settings.keep_best else set[int]()
         if settings.spikes == "rollback":  # a signal's own checkpoint must not push it out
             keep_also.add(counters.step - counters.step % settings.checkpoint_every)
+        if counters.bad_in_a_row:  # what is saved now may be of no use
+            keep_also.add(self._sound_step)
+        self._saved_step = counters.step
         self._saver.save(
             staged(
                 self.out / CHECKPOINTS,
