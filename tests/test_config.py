@@ -53,6 +53,7 @@ def test_layer_kinds(text: str, spec: LayerSpec):
         "moe:0",
         "moe:x",
         "mamba+attention",
+        "moe:9999999999",
     ],
 )
 def test_unknown_layer_is_named(text: str):
@@ -64,6 +65,7 @@ def test_unknown_layer_is_named(text: str):
     ("changes", "message"),
     [
         ({"d_model": 0}, "d_model=0: must be at least 1"),
+        ({"expand": 2**30 + 1}, "expand=1073741825: must be at most 1073741824"),
         ({"d_state": -1}, "d_state=-1"),
         ({"norm_eps": 0.0}, "norm_eps=0.0: must be positive"),
         ({"sinkhorn_tolerance": float("nan")}, "sinkhorn_tolerance=nan"),
@@ -135,6 +137,9 @@ def test_numbers_written_as_text_are_numbers():
         ({"name": 3}, "name=3: must be text"),
         ({"name": "x", "on": "yes"}, "on='yes': must be true or false"),
         ({"name": "x", "count": 1.5}, "count=1.5: must be a whole number"),
+        ({"name": "x", "count": 10**20}, r"count=10+: must be below 2\^63"),
+        ({"name": "x", "count": "-1e19"}, r"count='-1e19': must be below 2\^63"),
+        ({"name": "x", "count": 10**400}, "count: a number of 401 digits is too large"),
         ({"name": "x", "count": True}, "count=True: must be a number"),
         ({"name": "x", "count": "many"}, "count='many': must be a number"),
         ({"name": "x", "inner": {"kind": "c"}}, "inner.kind='c': must be one of 'a', 'b'"),

@@ -22,6 +22,8 @@ T = TypeVar("T")
 Mixer = Literal["mamba", "attention"]
 FeedForward = Literal["mlp", "moe"]
 _MIXERS = typing.get_args(Mixer)
+_TOO_LARGE = 2.0**63  # for torch's seeds and numpy's sizes
+_LARGEST_SIZE = 2**30  # of a model's widths and counts: twice the product of two is below 2^63
 _LAYER_GRAMMAR = (
     'a layer is "mamba", "attention", "mlp", "moe", or a parallel pair such as "mamba+moe"; '
     '"moe:16" sets that layer\'s own number of experts'
@@ -133,6 +135,10 @@ class ModelConfig:
                      "sinkhorn_max_iterations", "experts_per_token"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value > _LARGEST_SIZE:
+                raise ConfigError(f"{field.name}={value}: must be at most {_LARGEST_SIZE}")
         for name in ("norm_eps", "rope_theta", "sinkhorn_scale", "sinkhorn_tolerance"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ConfigError(f"{name}={getattr(self, name)}: must be positive and finite")
@@ -253,7 +259,7 @@ class QuantizationConfig:
 
 def _parse_layer(index: int, text: str, n_experts: int) -> LayerSpec:
     match = re.fullmatch(
-        r"(?:(mamba|attention)(?:\+(?=.))?)?(?:(mlp|moe)(?::([1-9][0-9]*))?)?", text
+        r"(?:(mamba|attention)(?:\+(?=.))?)?(?:(mlp|moe)(?::([1-9][0-9]{0,8}))?)?", text
     )
     if not text or match is None or (match[1] and match[2] and "+" not in text):
         raise ConfigError(f"layers[{index}]={text!r}: {_LAYER_GRAMMAR}")
@@ -356,6 +362,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         number = _number(value, path)
         if not number.is_integer():
             raise ConfigError(f"{path}={value!r}: must be a whole number")
+        if abs(number) >= _TOO_LARGE:
+            raise ConfigError(f"{path}={value!r}: must be below 2^63")
         return int(value) if isinstance(value, int) else int(number)
     if not isinstance(value, hint):
         names = {bool: "true or false", str: "text"}
@@ -370,3 +378,5 @@ def _number(value: Any, path: str) -> float:
         return float(value)
     except ValueError:
         raise ConfigError(f"{path}={value!r}: must be a number") from None
+    except OverflowError:
+        raise ConfigError(f"{path}: a number of {len(str(value))} digits is too large") from None

@@ -221,6 +221,8 @@ def test_wrong_words_are_one_line_too(
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"),
          "out of memory on the GPU, 20.00 GiB more asked for: a smaller model"),
         (torch.OutOfMemoryError("HIP error"), "out of memory on the GPU: a smaller model"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904, 8]"),
+         "out of memory: a smaller model"),
         (None, " more asked for: a smaller model"),
     ],
     ids=str,

@@ -49,3 +49,10 @@ def test_wrong_ranks():
         sampler.batch(0, 0, 4)
     with pytest.raises(ConfigError, match="rank 2 of 2"):
         sampler.batch(0, 2, 2)
+
+
+@pytest.mark.parametrize("batch_size", [10**13, 10**18])
+def test_a_batch_that_no_memory_holds_fails_before_its_rows_are_looked_up(batch_size: int):
+    sampler = WindowSampler(np.arange(100), 8, batch_size, 0)
+    with pytest.raises(MemoryError):
+        sampler.batch(0)

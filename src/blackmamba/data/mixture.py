@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from blackmamba.data.config import DataConfig, SourceConfig
-from blackmamba.data.packing import Batch, Packing, PackingKind, Sliceable, Window, rows_of_rank
+from blackmamba.data.packing import (
+    Batch,
+    Packing,
+    PackingKind,
+    Sliceable,
+    Window,
+    empty_rows,
+    rows_of_rank,
+)
 from blackmamba.data.prepare import PreparedData, open_prepared, prepare
 from blackmamba.data.schedule import Schedule
 from blackmamba.data.shards import Joined, ShardedData
@@ -93,8 +101,9 @@ class MixtureSampler:
             InputError: step is negative.
             DataError: all sources are at their limits, or a shard is damaged.
         """
+        n_rows = len(rows_of_rank(step, self._batch_size, rank, world_size))
+        rows_bl = empty_rows(n_rows, self._seq_len)
         places = self._places(step, rank, world_size)
-        rows_bl = np.empty((len(places), self._seq_len + 1), np.int64)
         for row, (source, number) in zip(rows_bl, places, strict=True):
             self._sources[source].read(number, row)
         return self._packing.batch(rows_bl)

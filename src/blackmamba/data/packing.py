@@ -84,6 +84,20 @@ class Packing:
         return Batch(input_ids, labels, seq_idx)
 
 
+def empty_rows(n: int, seq_len: int) -> Rows:
+    """Room for so many rows of a batch and the token after each, (n, seq_len + 1).
+
+    A batch that is too large fails here, before its rows are looked up one by one.
+
+    Raises:
+        MemoryError: there is not as much.
+    """
+    try:
+        return np.empty((n, seq_len + 1), np.int64)
+    except ValueError as error:  # more than any machine has
+        raise MemoryError(str(error)) from None
+
+
 def rows_of_rank(step: int, batch_size: int, rank: int, world_size: int) -> range:
     """Numbers of the rows that a rank reads in a step; all ranks' in order are the whole batch's.
 

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from blackmamba.data.packing import IGNORED, Batch, Packing, Sliceable, Window, rows_of_rank
+from blackmamba.data.packing import (
+    IGNORED,
+    Batch,
+    Packing,
+    Sliceable,
+    Window,
+    empty_rows,
+    rows_of_rank,
+)
 from blackmamba.errors import ConfigError, DataError, InputError
 
 
@@ -69,8 +77,9 @@ class WindowSampler:
             ConfigError: batch_size is no multiple of world_size.
             InputError: step is negative.
         """
+        n_rows = len(rows_of_rank(step, self._batch_size, rank, world_size))
+        rows_bl = empty_rows(n_rows, self._seq_len)
         places = self.windows(step, rank, world_size)
-        rows_bl = np.empty((len(places), self._seq_len + 1), np.int64)
         for row, (_, _, start) in zip(rows_bl, places, strict=True):
             ids = self._tokens[start : start + self._seq_len + 1]
             row[: len(ids)] = ids
