@@ -12,8 +12,12 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         from blackmamba.cli.main import entry_point
     else:  # there is nothing to clean up yet, and no library needs to cope with an exception
-        before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        before = signal.signal(signal.SIGINT, _leave)
         from blackmamba.cli.main import entry_point
 
         signal.signal(signal.SIGINT, before)
     entry_point()
+
+
+def _leave(_signal: int, _frame: object) -> None:
+    os._exit(130)
