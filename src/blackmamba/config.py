@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 Mixer = Literal["mamba", "attention"]
 FeedForward = Literal["mlp", "moe"]
+RouterKind = Literal["sinkhorn", "softmax", "sigmoid"]
 _MIXERS = typing.get_args(Mixer)
 _TOO_LARGE = 2.0**63  # for torch's seeds and numpy's sizes
 _LARGEST_SIZE = 2**30  # of a model's widths and counts: twice the product of two is below 2^63
@@ -74,7 +75,7 @@ class ModelConfig:
     gated: bool = True
     """h = act(gate) * up from one product of twice the width; False: h = act(up)."""
 
-    router: Literal["sinkhorn", "softmax", "sigmoid"] = "sinkhorn"
+    router: RouterKind = "sinkhorn"
     """How a token's experts are chosen and weighted; docs/routers.md says which to take.
 
     "sinkhorn", the paper's: by a balanced plan in training and by the largest logits in inference;

@@ -11,11 +11,12 @@ logit. Fedus et al. 2021 (arXiv 2101.03961), eq. 1, for "softmax"; Wang et al. 2
 
 import dataclasses
 from collections.abc import Callable
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 
-from blackmamba.config import ModelConfig
+from blackmamba.config import ModelConfig, RouterKind
 from blackmamba.ops import router_choice, router_logits, sinkhorn_choice
 
 
@@ -148,8 +149,10 @@ class Router(nn.Module):
         chosen = logits.gather(1, expert_ids.view(-1, k))
         if config.router == "softmax":
             gate = torch.exp(chosen - logits.logsumexp(dim=1, keepdim=True))
-        else:
+        elif config.router in ("sinkhorn", "sigmoid"):
             gate = torch.sigmoid(chosen)
+        else:
+            assert_never(config.router)
         if config.normalize_gates:
             gate = gate / gate.sum(1, keepdim=True).clamp(min=torch.finfo(gate.dtype).tiny)
         return Routing(expert_ids, gate.view(expert_ids.shape), logits)
@@ -182,9 +185,13 @@ class Router(nn.Module):
         return expert_ids if len(expert_ids) == own else expert_ids[first : first + own]
 
 
-def probabilities(logits: Tensor, kind: str) -> Tensor:
+def probabilities(logits: Tensor, kind: RouterKind) -> Tensor:
     """(t, e) logits to scores: softmax, or sigmoid for each expert alone."""
-    return logits.softmax(dim=-1) if kind == "softmax" else torch.sigmoid(logits)
+    if kind == "softmax":
+        return logits.softmax(dim=-1)
+    if kind in ("sinkhorn", "sigmoid"):
+        return torch.sigmoid(logits)
+    assert_never(kind)
 
 
 def largest_scores(scores: Tensor, k: int) -> Tensor:
