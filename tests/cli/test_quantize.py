@@ -87,6 +87,7 @@ def test_other_commands_take_it(run: Path, tmp_path: Path, capsys: pytest.Captur
     [
         (["./nowhere", "--bits", "8", "--out", "out"], "nowhere: no such folder"),
         (["MODEL", "--bits", "8", "--out", "MODEL"], "holds the model to quantise"),
+        (["MODEL", "--bits", "8", "--out", "FILE", "--text", "no.txt"], "config.json: a file; a"),
         (["MODEL", "--bits", "8", "--out", "out", "--text", "no.txt"], "no.txt: No such file"),
         (["MODEL", "--bits", "8", "--out", "out", "--max-tokens", "0"], "--max-tokens 0"),
         (["INT8", "--bits", "4", "--out", "out"], "quantised already, to 8 bits"),
@@ -105,6 +106,7 @@ def test_mistakes(
     assert main(["quantize", str(run), "--bits", "8", "--out", "int8"]) == 0
     capsys.readouterr()
     known = {"MODEL": run / "model", "INT8": tmp_path / "int8"}
+    known["FILE"] = run / "model" / "config.json"
     assert main(["quantize", *(str(known.get(word, word)) for word in words)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -107,19 +107,23 @@ def load_tokenizer(args: argparse.Namespace) -> "Tokenizer":
 
 
 def check_out(out: Path, source: str, what: str) -> None:
-    """Refuse to write a model over the one that it is made from, whose weights would be lost.
+    """Refuse to write a model over the one that it is made from, or where a file lies.
+
+    It is asked before the work, which for a large model takes minutes.
 
     Args:
         out: the folder to write.
         source: the model's folder, its run's folder or its hub name.
         what: what is done to the model, for the message.
     Raises:
-        ConfigError: they are the same folder.
+        ConfigError: they are the same folder, or `out` is a file.
     """
     from blackmamba.checkpoint.load import find_folder
 
     if out.resolve() in (Path(source).resolve(), find_folder(source).resolve()):
         raise ConfigError(f"{out}: holds the model to {what}; name another folder to write")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: a file; a model is written into a folder")
 
 
 def read_text(path: str) -> str:
