@@ -82,8 +82,8 @@ struct Mixer {
             .initial_state = nullptr, .seq_idx = seq_idx};
   }
   // c = a b^T, its rows `c_row` apart
-  void product(Operand<float> a, Operand<float> b_, float* c, Size c_row, Size rows, Size columns_, Size inner,
-               bool adds = false) const {
+  void product(Operand<float> a, Operand<float> b_, float* c, Size c_row, Size rows, Size columns_,
+               Size inner, bool adds = false) const {
     BM_PICK(linear).multiply({a, b_, c, c_row, nullptr, nullptr, nullptr, nullptr, rows, columns_,
                               inner, adds, n_threads});
   }
