@@ -112,6 +112,7 @@ template <typename T> T __shfl_sync(unsigned, T v, int lane) {
     memcpy(&v, &values[current / 32 * 32 + lane], 4);
     return v;
 }
+inline void __threadfence() {}
 inline int atomicAdd(int* to, int n) { return (*to += n) - n; }
 static float shared_by_warp[1024][6];
 inline unsigned bits(float f) {  // of the nearest bfloat16
@@ -263,6 +264,8 @@ _MEANINGS = (
     (r'asm\("mma\.sync\.aligned\.m16n8k16.*?\(b1\)\);', "pairs_by_units(d, a, b0, b1);"),
     (r'asm volatile\("ld\.shared.*?: "memory"\);', "memcpy(&v, at_address(from), sizeof v);"),
     (r'asm volatile\("st\.shared\.f32.*?: "memory"\);', "*(float*)at_address(to) = a;"),
+    (r'asm volatile\("st\.shared\.v2\.f32.*?: "memory"\);',
+     "*(float2*)at_address(to) = make_float2(a, b);"),
     (r'asm volatile\("st\.shared.*?: "memory"\);',
      "*(float4*)at_address(to) = make_float4(a, b, c, d);"),
     (r'asm volatile\("\{\.reg \.pred p; setp[^"]*cp\.async.*?: "memory"\);',
@@ -278,6 +281,16 @@ _MEANINGS = (
     (r'asm volatile\("cp\.async\.ca[^"]*".*?: "memory"\);',
      "memcpy(at_address(to), from, sizeof(T));"),
     (r'asm volatile\("cp\.async\.wait_all;" ::: "memory"\);', ""),
+    (r'asm volatile\("st\.release\.gpu.*?: "memory"\);', "*there = 1;"),
+    (r'while \(v == 0\) asm volatile\("ld\.acquire\.gpu.*?: "memory"\);',
+     'if (!*there) fail("what is waited for was not handed over");'),
+    (r'asm volatile\("mbarrier\.init[^"]*" ::"n"\(barrier\).*?: "memory"\);',
+     "make_arrivals(first_address + barrier, arrivals);"),
+    (r'asm volatile\("(cp\.async\.)?mbarrier\.arrive[^"]*" ::"n"\(barrier\) : "memory"\);',
+     "arrive_at(first_address + barrier);"),
+    (r'asm volatile\(\s*"\{\\n\.reg \.pred done;(?:(?!asm).)*?"n"\(barrier\), "r"\(parity\)'
+     r' : "memory"\);',
+     "wait_for_phase(first_address + barrier, parity);"),
     (r'asm volatile\("red\.global\.add\.v4\.f32.*?: "memory"\);',
      'if ((unsigned long long)to % 16) fail("16 bytes at %p", to);'
      "to[0] += a, to[1] += b, to[2] += c, to[3] += d;"),

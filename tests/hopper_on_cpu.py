@@ -12,7 +12,7 @@ typedef unsigned long long u64;
 // ---- mbarriers: a phase ends when all have arrived and all bytes have come
 struct Arrivals {
     int bytes;
-    unsigned char expected, missing, phase, mark;
+    unsigned expected : 11, missing : 11, phase : 1, mark : 8;
 };
 static Arrivals& arrivals_at(unsigned address) {
     Arrivals& b = *(Arrivals*)at_address(address);
@@ -24,7 +24,7 @@ static void end_phase(Arrivals& b) {
     moves++;
 }
 static void make_arrivals(unsigned address, int expected) {
-    const auto n = (unsigned char)expected;
+    const auto n = (unsigned)expected;
     *(Arrivals*)at_address(address) = {0, n, n, 0, 0x5a};
 }
 static void arrive_at(unsigned address, int bytes = 0) {

@@ -185,3 +185,42 @@ def test_every_block_that_may_be_tuned(block: int, monkeypatch: pytest.MonkeyPat
     actual = with_gradients(make((2, 67, 104, 16), torch.float32), "triton")
     for name in exact:
         assert relative_error(actual[name], exact[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("tuning", plan.CUDA_FORWARD, ids=lambda tuning: str(tuning.block))
+def test_every_block_of_the_forward_pass(tuning: plan.Tuning, monkeypatch: pytest.MonkeyPatch):
+    planned = plan.plan
+    monkeypatch.setattr(call, "plan", lambda *size: planned(*size[:5], tuning))
+    with torch.no_grad():
+        exact = selective_scan(**make((2, 67, 232, 16)), dt_softplus=True, backend="torch")  # pyright: ignore
+        actual = selective_scan(
+            **make((2, 67, 232, 16), torch.float32),  # pyright: ignore
+            dt_softplus=True,
+            backend="triton",
+        )
+    for a, b in zip(actual, exact, strict=True):
+        assert relative_error(a, b) < 3e-6
+
+
+@pytest.mark.parametrize("tuning", plan.CUDA_BACKWARD, ids=lambda tuning: str(tuning.block))
+def test_rows_that_are_shared_out(tuning: plan.Tuning, monkeypatch: pytest.MonkeyPatch):
+    """As whole rows, but for the order in which their parts are added up."""
+    planned = plan.plan
+    narrow = make((5, 333, 296, 16), torch.bfloat16)
+
+    def with_share(split: bool) -> dict[str, Tensor]:
+        one = dataclasses.replace(tuning, split=split)
+
+        def forced(*size: Any) -> plan.Plan:
+            return planned(*size[:5], one if plan.CUDA_BACKWARD[0] in size[5:] else size[5])
+
+        monkeypatch.setattr(call, "plan", forced)
+        return with_gradients(narrow, "triton")
+
+    monkeypatch.setattr(call, "_processors", lambda _: 2)
+    whole, shared = with_share(False), with_share(True)
+    for name, expected in whole.items():
+        if name in ("grad_A", "grad_D", "grad_dt_bias"):
+            assert relative_error(shared[name], expected) < 1e-6, name
+        else:
+            assert torch.equal(shared[name], expected), name

@@ -237,11 +237,11 @@ def test_plans_cover_every_token(b: int, l: int):
 def test_the_plan_that_fills_a_gpu():
     """On an H200 (132 multiprocessors) each of these was the fastest that was tried."""
     for shape, forward, backward in (
-        ((8, 2048, 2304), (48, 1), (48, 1)),
-        ((16, 2048, 2304), (32, 1), (32, 1)),
-        ((8, 2048, 2944), (32, 1), (32, 1)),
-        ((1, 16384, 2304), (32, 11), (32, 22)),
-        ((1, 32768, 2304), (32, 11), (32, 22)),
+        ((8, 2048, 2304), (144, 1), (128, 1)),
+        ((16, 2048, 2304), (96, 1), (128, 1)),
+        ((8, 2048, 2944), (192, 1), (128, 1)),
+        ((1, 16384, 2304), (192, 11), (128, 22)),
+        ((1, 32768, 2304), (192, 11), (128, 22)),
     ):
         for tunings, expected in ((plan.CUDA_FORWARD, forward), (plan.CUDA_BACKWARD, backward)):
             cut = plan.plan(*shape, 16, 132, *tunings)
@@ -282,6 +282,38 @@ def test_cuda_in_float32_in_chunks_with_documents(
     for name in exact:
         assert relative_error(actual[name], exact[name]) < 3e-6, name
     check_final_state(shape, has_first=True)
+
+
+@CUDA_ON_CPU
+def test_cuda_shares_rows_out(launched: list[str], monkeypatch: pytest.MonkeyPatch):
+    """More rows than blocks that run at once: most blocks do the begin of one and the end of
+    another."""
+    monkeypatch.setattr(call, "_processors", lambda _: 1)
+    shape = (3, 73, 56, 16)
+    exact = with_gradients(make(*shape), "reference")
+    actual = with_gradients(make(*shape, dtype=torch.float32), "triton")
+    assert launched == ["scan_forward", "scan_backward"]
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 3e-6, name
+
+
+@CUDA_ON_CPU
+def test_cuda_in_bfloat16_with_rows_shared_out(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """By the widest blocks there are: as with whole rows, but for the order in which rows' parts
+    are added up."""
+    monkeypatch.setattr(scan, "CUDA_BACKWARD", plan.CUDA_BACKWARD[1:2])
+    narrow = make(2, 35, 136, 16, dtype=torch.bfloat16)
+    whole = with_gradients(narrow, "triton")
+    monkeypatch.setattr(call, "_processors", lambda _: 3)
+    shared = with_gradients(narrow, "triton")
+    assert set(launched) == {"scan_forward", "scan_backward"}
+    for name, expected in whole.items():
+        if name in ("grad_A", "grad_D", "grad_dt_bias"):
+            assert relative_error(shared[name], expected) < 1e-6, name
+        else:
+            assert torch.equal(shared[name], expected), name
 
 
 @CUDA_ON_CPU

@@ -294,3 +294,34 @@ def sum_kernel(
     real = (k < n) & (t < l)
     tl.store(grad_B + row * B_b + t * B_l + k, total, real & of_B)
     tl.store(grad_C + row * C_b + t * C_l + k, total, real & ~of_B)
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts_A, parts_D, parts_bias, grad_A, grad_D, grad_bias, n_parts, d, n,
+    N: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of A (d, n), D and dt_bias (d): sums over parts of rows, always in the same
+    order.
+
+    Owns BLOCK / N channels. Moves n_parts (N + 2) BLOCK / N numbers in. Bound by its launch.
+    """
+    channels: tl.constexpr = BLOCK // N
+    first = tl.program_id(0) * channels
+    place = tl.arange(0, BLOCK)
+    c = first + place // N
+    sum_A = tl.zeros([BLOCK], tl.float32)
+    wide = first + tl.arange(0, channels)
+    sum_D = tl.zeros([channels], tl.float32)
+    sum_bias = tl.zeros([channels], tl.float32)
+    for part in range(n_parts):
+        sum_A += tl.load(parts_A + (part * d + first) * N + place, c < d, other=0.0)
+        if HAS_D:
+            sum_D += tl.load(parts_D + part * d + wide, wide < d, other=0.0)
+        if HAS_BIAS:
+            sum_bias += tl.load(parts_bias + part * d + wide, wide < d, other=0.0)
+    tl.store(grad_A + c * n + place % N, sum_A, (c < d) & (place % N < n))
+    if HAS_D:
+        tl.store(grad_D + wide, sum_D, wide < d)
+    if HAS_BIAS:
+        tl.store(grad_bias + wide, sum_bias, wide < d)

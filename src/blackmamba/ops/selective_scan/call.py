@@ -88,7 +88,7 @@ class Call:
         b, l = (tuning.rounded(n) for n in size[:2])
         best = tuning.pick(
             f"selective_scan {name}",
-            f"b={b} l={l} d={self.d} n={self.n_padded} bytes={self.x.element_size()}",
+            f"b={b} l={l} d={self.d} n={self.n_padded} {self.x.dtype}",
             plan(*size, *tunings),
             lambda: cuts(*size, *tunings, *others),
             lambda cut: run(planned(cut, self.l)),
@@ -100,6 +100,14 @@ class Call:
 
     def grid(self, plan: Plan) -> tuple[int]:
         return (math.ceil(self.d / plan.block) * plan.n_chunks * self.b,)
+
+    def share(self, plan: Plan) -> int:
+        """Spans of each block of threads, so that all that run at once do as many: a row's where
+        rows are cut into chunks or fit at once."""
+        of_row = plan.chunk // SPAN
+        at_once = _processors(self.x) * max(1, plan.resident // plan.warps)
+        cut = plan.split and plan.n_chunks == 1
+        return max(of_row, math.ceil(self.grid(plan)[0] * of_row / at_once)) if cut else of_row
 
     def even(self, plan: Plan) -> bool:
         return self.d % plan.block == 0 and self.l % SPAN == 0
@@ -135,9 +143,13 @@ class Call:
         plan: Plan,
         defines: Mapping[str, int],
         tensors: Mapping[str, Tensor | None],
+        share: int | None = None,
     ) -> None:
         """Run a kernel in CUDA C++."""
-        sizes = (self.l, self.d, self.l_padded, plan.n_chunks, plan.chunk)
+        of_row = plan.chunk // SPAN
+        share, of_all = share or of_row, self.grid(plan)[0] * of_row
+        n_blocks = math.ceil(self.d / plan.block)
+        sizes = (self.l, self.d, self.l_padded, plan.n_chunks, plan.chunk, n_blocks, share, of_all)
         shared = {
             "x": self.x,
             "dt": self.dt,
@@ -147,12 +159,11 @@ class Call:
         }
         shared |= {"D": self.D, "bias": self.dt_bias, "resets": self.resets}
         flags = {name: int(value) for name, value in self.flags.items() if name != "N"}
-        n_blocks = math.ceil(self.d / plan.block)
         short = torch.float32 not in (self._B.dtype, self._C.dtype)
         flags |= {"HAS_D": int(self.D is not None), "SHORT_BC": int(short)}
         flags |= {"MIN_BLOCKS": plan.resident // plan.warps, **defines}
         tensors = {**shared, **tensors}
-        cuda.launch(name, self.grid(plan)[0], plan.warps, (*sizes, n_blocks), tensors, flags)
+        cuda.launch(name, math.ceil(of_all / share), plan.warps, sizes, tensors, flags)
 
     def padded_state(self, state: Tensor) -> Tensor:
         """(b, d, n) to contiguous float32 (b, d, N)."""

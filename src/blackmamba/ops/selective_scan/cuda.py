@@ -4,6 +4,7 @@ Letters: b batch, l sequence, d d_inner, n d_state.
 """
 
 import ctypes
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ _SOURCES = {
 """Of each kernel, the files that are one text."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SPAN = 16
+_OF_HOPPER = 227 * 1024  # bytes of shared memory that a block may have
 
 
 class _Rows(ctypes.Structure):
@@ -32,7 +34,11 @@ class _Rows(ctypes.Structure):
 
 class _Sizes(ctypes.Structure):
     _fields_ = tuple(
-        (name, ctypes.c_int) for name in ("l", "d", "l_padded", "n_chunks", "chunk", "n_blocks")
+        (name, ctypes.c_int)
+        for name in (
+            *("l", "d", "l_padded", "n_chunks", "chunk", "n_blocks"),
+            *("share", "shares_end"),  # in spans: of a block of threads, and of all
+        )
     )
 
 
@@ -46,7 +52,8 @@ def _struct(rows: str, pointers: str) -> Any:
 _Forward = _struct("x dt z y", "A BC D bias resets first starts ends decays")
 _Backward = _struct(
     "x dt z grad_y grad_x grad_dt grad_z",
-    "A BC D bias resets starts after partial grad_first grad_A grad_D grad_bias ends decays",
+    "A BC D bias resets starts after partial grad_first grad_A grad_D grad_bias ends decays"
+    " handed there",
 )
 
 
@@ -65,6 +72,14 @@ def fits(n_padded: int, rows: list[Tensor | None], wide: list[Tensor | None]) ->
         if tensor.stride(0) % 4 or tensor.stride(1) % 4 or tensor.stride(1) >= 1 << 28:
             return False
     return all(t is None or (t.dtype == torch.float32 and t.data_ptr() % 16 == 0) for t in wide)
+
+
+def fits_block(name: str, channels: int, x: Tensor) -> bool:
+    """Whether x's GPU has shared memory enough for a kernel's blocks of that many channels."""
+    needed = _shared_bytes(name, channels // 8, x.dtype, local=False)
+    if x.device.type != "cuda":
+        return needed <= _OF_HOPPER
+    return needed <= torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
 
 
 def launch(
@@ -104,12 +119,12 @@ def _shared_bytes(name: str, warps: int, dtype: torch.dtype, *, local: bool) -> 
     elif name == "scan_backward_local":
         floats = 16 * _SPAN
     else:
-        short = dtype == torch.bfloat16
-        floats = 4 * 8 * _SPAN + (8 * _SPAN if short else 4 * 2 * 8 * 20)
-        floats += 2 * _SPAN // 4 * 32 * 4 + 12 + 2 * 2 * 4 + 4 * 2 * 4
-        floats += 2 * 32 * (4 * dtype.itemsize + (2 if short else 4))
-    rows = _SPAN // 4 * 5 if name == "scan_backward" else _SPAN
-    return 4 * (warps * floats + 2 * rows * 32)
+        turned = 0 if dtype == torch.bfloat16 else 4 * 2 * 8 * 20
+        floats = _SPAN // 4 * 3 * 32 * 4 + 32 * 4 + _SPAN // 4 * 36 + 16 + 7 * 32 * 4 + turned
+        of_warp = math.ceil(4 * floats / 128) * 128
+        tile = _SPAN * 16 * (warps * 8 * dtype.itemsize // 16 | 1)
+        return warps * of_warp + 2 * (_SPAN // 4 * 5 * 128 + 4 * tile) + 4 * 2 * warps * 16 + 128
+    return 4 * (warps * floats + 2 * _SPAN * 32)
 
 
 _DEFAULTS = {

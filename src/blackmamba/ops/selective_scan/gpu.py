@@ -33,6 +33,7 @@ from blackmamba.ops.selective_scan.plan import (
 )
 
 TILES = 1
+_SUMMED = 512  # numbers of A's gradient that a program adds up
 
 
 def selective_scan_gpu(
@@ -102,7 +103,8 @@ def _forward(
         _launch_forward(call, cut, by_cuda, begin, y, starts, last, last, keep=keep)
 
     if by_cuda:
-        call.run_best("forward, CUDA", CUDA_FORWARD, CUDA_OTHERS, run)
+        tunings, others = _fitting("scan_forward", CUDA_FORWARD, call.x)
+        call.run_best("forward, CUDA", tunings, others, run)
     else:
         call.run_best("forward", (FORWARD,), OTHERS, run)
     if last is not final_state:
@@ -135,7 +137,7 @@ def final_state(
         state = ends[:, -1]
         found[:] = [state if begin is None else torch.addcmul(state, decays[:, -1], begin)]
 
-    tunings = CUDA_FORWARD if by_cuda else (FORWARD,)
+    tunings = _fitting("scan_forward", CUDA_FORWARD, call.x)[0] if by_cuda else (FORWARD,)
     alone = tuple(dataclasses.replace(each, extra=0) for each in tunings)
     call.run_best("final state", alone, (), run)
     return found[0][..., : call.n].contiguous()
@@ -199,7 +201,7 @@ def _launch_forward(
 @torch.library.custom_op("blackmamba::selective_scan_gpu_backward", mutates_args=())
 def _backward(
     grad_y: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -254,7 +256,7 @@ def backward_into(
 ) -> None:
     """Fill `grads`, of x, dt, A, B, C, D, z, dt_bias and initial_state in this order; of (b, l,
     ...) tensors only the last dimension need be contiguous, so that they may be parts of a wider
-    gradient."""
+    gradient; those of A, D and dt_bias have to be as a whole."""
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_first = grads
     b, l, d = x.shape
     if x.numel() == 0:
@@ -306,7 +308,9 @@ def backward_into(
         elif after is None:
             after = call.states(cut).zero_()
         n_blocks = math.ceil(d / cut.block)
-        parts = b * cut.n_chunks
+        share, of_row = call.share(cut), cut.chunk // SPAN
+        cut_rows = by_cuda and share > of_row
+        parts = b * cut.n_chunks * (2 if cut_rows else 1)
         new = call.A.new_empty
         partial = new(b, call.l_padded // 4, n_blocks, 8 * call.n_padded)
         sum_A = new(parts, d, call.n_padded)
@@ -317,7 +321,11 @@ def backward_into(
             tensors = {"grad_y": grad_y, "starts": starts, "after": after, "partial": partial}
             tensors |= written | {"grad_first": before, "grad_A": sum_A}
             tensors |= {"grad_D": sum_D, "grad_bias": sum_bias}
-            call.cuda("scan_backward", cut, {}, tensors)
+            if cut_rows:
+                blocks = math.ceil(call.grid(cut)[0] * of_row / share)
+                tensors["handed"] = new(blocks, cut.block * call.n_padded)
+                tensors["there"] = call.A.new_zeros(blocks, dtype=torch.int32)
+            call.cuda("scan_backward", cut, {}, tensors, share)
         else:
             backward_kernels().backward_kernel[call.grid(cut)](
                 call.x,
@@ -365,30 +373,45 @@ def backward_into(
             *strides(grad_B),
             *strides(grad_C),
             N=call.n_padded,
-            ROWS=16,
+            ROWS=min(32, 1 << (n_blocks - 1).bit_length()),
             OF_UNITS=by_cuda,
             num_warps=4,
         )
-        _sum_into(grad_A, sum_A[..., : call.n])
-        if D is not None:
-            _sum_into(grad_D, sum_D)
-        if dt_bias is not None:
-            _sum_into(grad_bias, sum_bias)
+        backward_kernels().sum_parts_kernel[(math.ceil(d / (_SUMMED // call.n_padded)),)](
+            sum_A,
+            sum_D,
+            sum_bias,
+            grad_A,
+            grad_D,
+            grad_bias,
+            parts,
+            d,
+            call.n,
+            N=call.n_padded,
+            HAS_D=D is not None,
+            HAS_BIAS=dt_bias is not None,
+            BLOCK=_SUMMED,
+            num_warps=4,
+        )
         if initial_state is not None:
             grad_first.copy_(before[..., : call.n])
 
     if by_cuda:
-        call.run_best("backward, CUDA", CUDA_BACKWARD, CUDA_OTHERS, run)
+        tunings, others = _fitting("scan_backward", CUDA_BACKWARD, call.x)
+        call.run_best("backward, CUDA", tunings, others, run)
     else:
         call.run_best("backward", (BACKWARD,), OTHERS, run)
 
 
-def _sum_into(grad: Tensor, parts: Tensor) -> None:
-    """The sum over the first dimension, in the gradient's dtype."""
-    if grad.dtype == parts.dtype:
-        torch.sum(parts, 0, out=grad)
-    else:
-        grad.copy_(parts.sum(0))
+def _fitting(
+    name: str, tunings: tuple[Tuning, ...], x: Tensor
+) -> tuple[tuple[Tuning, ...], tuple[Tuning, ...]]:
+    """Of these and of `CUDA_OTHERS` those whose blocks x's GPU has shared memory for."""
+    usual, others = (
+        tuple(each for each in some if cuda.fits_block(name, each.block, x))
+        for some in (tunings, CUDA_OTHERS)
+    )
+    return usual, others
 
 
 def _registers(tuning: Tuning) -> dict[str, int]:
@@ -421,7 +444,7 @@ def _(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
 
 
 @_backward.register_fake
-def _(grad_y: Tensor, grad_final: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(grad_y: Tensor, grad_final: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     return _gradients_of(*rest[:9])
 
 
@@ -430,9 +453,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*tensors, output[2])
     ctx.dt_softplus = dt_softplus
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # of the states that are kept, too, which nothing reads
 
 
-def _gradients(ctx: Any, grad_y: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None, _: None
+) -> tuple[Any, ...]:
+    if grad_y is None:
+        grad_y = torch.zeros_like(ctx.saved_tensors[0])
     grads = _backward(grad_y, grad_final, *ctx.saved_tensors, ctx.dt_softplus)
     kept = [None if t is None else g for g, t in zip(grads, ctx.saved_tensors[:9], strict=True)]
     return *kept, None, None, None

@@ -23,13 +23,15 @@ class Cut:
     """Warps that a multiprocessor holds at once."""
     n_chunks: int
     """At most."""
+    split: bool = False
+    """Whether a program may do a part of a row, another the rest."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Cut):
     """The same for rows of one length, of exactly n_chunks chunks."""
 
-    chunk: int
+    chunk: int = dataclasses.field(kw_only=True)
     """Tokens of a chunk, a multiple of SPAN."""
 
 
@@ -50,20 +52,24 @@ class Tuning:
     """The most that a thread may use."""
     slower: float = 1.0
     """Times what `plan` expects, for what it leaves out: registers that do not suffice, say."""
+    split: bool = False
+    """Whether programs share rows out evenly among as many as run at once."""
 
 
 FORWARD = Tuning(block=16, numbers=4, resident=32, extra=0.65)
 BACKWARD = Tuning(block=16, numbers=4, resident=16, extra=0.22, registers=128)
 CUDA_FORWARD = (
+    Tuning(block=144, numbers=4, resident=18, extra=0.6, slower=0.955),
+    Tuning(block=192, numbers=4, resident=24, extra=0.6, slower=0.93),
+    Tuning(block=96, numbers=4, resident=24, extra=0.6, slower=0.93),
     Tuning(block=48, numbers=4, resident=18, extra=0.6),
     Tuning(block=32, numbers=4, resident=24, extra=0.6, slower=0.95),
     Tuning(block=64, numbers=4, resident=24, extra=0.6, slower=1.02),
 )
 CUDA_BACKWARD = (
-    Tuning(block=48, numbers=4, resident=18, extra=0.22),
-    Tuning(block=32, numbers=4, resident=16, extra=0.22, slower=0.84),
-    Tuning(block=64, numbers=4, resident=16, extra=0.22, slower=0.9),
-    Tuning(block=32, numbers=4, resident=20, extra=0.22),
+    Tuning(block=64, numbers=4, resident=16, extra=0.22, split=True),
+    Tuning(block=128, numbers=4, resident=16, extra=0.22, slower=0.96, split=True),
+    Tuning(block=32, numbers=4, resident=12, extra=0.22, split=True),
 )
 """In CUDA C++: sizes of which one or another fills a GPU evenly; the first of equals."""
 CUDA_OTHERS = tuple(
@@ -105,7 +111,8 @@ def planned(cut: Cut, l: int) -> Plan:
         return cut
     spans = max(1, math.ceil(l / SPAN))
     chunk = math.ceil(spans / min(spans, cut.n_chunks)) * SPAN
-    return Plan(cut.block, cut.warps, cut.resident, max(1, math.ceil(l / chunk)), chunk)
+    n_chunks = max(1, math.ceil(l / chunk))
+    return Plan(cut.block, cut.warps, cut.resident, n_chunks, cut.split, chunk=chunk)
 
 
 def _expected(
@@ -118,12 +125,14 @@ def _expected(
     """
     spans = max(1, math.ceil(l / SPAN))
     for each in tunings:
-        warps = max(1, min(16, each.block * n_padded // (32 * each.numbers)))
+        warps = max(1, min(32, each.block * n_padded // (32 * each.numbers)))
         resident = max(1, each.resident // warps)
         for candidate in range(1, min(64, max(1, spans // 4)) + 1):
             programs = b * math.ceil(d / each.block) * candidate
             whole, rest = divmod(math.ceil(programs / processors), resident)
             time = whole * (5.5 + 0.725 * resident * warps)
             time += (5.5 + 0.725 * rest * warps) if rest else 0.0
+            if each.split and candidate == 1 and programs > processors * resident:
+                time = programs / (processors * resident) * (5.5 + 0.725 * resident * warps)
             time *= (1 + each.extra * (candidate - 1) / candidate) * each.slower / candidate
-            yield time, Cut(each.block, warps, each.resident, candidate)
+            yield time, Cut(each.block, warps, each.resident, candidate, each.split)

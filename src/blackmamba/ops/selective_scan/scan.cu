@@ -97,16 +97,10 @@ __device__ __forceinline__ void take(float* out, const float* p) {
 #if TYPE == 1
 typedef u16 Kept;  // states for the backward pass
 typedef Four FourKept;
-__device__ __forceinline__ float4 kept(const Kept* p) {
-    float v[4];
-    widen(*reinterpret_cast<const Four*>(p), v);
-    return make_float4(v[0], v[1], v[2], v[3]);
-}
 __device__ __forceinline__ void keep(Kept* p, const float* h) { *reinterpret_cast<Four*>(p) = narrow(h); }
 #else
 typedef float Kept;
 typedef float4 FourKept;
-__device__ __forceinline__ float4 kept(const Kept* p) { return *reinterpret_cast<const float4*>(p); }
 __device__ __forceinline__ void keep(Kept* p, const float* h) {
     *reinterpret_cast<float4*>(p) = make_float4(h[0], h[1], h[2], h[3]);
 }
@@ -137,6 +131,7 @@ struct Rows {  // a tensor (b, l, d), channels contiguous
 
 struct Sizes {
     int l, d, l_padded, n_chunks, chunk, n_blocks;
+    int share, shares_end;  // of a block of threads, in spans, and of all
 };
 
 // What the kernels are given, in cuda.py's order.
@@ -157,7 +152,8 @@ struct Backward {  // after: the gradient of the state that each chunk leaves
     const float *D, *bias, *resets;
     const Kept* starts;
     const float* after;
-    float *partial, *grad_first, *grad_A, *grad_D, *grad_bias, *ends, *decays;
+    float *partial, *grad_first, *grad_A, *grad_D, *grad_bias, *ends, *decays, *handed;
+    int* there;
     Sizes s;
 };
 
@@ -175,9 +171,8 @@ struct Place {  // of a warp and a thread; states 4 q to 4 q + 3 of channel `cha
     int t, c4;  // of the four channels of one token that it loads
 };
 
-__device__ __forceinline__ Place place_of(const Sizes& s, int q, int c) {
+__device__ __forceinline__ Place place_of(const Sizes& s, int q, int c, int pid) {
     Place p;
-    int pid = blockIdx.x;
     p.lane = threadIdx.x & 31;
     p.warp = threadIdx.x >> 5;
     p.q = q;

@@ -5,7 +5,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         float BC[2][SPAN * OF_TOKEN];
     };
     Shared& shared = shared_as<Shared>();
-    const Place p = place_of(f.s, threadIdx.x >> 3 & 3, threadIdx.x & 7);
+    const Place p = place_of(f.s, threadIdx.x >> 3 & 3, threadIdx.x & 7, blockIdx.x);
     float2(*du)[8] = shared.du[p.warp];
     float A2[4], g[4] = {0.f, 0.f, 0.f, 0.f};
     scaled4(A2, *reinterpret_cast<const float4*>(f.A + p.channel * 16 + p.q * 4), LOG2E);

@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     // Threads whose numbers differ in the lowest bit have one channel, in the second bit the same states of two: so delta,
     // and B and C, are read by pairs from one place, which shared memory serves with half as many turns.
     const int lane = threadIdx.x & 31;
-    const Place p = place_of(f.s, (lane & 1) | (lane >> 3 & 2), lane >> 1 & 7);
+    const Place p = place_of(f.s, (lane & 1) | (lane >> 3 & 2), lane >> 1 & 7, blockIdx.x);
     // what it reads and writes: four channels of one token, scanned by that warp, as its c-th and the next
     const int reads_t = (int)threadIdx.x / (2 * WARPS), part = (int)threadIdx.x % (2 * WARPS), reads_warp = part >> 1, reads_c = (part & 1) * 4;
     const int reads_c4 = p.block * WARPS * 8 + part * 4;

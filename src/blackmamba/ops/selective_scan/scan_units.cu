@@ -22,6 +22,9 @@ __device__ __forceinline__ float4 load4(u32 from) {
 __device__ __forceinline__ void store1(u32 to, float a) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(a) : "memory");
 }
+__device__ __forceinline__ void store2(u32 to, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(a), "f"(b) : "memory");
+}
 __device__ __forceinline__ void store4(u32 to, float a, float b, float c, float d) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
@@ -141,9 +144,8 @@ struct Turned {
             ones[i] = __shfl_sync(FULL, (i % 3 ? 0 : one) | zero, lane);
         }
     }
-    // by: where the numbers are of channels 2 k and 2 k + 1 and token r % 4, for h if r > 3
-    __device__ __forceinline__ void begin(u32 by) {
-        const u32 v = __float_as_uint(load1(by));
+    // v: the numbers of channels 2 k and 2 k + 1 and token r % 4, for h if r > 3
+    __device__ __forceinline__ void begin(u32 v) {
         of[0][0] = v & ~last & ~odd, of[0][1] = v & ~last & odd;
         of[1][0] = v & last & ~odd, of[1][1] = v & last & odd;
     }
@@ -175,9 +177,8 @@ struct Turned {
         store4(to, g[0], g[1], g[2], g[3]);
         store4(to + sizeof(Rows) / 2, h[0], h[1], h[2], h[3]);
     }
-    // by: where the number is of channel k and token r % 4, for h if r > 3, and after 4 more that of channel k + 4
-    __device__ __forceinline__ void sum(float* d, u32 by) const {
-        const float low = load1(by), high = load1(by + 4 * sizeof(float));
+    // low, high: the numbers of channels k and k + 4 and token r % 4, for h if r > 3
+    __device__ __forceinline__ void sum(float* d, float low, float high) const {
         d[0] = d[1] = d[2] = d[3] = 0.f;
 #pragma unroll
         for (int column = 0; column < 8; column++) {
