@@ -415,7 +415,7 @@ def test_narrow_products_keep_nan_and_infinity(bad: float, by: str):
 @pytest.mark.skipif(native.missing() is not None, reason="the extension was not built")
 @pytest.mark.parametrize(
     ("by", "module"),
-    [("pairs", "native_pairs"), ("floats", "native_grouped"), ("tiles", None), ("library", None)],
+    [("pairs", "native_pairs"), ("floats", "native_grouped"), ("library", None)],
 )
 def test_experts_are_by_what_is_fastest(
     by: str, module: str | None, monkeypatch: pytest.MonkeyPatch
@@ -426,6 +426,19 @@ def test_experts_are_by_what_is_fastest(
     node: Any = expert_mlp(x, ids, fc1, fc2, **extra).grad_fn
     found = node.run.__module__.rpartition(".")[2] if hasattr(node, "run") else None
     assert found == module
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_experts_are_by_our_matrix_units_where_they_may_be_used(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if own and not bfloat16._own_tiles:
+        pytest.skip("this machine has no AMX, hides it, or its compiler did not know it")
+    monkeypatch.setattr(bfloat16, "_by", "tiles")
+    monkeypatch.setattr(bfloat16, "_own_tiles", own)
+    (x, ids, fc1, fc2), extra = arguments(64, 3, 16, 8, dtype=torch.bfloat16, biases=False)
+    node: Any = expert_mlp(x.requires_grad_(), ids, fc1, fc2, **extra).grad_fn
+    assert hasattr(node, "run") == own
 
 
 def test_pairs_are_registered_as_torch_wants_it(monkeypatch: pytest.MonkeyPatch):

@@ -1,9 +1,9 @@
 """A few tokens by kernels that read each chosen expert's weights once; many by grouped products.
 
 Up to 16 choices the weights are what costs, and the kernels stream them. From 64 on, float32 goes
-by the native products, and so does bfloat16 where it is widened for them (native/bfloat16.py); in
-training it goes in pairs where the processor multiplies those fast. All else is by torch's, and
-only what lies between those products is native.
+by the native products, and so does bfloat16 where it is widened for them or multiplied by matrix
+units (native/bfloat16.py); in training it goes in pairs where the processor multiplies those fast.
+All else is by torch's, and only what lies between those products is native.
 """
 
 from typing import Literal

@@ -50,6 +50,8 @@ void bind_linear(nb::module_& m) {
   def("product", &Linear::multiply, float(), float());
   def("product_narrow", &Linear::multiply_narrow, bits(), bits());
   def("product_narrow_to_float", &Linear::multiply_narrow_to_float, bits(), float());
+  def("product_tiles", &Linear::multiply_tiles, bits(), bits());
+  def("product_tiles_to_float", &Linear::multiply_tiles_to_float, bits(), float());
   using Rows = std::tuple<Address, Size, Address>;
   using Matrices = std::tuple<Address, Size, Size, Size>;
   m.def(

@@ -14,6 +14,7 @@
 
 #include "linear/narrow.hpp"
 #include "linear/panels.hpp"
+#include "linear/tiles.hpp"
 #include "native/crew.hpp"
 
 namespace bm {
@@ -218,6 +219,13 @@ void multiply_each(const Product<float>* products, std::int64_t count, int n_thr
 
 }  // namespace
 
-BM_DEFINE(Linear, linear) = {multiply, multiply_each, narrow::multiply, narrow::multiply};
+BM_DEFINE(Linear, linear) = {
+    multiply,
+    multiply_each,
+    narrow::multiply<std::uint16_t>,
+    narrow::multiply<float>,
+    tiles::multiply<std::uint16_t>,
+    tiles::multiply<float>,
+};
 
 }  // namespace bm

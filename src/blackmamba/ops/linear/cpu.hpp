@@ -37,6 +37,9 @@ struct Linear {
   void (*multiply_each)(const Product<float>* products, std::int64_t count, int n_threads);
   void (*multiply_narrow)(const Product<std::uint16_t>& p);
   void (*multiply_narrow_to_float)(const Product<std::uint16_t, float>& p);
+  // By matrix units, where `has_tiles`; null where the compiler knows none.
+  void (*multiply_tiles)(const Product<std::uint16_t>& p);
+  void (*multiply_tiles_to_float)(const Product<std::uint16_t, float>& p);
 };
 
 BM_DECLARE(Linear, linear);

@@ -16,16 +16,23 @@ def fits(a: Tensor, b: Tensor) -> bool:
     return (
         native.missing() is None
         and a.device.type == "cpu"
-        and takes(a.dtype)
+        and (a.dtype == torch.float32 or _is_widened(a.dtype))
         and a.dtype == b.dtype
         and a.numel() * len(b) >= _LEAST_PRODUCTS
     )
 
 
 def takes(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are faster here than by the library."""
-    narrow = dtype == torch.bfloat16 and bfloat16.multiplied_by() == "floats"
-    return dtype == torch.float32 or narrow
+    """Whether groups of rows of this dtype are multiplied faster here than by the library."""
+    return dtype == torch.float32 or _is_widened(dtype) or _has_tiles(dtype)
+
+
+def _is_widened(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and bfloat16.multiplied_by() == "floats"
+
+
+def _has_tiles(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and bfloat16.has_own_tiles()
 
 
 def multiply(
@@ -45,7 +52,8 @@ def multiply(
     """out = a (t, k) times b (n, k) transposed, on CPU, in any layout.
 
     a and b are float32, or both are bfloat16: sums are float32 all the same, and rounded once.
-    Index tensors are int64 and contiguous; nothing checks their numbers.
+    Matrix units round a number times left_scale, too. Index tensors are int64 and contiguous;
+    nothing checks their numbers.
 
     Args:
         out: (t, n), its rows contiguous; written. float32, or bfloat16 as a and b are.
@@ -67,10 +75,9 @@ def multiply(
     extension = native.extension()
     if a.dtype == torch.float32:
         product = extension.product
-    elif out.dtype == torch.float32:
-        product = extension.product_narrow_to_float
     else:
-        product = extension.product_narrow
+        by = "product_tiles" if _has_tiles(a.dtype) else "product_narrow"
+        product = getattr(extension, by if out.dtype == a.dtype else f"{by}_to_float")
     product(
         (a.data_ptr(), a.stride(0), a.stride(1), _address(a_rows), _address(left_tokens)),
         (b.data_ptr(), b.stride(0), b.stride(1), 0, _address(tokens)),

@@ -14,7 +14,7 @@ import torch
 from blackmamba.ops import native
 
 By = Literal["tiles", "pairs", "floats", "library"]
-"""tiles: matrix units (AMX), by oneDNN. pairs: the instruction for pairs of bfloat16.
+"""tiles: matrix units (AMX), by oneDNN, experts by our kernel. pairs: the instruction for pairs.
 floats: float32's instructions, with bfloat16 widened on the way. library: whatever torch does."""
 
 _FASTER = 1.4  # than float32: measured rates are about 0.5, 1 or 2 times float32's
@@ -25,6 +25,11 @@ def multiplied_by() -> By:
     return _by
 
 
+def has_own_tiles() -> bool:
+    """Whether our kernel for the matrix units was compiled, may use them, and is what is chosen."""
+    return _by == "tiles" and _own_tiles
+
+
 def is_faster_than_float32() -> bool:
     """Whether products of bfloat16 take clearly less time than those of float32."""
     return _by in ("tiles", "pairs") or (_by == "library" and _library_is_faster())
@@ -33,7 +38,8 @@ def is_faster_than_float32() -> bool:
 def describe() -> str:
     """One line for `blackmamba doctor`."""
     if _by == "tiles":
-        return "multiplied by matrix units (AMX), in oneDNN; faster than float32"
+        ours = ", experts by our kernel" if _own_tiles else ""
+        return f"multiplied by matrix units (AMX), in oneDNN{ours}; faster than float32"
     if _by == "library":
         return f"as torch does, {'' if _library_is_faster() else 'not '}faster than float32"
     what = "there are no instructions for pairs"
@@ -74,5 +80,6 @@ def _library_is_faster() -> bool:
     return least[torch.float32] > _FASTER * least[torch.bfloat16]
 
 
+_own_tiles = native.missing() is None and native.extension().has_tiles()
 _by: By
 _by, _ratio = _found()  # not on first use: torch.compile could not trace that

@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(BM_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "native/bindings.hpp"
 #include "native/targets.hpp"
 #include "native/threads.hpp"
@@ -57,12 +63,29 @@ bool reads_ahead_to_a_page_end() {
 #endif
 }
 
+bool has_tiles() {
+#if defined(BM_AMX)
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    if (target() != Target::avx512_bf16 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned bfloat16 = 1u << 22, tile = 1u << 24;
+    if (!(d & bfloat16) || !(d & tile)) return false;
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 }  // namespace bm
 
 NB_MODULE(_native, m) {
   m.attr("interface") = BM_INTERFACE;  // a digest of the sources of all bindings: CMakeLists.txt
   m.def("target", [] { return bm::names[static_cast<int>(bm::target())]; },
         "The instruction set that the kernels use.");
+  m.def("has_tiles", &bm::has_tiles, "Whether the products by matrix units can run.");
   m.def("threading", &bm::threading, "Whose threads the kernels run on.");
   m.def("scratch_allocations", &bm::scratch_allocations,
         "How often the kernels' own memory had to grow so far.");

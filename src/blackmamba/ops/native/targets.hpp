@@ -18,6 +18,10 @@ Target target();
 // kernel that reads on asks for the next one. Intel's do; a Zen 4 is faster left alone.
 bool reads_ahead_to_a_page_end();
 
+// Whether the set in use is the largest, the processor has matrix units (AMX) for bfloat16, and the
+// system lets this process use them: the first call asks it.
+bool has_tiles();
+
 }  // namespace bm
 
 #define BM_JOIN_(a, b) a##_##b
