@@ -31,7 +31,8 @@ CHECKED = (
     " or (silu and bfloat16 and 37 and few_tokens) or (as_near_as_plain and gate-silu and 37)"
     " or (as_the_plan_says and paper and 700) or (keeps_a_wide)"
     " or (float64 and cuda and documents and 40) or (parts_of_wider and cuda)"
-    " or (gated and True and 392) or (placed and True and 392) or (and_gradient and 392)"
+    " or (shared_out and 64) or (gated and True and 392) or (placed and True and 392)"
+    " or (and_gradient and 392)"
 )
 """One test or two of each kernel: every one takes seconds in there."""
 Found = dict[str, dict[str, Any]]

@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const int copies_part = (int)threadIdx.x % (2 * WARPS), copies_t = (int)threadIdx.x / (2 * WARPS);
     if (threadIdx.x == 0) {
         make_barrier<FULL_AT>(32 * WARPS);
-        make_barrier<DONE_AT>(WARPS);
+        make_barrier<DONE_AT>(32 * WARPS);
     }
     int buffer = 0;  // of a span; also the parity of its barriers
     int adders = 0;
@@ -502,7 +502,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (HAS_Z) store_numbers(read + Z * TILE, g_z);
             }
             __syncwarp();
-            if (lane == 0) arrive<DONE_AT>();
+            arrive<DONE_AT>();
             buffer ^= 1;
         }
         wait<DONE_AT>(buffer ^ 1);
