@@ -119,11 +119,14 @@ def _shared_bytes(name: str, warps: int, dtype: torch.dtype, *, local: bool) -> 
     elif name == "scan_backward_local":
         floats = 16 * _SPAN
     else:
-        turned = 0 if dtype == torch.bfloat16 else 4 * 2 * 8 * 20
-        floats = _SPAN // 4 * 3 * 32 * 4 + 32 * 4 + _SPAN // 4 * 36 + 16 + 7 * 32 * 4 + turned
+        fours, of_lanes = _SPAN // 4, 32 * 4  # a span's fours of tokens; four numbers a thread
+        floats = fours * of_lanes + 2 * fours * of_lanes + of_lanes  # numbers, states, kept
+        floats += fours * 36 + 16 + 7 * of_lanes  # delta, wide; where, sums, later
+        floats += 0 if dtype == torch.bfloat16 else 4 * 2 * 8 * 20  # turned
         of_warp = math.ceil(4 * floats / 128) * 128
         tile = _SPAN * 16 * (warps * 8 * dtype.itemsize // 16 | 1)
-        return warps * of_warp + 2 * (_SPAN // 4 * 5 * 128 + 4 * tile) + 4 * 2 * warps * 16 + 128
+        staged, rows, barriers = fours * 5 * 2 * 16 * 4, 4 * 2 * warps * 16, 128
+        return barriers + warps * of_warp + 2 * staged + 2 * 4 * tile + rows
     return 4 * (warps * floats + 2 * _SPAN * 32)
 
 

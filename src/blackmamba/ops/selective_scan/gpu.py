@@ -33,7 +33,7 @@ from blackmamba.ops.selective_scan.plan import (
 )
 
 TILES = 1
-_SUMMED = 512  # numbers of A's gradient that a program adds up
+_SUMMED = 512  # numbers of A's gradient that a program adds up, or one channel's
 
 
 def selective_scan_gpu(
@@ -377,7 +377,8 @@ def backward_into(
             OF_UNITS=by_cuda,
             num_warps=4,
         )
-        backward_kernels().sum_parts_kernel[(math.ceil(d / (_SUMMED // call.n_padded)),)](
+        summed = max(_SUMMED, call.n_padded)
+        backward_kernels().sum_parts_kernel[(math.ceil(d / (summed // call.n_padded)),)](
             sum_A,
             sum_D,
             sum_bias,
@@ -390,7 +391,7 @@ def backward_into(
             N=call.n_padded,
             HAS_D=D is not None,
             HAS_BIAS=dt_bias is not None,
-            BLOCK=_SUMMED,
+            BLOCK=summed,
             num_warps=4,
         )
         if initial_state is not None:
