@@ -132,9 +132,11 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     Tokenizer.train(["some words"], 260).save(tmp_path / "tokenizer.json")
     out = ["--out", str(tmp_path / "out")]
     assert main(["upcycle", str(dense), *out, "--experts-from", "mpl:x"]) == 2
+    assert main(["upcycle", str(dense), *out, "--experts-from", "mlp:"]) == 2
     assert main(["upcycle", str(dense), "--out", str(dense)]) == 2
     error = capsys.readouterr().err
     assert "--experts-from mpl:x: must be fresh or mlp:PATH" in error
+    assert "--experts-from mlp:: must be fresh or mlp:PATH" in error
     assert "holds the model to upcycle" in error
     tokenizer = ["--tokenizer", str(tmp_path / "tokenizer.json")]
     assert main(["upcycle", str(dense), *out, *tokenizer]) == 0

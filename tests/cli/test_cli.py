@@ -1,9 +1,11 @@
 """The command line: what it prints, and that every mistake is one line and exit status 2."""
 
+import argparse
 import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -212,6 +214,48 @@ def test_wrong_words_are_one_line_too(
     assert line.startswith(f"blackmamba{program}: error: ")
     assert message in line
     assert line.endswith(f"see `blackmamba{program} --help`")
+
+
+TEXTS = {"--prompt", "--chat", "--system", "--stop", "--set", "--device", "--field", "--part",
+         "--tasks"}  # fmt: skip
+"""Options that name neither file nor folder nor model."""
+
+
+def _names(parser: argparse.ArgumentParser) -> Iterator[list[str]]:
+    """Command lines that give each argument which names something, and nothing else, as empty."""
+    places = 0
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, command in action.choices.items():
+                yield from ([word, *words] for words in _names(command))
+        elif not action.option_strings:
+            yield [*("x" for _ in range(places)), ""]
+            places += 1
+        elif (
+            action.nargs != 0
+            and action.choices is None
+            and action.type not in (int, float)
+            and action.option_strings[0] not in TEXTS
+        ):
+            yield [action.option_strings[0], ""]
+
+
+def test_an_empty_name_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    tried = list(_names(build_parser()))
+    for words in (["train", "--out", ""], ["data", "join", ""], ["convert", "x", ""]):
+        assert words in tried
+    for words in tried:
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2, words
+        (line,) = capsys.readouterr().err.splitlines()
+        name = words[-2] if words[-2].startswith("--") else ""
+        assert "error: argument " in line, words
+        assert f"{name}: must not be empty; " in line, words
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

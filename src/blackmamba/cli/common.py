@@ -21,15 +21,38 @@ DTYPES = {
 }
 
 
+def filled(text: str) -> str:
+    """An argument's type: the name of a file, folder or model.
+
+    An empty one, such as a shell variable that was never set, would mean the current folder, or
+    that the option was not given.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def filled_path(text: str) -> Path:
+    """The same as a path."""
+    return Path(filled(text))
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, --device, --dtype and --expert-activation."""
     parser.add_argument(
         "model",
+        type=filled,
         metavar="MODEL",
         help="a model folder (ours or the released format), a run folder, or a hub name",
     )
     parser.add_argument(
-        "--adapter", metavar="DIR", help="an adapter of this model: its folder, or its run's"
+        "--adapter",
+        type=filled,
+        metavar="DIR",
+        help="an adapter of this model: its folder, or its run's",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument(
@@ -46,6 +69,7 @@ def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
     """--tokenizer."""
     parser.add_argument(
         "--tokenizer",
+        type=filled,
         metavar="PATH_OR_NAME",
         help="a tokenizer.json, a folder with one, or a hub name; default: the model folder's own, "
         f"or {TOKENIZER} for a folder without one",

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from blackmamba.cli.common import check_out
+from blackmamba.cli.common import check_out, filled
 from blackmamba.config import to_mapping
 
 
@@ -14,8 +14,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="between our model folders and the released format",
         description="Read a model in either format, told apart by content, and write it in one.",
     )
-    parser.add_argument("source", metavar="MODEL", help="a model folder or a hub name")
-    parser.add_argument("destination", metavar="FOLDER", help="the folder to write")
+    parser.add_argument("source", type=filled, metavar="MODEL", help="a model folder or a hub name")
+    parser.add_argument("destination", type=filled, metavar="FOLDER", help="the folder to write")
     parser.add_argument(
         "--to",
         choices=("native", "released"),
@@ -23,7 +23,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="native (default): config.json + model.safetensors; released: the authors' layout",
     )
     parser.add_argument(
-        "--adapter", metavar="DIR", help="add this adapter of the model to its weights"
+        "--adapter",
+        type=filled,
+        metavar="DIR",
+        help="add this adapter of the model to its weights",
     )
     parser.set_defaults(run=run)
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blackmamba.cli.common import filled, filled_path
 from blackmamba.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -25,15 +26,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_prepare(actions)
     join = actions.add_parser("join", help="make the index of a whole whose parts are finished")
-    join.add_argument("folder", type=Path, metavar="FOLDER", help="holds part-00000-of-..., ...")
+    join.add_argument(
+        "folder", type=filled_path, metavar="FOLDER", help="holds part-00000-of-..., ..."
+    )
     join.set_defaults(run=run_join)
     inspect = actions.add_parser("inspect", help="print counts, sources and a few documents")
-    inspect.add_argument("folder", type=Path, metavar="FOLDER", help="a prepared folder")
+    inspect.add_argument("folder", type=filled_path, metavar="FOLDER", help="a prepared folder")
     inspect.add_argument("--samples", type=int, default=3, help="documents to show (default 3)")
     inspect.add_argument("--seed", type=int, default=0, help="of which ones (default 0)")
     inspect.set_defaults(run=run_inspect)
     verify = actions.add_parser("verify", help="read everything and check it against the index")
-    verify.add_argument("folder", type=Path, metavar="FOLDER", help="a folder of shards")
+    verify.add_argument("folder", type=filled_path, metavar="FOLDER", help="a folder of shards")
     verify.set_defaults(run=run_verify)
 
 
@@ -48,18 +51,20 @@ def _add_prepare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--text",
         action="append",
         required=True,
+        type=filled,
         metavar="SOURCE",
         help="a file (.jsonl, .parquet, else plain text; .gz .bz2 .xz .zst are unpacked), "
         "a folder, a URL of either (s3://..., needs fsspec and the storage's package), "
         "dataset:NAME?split=train (needs datasets) or corpus:bible; repeatable",
     )
-    prepare.add_argument("--out", required=True, type=Path, metavar="FOLDER")
+    prepare.add_argument("--out", required=True, type=filled_path, metavar="FOLDER")
     prepare.add_argument(
         "--field", default="text", help="what rows call their text (default: text)"
     )
     prepare.add_argument(
         "--tokenizer",
         default="train",
+        type=filled,
         metavar="PATH_OR_NAME",
         help="a tokenizer.json, a folder with one or a hub name; default: train one on a sample",
     )

@@ -10,6 +10,7 @@ import torch
 
 from blackmamba.cli.common import (
     add_tokenizer_argument,
+    filled,
     load_model,
     load_tokenizer,
     read_text,
@@ -34,8 +35,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "uses. With MODEL and --text, print the model's perplexity under both expert activations: "
         "one that is clearly lower is what its weights were trained with.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a model folder or hub name")
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure MODEL on")
+    parser.add_argument(
+        "model", type=filled, metavar="MODEL", nargs="?", help="a model folder or hub name"
+    )
+    parser.add_argument(
+        "--text", type=filled, metavar="FILE", help="UTF-8 text to measure MODEL on"
+    )
     parser.add_argument("--max-tokens", type=int, default=4096, help="read no more (default 4096)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

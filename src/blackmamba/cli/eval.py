@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blackmamba.cli.common import (
     add_model_arguments,
     add_tokenizer_argument,
+    filled_path,
     load_model,
     load_tokenizer,
 )
@@ -33,11 +33,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help='names that the harness knows, or "paper" (default): the eight of the paper',
     )  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER",
+        "--data", type=filled_path, metavar="FOLDER",
         help="read a task's documents from FOLDER/TASK.jsonl where it is there; else download them",
     )  # fmt: skip
     parser.add_argument(
-        "--include", type=Path, metavar="FOLDER", help="your own tasks, in the harness's YAML"
+        "--include",
+        type=filled_path,
+        metavar="FOLDER",
+        help="your own tasks, in the harness's YAML",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="no more documents of a task")
     parser.add_argument("--few-shot", type=int, metavar="K", help="examples before each question")
@@ -49,7 +52,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--batch-tokens", type=int, default=4096, metavar="N",
         help="tokens that are read together (default 4096)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
+    parser.add_argument(
+        "--out", type=filled_path, metavar="FILE", help="also write the scores as JSON"
+    )
     add_tokenizer_argument(parser)
     parser.set_defaults(run=run)
 

@@ -7,6 +7,7 @@ import time
 from blackmamba.cli.common import (
     add_model_arguments,
     add_tokenizer_argument,
+    filled,
     load_model,
     load_tokenizer,
     read_text,
@@ -29,8 +30,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--prompt", action="append", default=[], help="text to continue; repeatable"
     )
     prompts.add_argument(
-        "--prompt-file", action="append", default=[], help="a text file to continue; repeatable"
-    )
+        "--prompt-file", action="append", default=[], type=filled,
+        help="a text file to continue; repeatable",
+    )  # fmt: skip
     prompts.add_argument(
         "--chat",
         metavar="TEXT",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blackmamba.cli.common import DTYPES
+from blackmamba.cli.common import DTYPES, filled
 from blackmamba.config import ModelConfig, QuantizationConfig, to_mapping
 from blackmamba.errors import ConfigError
 from blackmamba.model.size import Count, flops_per_token, layer_parameters, parameters, state_bytes
@@ -25,8 +25,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "memory at each dtype, the bytes it remembers per sequence, and its FLOPs per token. "
         "Reads no weights.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a model folder or hub name")
-    parser.add_argument("--preset", help="a preset's name instead, such as blackmamba-2.8b")
+    parser.add_argument(
+        "model", type=filled, metavar="MODEL", nargs="?", help="a model folder or hub name"
+    )
+    parser.add_argument(
+        "--preset", type=filled, help="a preset's name instead, such as blackmamba-2.8b"
+    )
     parser.add_argument(
         "--context", type=int, default=2048, help="tokens read before (default 2048)"
     )

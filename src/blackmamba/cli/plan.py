@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import Any
 
+from blackmamba.cli.common import filled
 from blackmamba.errors import ConfigError
 
 
@@ -18,7 +19,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "the tokens a second of all. Runs and builds nothing; docs/scaling.md has the formulas, "
         "their assumptions, and how near they are to what was measured.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a YAML file")
+    parser.add_argument(
+        "recipe", type=filled, metavar="RECIPE", help="a recipe's name or a YAML file"
+    )
     parser.add_argument("--gpus", type=int, default=1, help="how many GPUs (default 1)")
     parser.add_argument("--nodes", type=int, help="on how many machines (default: full ones)")
     parser.add_argument("--gpu", choices=sorted(MACHINES), default="h100", help="default: h100")

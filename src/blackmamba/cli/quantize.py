@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from blackmamba.cli.common import (
     add_tokenizer_argument,
     check_out,
+    filled,
+    filled_path,
     load_tokenizer,
     read_text,
 )
@@ -28,7 +30,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "measured.",
         epilog="Example: blackmamba quantize runs/demo --bits 4 --what all --out demo-int4",
     )
-    parser.add_argument("model", metavar="MODEL", help="a model folder, a run folder or a hub name")
+    parser.add_argument(
+        "model", type=filled, metavar="MODEL", help="a model folder, a run folder or a hub name"
+    )
     parser.add_argument("--bits", type=int, choices=(8, 4), required=True, help="of each weight")
     parser.add_argument(
         "--what",
@@ -43,9 +47,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="weights that share a scale; default: 64 for 8 bits, 32 for 4",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="the folder to write"
+        "--out", required=True, type=filled_path, metavar="DIR", help="the folder to write"
     )
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure perplexity on")
+    parser.add_argument(
+        "--text", type=filled, metavar="FILE", help="UTF-8 text to measure perplexity on"
+    )
     parser.add_argument("--max-tokens", type=int, default=4096, help="read no more (default 4096)")
     add_tokenizer_argument(parser)
     parser.set_defaults(run=run)

@@ -4,7 +4,8 @@ import argparse
 import math
 import shlex
 import sys
-from pathlib import Path
+
+from blackmamba.cli.common import filled, filled_path
 
 PARTS = ("sizes", "ladder", "latency", "experts", "sinkhorn", "ablations", "better")
 _SCALES = ("ci", "cpu-hour", "laptop", "gpu-minutes", "gpu-half-hour", "gpu", "toy")
@@ -24,17 +25,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "gpu-minutes, gpu-half-hour: on a GPU; laptop, gpu: hours; toy: seconds, to try it",
     )  # fmt: skip
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="OUT", help="folder of everything"
+        "--out", required=True, type=filled_path, metavar="OUT", help="folder of everything"
     )
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts of the report"
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--text", action="append", default=[], metavar="PATH", help="train on this; repeatable"
-    )
+        "--text", action="append", default=[], type=filled, metavar="PATH",
+        help="train on this; repeatable",
+    )  # fmt: skip
     source.add_argument(
-        "--prepared", action="append", default=[], metavar="FOLDER",
+        "--prepared", action="append", default=[], type=filled, metavar="FOLDER",
         help="train on what `blackmamba data prepare` made; repeatable",
     )  # fmt: skip
     parser.add_argument(

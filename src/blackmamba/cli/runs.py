@@ -1,7 +1,8 @@
 """`blackmamba runs`: several training runs side by side."""
 
 import argparse
-from pathlib import Path
+
+from blackmamba.cli.common import filled_path
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,8 +15,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "are.",
         epilog="Example: blackmamba runs runs/adamw runs/muon --png compared.png",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the losses into this file")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=filled_path, help="a run's folder")
+    parser.add_argument(
+        "--png", type=filled_path, metavar="FILE", help="draw the losses into this file"
+    )
     parser.set_defaults(run=run)
 
 

@@ -1,7 +1,8 @@
 """`blackmamba train`: from text to a model, by a recipe."""
 
 import argparse
-from pathlib import Path
+
+from blackmamba.cli.common import filled, filled_path
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,10 +16,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "recipe",
+        type=filled,
         metavar="RECIPE",
         help="demo, tiny, another name in docs/recipes.md, or a YAML file",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument(
+        "--out", required=True, type=filled_path, metavar="RUN", help="the run's folder"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -30,12 +34,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--text",
         action="append",
         default=[],
+        type=filled,
         metavar="PATH",
         help="train on this file or folder instead of the recipe's text; repeatable",
     )
     parser.add_argument(
         "--from",
         dest="source",
+        type=filled,
         metavar="MODEL",
         help="start with the weights and tokenizer of this model, run folder or hub name "
         "(train.init)",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blackmamba.cli.common import DTYPES
+from blackmamba.cli.common import DTYPES, filled
 from blackmamba.cli.info import read_config
 from blackmamba.config import ModelConfig
 from blackmamba.errors import BackendError, ConfigError
@@ -30,8 +30,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "of GPU. Needless on an H100 or H200, where the defaults come from; takes a few minutes. "
         "Another cut adds numbers up in another order: results differ in their last bits.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a model folder or hub name")
-    parser.add_argument("--preset", help="a preset's name instead, such as blackmamba-1.5b")
+    parser.add_argument(
+        "model", type=filled, metavar="MODEL", nargs="?", help="a model folder or hub name"
+    )
+    parser.add_argument(
+        "--preset", type=filled, help="a preset's name instead, such as blackmamba-1.5b"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="default: 1 8")
     parser.add_argument("--length", type=int, default=2048, help="tokens a row (default 2048)")
     parser.add_argument(

@@ -1,9 +1,8 @@
 """`blackmamba upcycle`: a dense Mamba as the beginning of a BlackMamba."""
 
 import argparse
-from pathlib import Path
 
-from blackmamba.cli.common import add_tokenizer_argument, check_out
+from blackmamba.cli.common import add_tokenizer_argument, check_out, filled, filled_path
 from blackmamba.errors import ConfigError
 
 _MLP = "mlp:"
@@ -21,11 +20,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "source",
+        type=filled,
         metavar="SOURCE",
         help="a dense Mamba: a folder or hub name in the format of state-spaces/mamba or "
         "transformers, or one of ours of mamba layers",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="MODEL", help="folder to write")
+    parser.add_argument(
+        "--out", required=True, type=filled_path, metavar="MODEL", help="folder to write"
+    )
     parser.add_argument("--experts", type=int, default=8, help="of each new layer (default 8)")
     parser.add_argument(
         "--d-expert",
@@ -40,6 +42,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--experts-from",
         default="fresh",
+        type=filled,
         metavar="fresh|mlp:PATH",
         help="fresh (default): they give 0 at first; mlp:PATH: copies of the trained MLPs of the "
         "model PATH",
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from blackmamba.model.size import parameters
 
     origin = str(args.experts_from)
-    if origin != "fresh" and not origin.startswith(_MLP):
+    if origin != "fresh" and (not origin.startswith(_MLP) or origin == _MLP):
         raise ConfigError(f"--experts-from {origin}: must be fresh or mlp:PATH")
     folder = find_folder(args.source)
     check_out(args.out, args.source, "upcycle")
