@@ -134,8 +134,38 @@ def test_a_data_set_that_cannot_be_had(
         raise ConnectionError("no way out\nof here")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(DataError, match=r"task piqa: .* \(no way out\); put it as piqa\.jsonl"):
+    monkeypatch.setattr("blackmamba.evaluate.hub.answers", lambda: True)
+    with pytest.raises(DataError, match=r"task piqa: .* \(no way out\); put piqa\.jsonl into"):
         evaluate(model, tokenizer, ["piqa"])
+
+
+def test_without_a_network_nothing_is_asked_for_twice(
+    tmp_path: Path,
+    data: Path,
+    model: BlackMamba,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from huggingface_hub import constants
+
+    asked: list[Any] = []
+
+    def refuse(host: Any, *_: Any, **__: Any) -> None:
+        asked.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "sets")
+    monkeypatch.setattr("datasets.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    message = r"tasks boolq, copa: the .* hub does not answer, .*; put TASK\.jsonl of each into"
+    with pytest.raises(DataError, match=message):
+        evaluate(model, tokenizer, ["piqa", "boolq", "copa"], data=data)
+    assert asked == ["hub.invalid"]
+    assert not constants.HF_HUB_OFFLINE
+    evaluate(model, tokenizer, ["piqa"], data=data, limit=1)
+    assert asked == ["hub.invalid"]
 
 
 def test_names():

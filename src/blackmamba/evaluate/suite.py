@@ -11,6 +11,7 @@ from typing import Any
 
 from blackmamba.data import Tokenizer
 from blackmamba.errors import BlackMambaError, ConfigError, DataError
+from blackmamba.evaluate import hub
 from blackmamba.evaluate.tasks import known_tasks, local_docs, local_task, named_tasks
 from blackmamba.model import BlackMamba
 
@@ -48,7 +49,7 @@ def evaluate(
         tokenizer: the model's.
         tasks: names that the harness knows, "paper" (see `TASK_LISTS`), or those of `include`.
         data: folder of local data, see `blackmamba.evaluate.tasks`; what it lacks the harness
-            downloads.
+            downloads. Without a network that is looked for in the harness's cache.
         include: folder of a user's own task files, in the harness's YAML.
         few_shot: examples before each question; None: as the task says, which is mostly none.
         limit: no more documents of a task than this.
@@ -84,31 +85,62 @@ def evaluate(
         max_length=max_length,
         show_progress=show_progress,
     )
+    docs = {name: None if data is None else local_docs(name, _folder(data)) for name in names}
+    lacking = [name for name in names if docs[name] is None]
+    is_alone = bool(lacking) and not hub.answers()
     scores: list[Score] = []
-    for name in names:
-        docs = None if data is None else local_docs(name, _folder(data))
-        try:
-            with contextlib.nullcontext() if show_progress else _silent():
+    with (
+        contextlib.nullcontext() if show_progress else _silent(),
+        hub.offline() if is_alone else contextlib.nullcontext(),
+    ):
+        if is_alone:
+            _check_cached(lacking, manager)
+        for name in names:
+            own = docs[name]
+            try:
                 found: Any = run(
                     harness,
-                    tasks=[name if docs is None else local_task(name, docs, manager)],
+                    tasks=[name if own is None else local_task(name, own, manager)],
                     num_fewshot=few_shot,
                     limit=limit,
                     task_manager=manager,
                     bootstrap_iters=1000,
                     log_samples=False,
                 )
-        except BlackMambaError:
-            raise
-        except Exception as error:  # whatever a download of another library may raise
-            if docs is not None:
-                raise DataError(f"task {name}: its local data does not fit ({error!r})") from None
-            raise DataError(
-                f"task {name}: its data set cannot be had here ({_first_line(error)}); put it as "
-                f"{name}.jsonl into a folder and give that as local data"
-            ) from None
-        scores += _scores(found)
+            except BlackMambaError:
+                raise
+            except Exception as error:  # whatever a download of another library may raise
+                if own is not None:
+                    raise DataError(
+                        f"task {name}: its local data does not fit ({error!r})"
+                    ) from None
+                raise DataError(
+                    f"task {name}: its data set cannot be had here ({_first_line(error)}); "
+                    f"{_remedy([name])}"
+                ) from None
+            scores += _scores(found)
     return scores
+
+
+def _check_cached(names: Sequence[str], manager: Any) -> None:
+    """Refuse tasks whose data sets are in no cache, all at once and before any is scored."""
+    reasons: dict[str, str] = {}
+    for name in names:
+        try:
+            manager.load([name])
+        except Exception as error:  # as above
+            reasons[name] = _first_line(error)
+    if reasons:
+        which = f"task{'s' if len(reasons) > 1 else ''} {', '.join(reasons)}"
+        raise DataError(
+            f"{which}: the Hugging Face hub does not answer, and its cache here has no such data "
+            f"({next(iter(reasons.values()))}); {_remedy(list(reasons))}"
+        )
+
+
+def _remedy(names: Sequence[str]) -> str:
+    files = f"{names[0]}.jsonl" if len(names) == 1 else "TASK.jsonl of each"
+    return f"put {files} into a folder and give that as data (--data FOLDER): docs/evaluation.md"
 
 
 def _scores(found: dict[str, Any]) -> list[Score]:
