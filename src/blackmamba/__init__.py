@@ -7,12 +7,19 @@
 Importing this package touches no GPU, reads no environment variable and compiles nothing.
 """
 
-from blackmamba.checkpoint import load, save
-from blackmamba.config import ModelConfig, QuantizationConfig
-from blackmamba.generate import generate
-from blackmamba.model import BlackMamba, State, quantize
-from blackmamba.presets import presets
-from blackmamba.version import __version__
+import contextlib
+import sys
+
+from blackmamba_program import importing
+
+# `python -m blackmamba` imports this before it is a program, and is called "-m" until it is one
+with importing() if sys.argv[:1] == ["-m"] else contextlib.nullcontext():
+    from blackmamba.checkpoint import load, save
+    from blackmamba.config import ModelConfig, QuantizationConfig
+    from blackmamba.generate import generate
+    from blackmamba.model import BlackMamba, State, quantize
+    from blackmamba.presets import presets
+    from blackmamba.version import __version__
 
 __all__ = [
     "BlackMamba",

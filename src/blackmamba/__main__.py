@@ -1,6 +1,6 @@
 """`python -m blackmamba`: the same program as `blackmamba`, as torchrun starts it."""
 
-from blackmamba.cli.main import entry_point
+from blackmamba_program import main
 
 if __name__ == "__main__":
-    entry_point()
+    main()
