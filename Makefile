@@ -10,6 +10,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
+NATIVE_INSTALLED := $(VENV)/.installed-native
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_OUT ?= runs/demo
 TEXT ?=
 PROMPT ?= And it came to pass
@@ -18,23 +20,28 @@ NATIVE_BUILD := build/native
 
 .PHONY: install demo test check fix bench native sanitized sanitize clean
 
-install: $(INSTALLED)
+install: $(INSTALLED) $(NATIVE_INSTALLED)
 
 # pip would compile all modules to bytecode on one core. A few that are for other versions cannot be.
-$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE_SOURCES)
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(PIP_INSTALL) --no-compile -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	touch $@
 
+# C++ that changed since then; without a compiler pip does without, where cmake would fail
+$(NATIVE_INSTALLED): $(NATIVE_SOURCES) | $(INSTALLED)
+	$(if $(shell find $(NATIVE_SOURCES) -newer $(INSTALLED)),$(PIP_INSTALL) --no-deps -e .)
+	touch $@
+
 $(BENCH_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(PIP_INSTALL) -c constraints.txt -e '.[bench]'
 	touch $@
 
 # A short spin lets two threads share busy cores: 10000 is no faster alone, and a seventh or more slower
 # beside another process.
 demo: export GOMP_SPINCOUNT ?= 1000
-demo: $(INSTALLED)
+demo: $(INSTALLED) $(NATIVE_INSTALLED)
 	$(BIN)/blackmamba train demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)/recipe.yaml),--resume) $(if $(TEXT),--text $(TEXT))
 	$(BIN)/blackmamba generate $(DEMO_OUT) --prompt "$(PROMPT)" --max-new-tokens 150
 	@printf '%s\n' '' 'To go on:' \
@@ -44,7 +51,7 @@ demo: $(INSTALLED)
 	  '  how its run went       $(DEMO_OUT)/loss.png, $(DEMO_OUT)/expert-load.png' \
 	  '  a model of your own    docs/training.md'
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(NATIVE_INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
 check: $(INSTALLED)
@@ -56,14 +63,17 @@ fix: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BENCH_INSTALLED)
+bench: $(BENCH_INSTALLED) $(NATIVE_INSTALLED)
 	for script in benchmarks/cpu_*.py; do $(BIN)/python $$script || exit 1; done
 
-# Quicker than to install again: the new extension takes the place of the installed one
+# Quicker than to install again: the new extension takes the place of the installed one, which processes
+# that run keep
 native: $(INSTALLED)
 	$(BIN)/cmake -S . -B $(NATIVE_BUILD) -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
 	$(BIN)/cmake --build $(NATIVE_BUILD)
-	cp $(NATIVE_BUILD)/_native.*.so "$$($(BIN)/python -c 'from blackmamba import _native; print(_native.__file__)')"
+	to="$$($(BIN)/python -c 'from blackmamba import _native; print(_native.__file__)')" && \
+	  cp $(NATIVE_BUILD)/_native.*.so "$$to.new" && mv "$$to.new" "$$to"
+	touch $(NATIVE_INSTALLED)
 
 # A copy of the package with a sanitized extension, and its tests. Memory that Python and torch keep
 # until the end counts as leaked, so leaks are not looked for.
