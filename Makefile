@@ -40,7 +40,7 @@ $(BENCH_INSTALLED): $(INSTALLED)
 
 # A short spin lets two threads share busy cores: 10000 is no faster alone, and a seventh or more slower
 # beside another process.
-demo: export GOMP_SPINCOUNT ?= 1000
+demo test sanitize: export GOMP_SPINCOUNT ?= 1000
 demo: $(INSTALLED) $(NATIVE_INSTALLED)
 	$(BIN)/blackmamba train demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)/recipe.yaml),--resume) $(if $(TEXT),--text $(TEXT))
 	$(BIN)/blackmamba generate $(DEMO_OUT) --prompt "$(PROMPT)" --max-new-tokens 150
