@@ -16,7 +16,7 @@ from blackmamba.cli.main import main
 from blackmamba.data import Tokenizer
 from blackmamba.errors import ConfigError, DataError
 from blackmamba.evaluate import TASK_LISTS, continuation_likelihoods, evaluate
-from blackmamba.evaluate.tasks import local_docs, named_tasks
+from blackmamba.evaluate.tasks import known_tasks, local_docs, named_tasks
 from blackmamba.generate import generate_text
 from blackmamba.model import BlackMamba
 from blackmamba.presets import presets
@@ -285,6 +285,16 @@ def test_the_harness_s_own_command_line(
     words = f"--model blackmamba --model_args pretrained={folder} --tasks own --include_path"
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words.split(), str(tmp_path)])
     monkeypatch.delitem(sys.modules, "blackmamba.evaluate.harness", raising=False)
+    from lm_eval.tasks import _index
+
+    index, known = _index.TaskIndex.build, known_tasks("").task_index
+
+    def build(paths: list[Path], **options: Any) -> dict[str, Any]:
+        """The harness's own folder, the first, was read for other tests: it takes seconds."""
+        assert paths[0] == Path(_index.__file__).parent
+        return known | index(paths[1:], **options)
+
+    monkeypatch.setattr(_index.TaskIndex, "build", staticmethod(build))
     runpy.run_module("blackmamba.evaluate.harness", run_name="__main__")
     assert "|own" in capsys.readouterr().out
 
