@@ -9,8 +9,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PACKAGES := $(VENV)/.packages
+EXTENSION := $(VENV)/.extension
 BENCH_INSTALLED := $(VENV)/.installed-bench
-NATIVE_INSTALLED := $(VENV)/.installed-native
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_OUT ?= runs/demo
 TEXT ?=
@@ -20,19 +21,43 @@ NATIVE_BUILD := build/native
 
 .PHONY: install demo test check fix bench native sanitized sanitize clean
 
-install: $(INSTALLED) $(NATIVE_INSTALLED)
+install: $(INSTALLED)
 
-# pip would compile all modules to bytecode on one core. A few that are for other versions cannot be.
-$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt
+# In two parts, which `make -j 2 install` makes side by side: the packages, and the extension.
+$(INSTALLED): $(PACKAGES) $(EXTENSION)
+	touch $@
+
+$(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --no-compile -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	touch $@
 
-# C++ that changed since then; without a compiler pip does without, where cmake would fail
-$(NATIVE_INSTALLED): $(NATIVE_SOURCES) | $(INSTALLED)
-	$(if $(shell find $(NATIVE_SOURCES) -newer $(INSTALLED)),$(PIP_INSTALL) --no-deps -e .)
+# pip, for without a compiler it installs the package without the extension, where cmake would fail
+$(EXTENSION): pyproject.toml CMakeLists.txt $(NATIVE_SOURCES) | $(VENV)/.made
+	$(PIP_INSTALL) --no-deps -e .
 	touch $@
+
+# pip would compile all modules to bytecode on one core, and those that nobody imports. A few that are
+# for other versions cannot be.
+$(PACKAGES): pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/python -c "$$REQUIREMENTS" > $(VENV)/requirements.txt
+	$(PIP_INSTALL) --no-compile -c constraints.txt -r $(VENV)/requirements.txt
+	$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib > /dev/null || true
+	touch $@
+
+# What the package's extra "dev" needs, without the package
+define REQUIREMENTS
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+left = [*project["dependencies"], "blackmamba[dev]"]
+for requirement in left:
+    if requirement.startswith("blackmamba["):
+        for extra in requirement[11:-1].split(","):
+            left += project["optional-dependencies"][extra]
+    else:
+        print(requirement)
+endef
+export REQUIREMENTS
 
 $(BENCH_INSTALLED): $(INSTALLED)
 	$(PIP_INSTALL) -c constraints.txt -e '.[bench]'
@@ -41,7 +66,7 @@ $(BENCH_INSTALLED): $(INSTALLED)
 # A short spin lets two threads share busy cores: 10000 is no faster alone, and a seventh or more slower
 # beside another process.
 demo test sanitize: export GOMP_SPINCOUNT ?= 1000
-demo: $(INSTALLED) $(NATIVE_INSTALLED)
+demo: $(INSTALLED)
 	$(BIN)/blackmamba train demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)/recipe.yaml),--resume) $(if $(TEXT),--text $(TEXT))
 	$(BIN)/blackmamba generate $(DEMO_OUT) --prompt "$(PROMPT)" --max-new-tokens 150
 	@printf '%s\n' '' 'To go on:' \
@@ -51,7 +76,7 @@ demo: $(INSTALLED) $(NATIVE_INSTALLED)
 	  '  how its run went       $(DEMO_OUT)/loss.png, $(DEMO_OUT)/expert-load.png' \
 	  '  a model of your own    docs/training.md'
 
-test: $(INSTALLED) $(NATIVE_INSTALLED)
+test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
 check: $(INSTALLED)
@@ -63,17 +88,17 @@ fix: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BENCH_INSTALLED) $(NATIVE_INSTALLED)
+bench: $(BENCH_INSTALLED)
 	for script in benchmarks/cpu_*.py; do $(BIN)/python $$script || exit 1; done
 
 # Quicker than to install again: the new extension takes the place of the installed one, which processes
 # that run keep
-native: $(INSTALLED)
+native: $(PACKAGES) $(if $(wildcard $(EXTENSION)),,$(EXTENSION))
 	$(BIN)/cmake -S . -B $(NATIVE_BUILD) -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
 	$(BIN)/cmake --build $(NATIVE_BUILD)
 	to="$$($(BIN)/python -c 'from blackmamba import _native; print(_native.__file__)')" && \
 	  cp $(NATIVE_BUILD)/_native.*.so "$$to.new" && mv "$$to.new" "$$to"
-	touch $(NATIVE_INSTALLED)
+	touch $(EXTENSION) $(INSTALLED)
 
 # A copy of the package with a sanitized extension, and its tests. Memory that Python and torch keep
 # until the end counts as leaked, so leaks are not looked for.
