@@ -12,10 +12,14 @@ import torch
 
 def prepare() -> None:
     """To be called once, before the first launch."""
+    from triton.runtime import interpreter
+
     _let_loops_run_over_tensors()
     _trace_each_kind_of_launch_once()
-    _patch_once_a_launch()
-    _make_types_once()
+    if hasattr(interpreter, "_LangPatchScope"):  # a Triton that has neither name only takes longer
+        _patch_once_a_launch()
+    if hasattr(interpreter, "_get_np_dtype"):
+        _make_types_once()
 
 
 def _let_loops_run_over_tensors() -> None:
