@@ -14,6 +14,7 @@ from blackmamba.errors import BackendError
 from blackmamba.ops import gpu, selective_scan
 from blackmamba.ops.gpu import cuda
 from blackmamba.ops.selective_scan import call, plan
+from blackmamba.ops.selective_scan import cuda as scan_cuda
 from blackmamba.ops.selective_scan import gpu as scan
 
 pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
@@ -328,6 +329,30 @@ def test_cuda_in_bfloat16_with_rows_shared_out(
             assert relative_error(shared[name], expected) < 1e-6, name
         else:
             assert torch.equal(shared[name], expected), name
+
+
+@CUDA_ON_CPU
+@pytest.mark.parametrize("block", [16, 80])
+def test_cuda_in_blocks_that_only_tuning_tries(
+    block: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A thread has 32 bytes of a span's B and C, or 8 and some threads none."""
+    tried = plan.Tuning(block=block, numbers=4, resident=16, extra=0.4)
+    monkeypatch.setattr(scan, "CUDA_BACKWARD", (tried,))
+    shape = (1, 35, 88, 16)
+    exact = with_gradients(make(*shape), "reference")
+    actual = with_gradients(make(*shape, dtype=torch.float32), "triton")
+    assert launched == ["scan_forward", "scan_backward"]
+    for name in exact:
+        assert relative_error(actual[name], exact[name]) < 3e-6, name
+
+
+def test_rows_of_4_gb_are_not_for_cudas_backward_pass():
+    def rows(l: int) -> Tensor:
+        return torch.empty(1, l, 4608, dtype=torch.bfloat16, device="meta")[..., 2304:]
+
+    assert scan_cuda.fits_backward([rows(466_033), None])
+    assert not scan_cuda.fits_backward([rows(100), rows(466_034)])
 
 
 @CUDA_ON_CPU

@@ -264,26 +264,52 @@ def backward_kernel(
 
 @triton.jit
 def sum_kernel(
-    partial, grad_B, grad_C, l, n, n_tiles, n_blocks, B_b, B_l, C_b, C_l,
-    N: tl.constexpr, ROWS: tl.constexpr, OF_UNITS: tl.constexpr,
+    partial, parts_A, parts_D, parts_bias, grad_B, grad_C, grad_A, grad_D, grad_bias,
+    l, d, n, n_tiles, n_blocks, n_parts, B_b, B_l, C_b, C_l,
+    N: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, OF_UNITS: tl.constexpr,
+    BLOCKS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of B and C: sums over the blocks of channels, always in the same order.
-    OF_UNITS: of 16 states, in the order in which `Turned` of scan_units.cu has them.
+    """The gradients of B and C, sums over blocks of channels, and those of A, D and dt_bias, sums
+    over parts of rows; always in the same order. One launch, for the latter take less time than it.
 
-    Owns four tokens of one row. Keeps [ROWS, 8 N] sums. Moves n_blocks 8 N numbers in. Bound by
-    bytes.
+    Owns four tokens of one row, or CHANNELS channels. Moves n_blocks 8 N numbers in for the ones,
+    n_parts (N + 2) for each channel of the others. Bound by bytes.
     """
-    tile = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    others = tl.num_programs(0) - n_tiles
+    index, row = tl.program_id(0), tl.program_id(1)
+    if index < others:
+        _sum_over_parts(
+            parts_A, parts_D, parts_bias, grad_A, grad_D, grad_bias,
+            (index * tl.num_programs(1) + row) * CHANNELS, d, n, n_parts,
+            N, HAS_D, HAS_BIAS, PARTS, CHANNELS,
+        )  # fmt: skip
+    else:
+        _sum_over_blocks(
+            partial, grad_B, grad_C, index - others, row.to(tl.int64),
+            l, n, n_tiles, n_blocks, B_b, B_l, C_b, C_l, N, OF_UNITS, BLOCKS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_over_blocks(
+    partial, grad_B, grad_C, tile, row, l, n, n_tiles, n_blocks, B_b, B_l, C_b, C_l,
+    N: tl.constexpr, OF_UNITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """OF_UNITS: of 16 states, in the order in which `Turned` of scan_units.cu has them, in places
+    of scan_backward.cu, 16 tokens of a block together."""
+    together: tl.constexpr = 4 if OF_UNITS else 1
     place = tl.arange(0, 8 * N)
     blocks = tl.arange(0, ROWS)
-    partial += (row * n_tiles + tile) * n_blocks * (8 * N)
+    partial += (row * n_tiles + tile) // together * n_blocks * (together * 8 * N)
+    partial += tile % together * (8 * N)
     total = tl.zeros([ROWS, 8 * N], tl.float32)
     for first in range(0, n_blocks, ROWS):
         at = (first + blocks)[:, None]
-        total += tl.load(partial + at * (8 * N) + place[None, :], at < n_blocks, other=0.0)
+        numbers = partial + at * (together * 8 * N) + place[None, :]
+        total += tl.load(numbers, at < n_blocks, other=0.0)
     total = tl.sum(total, 0)
     if OF_UNITS:
+        place ^= (place & 64) >> 2
         k = place // 32 * 4 + place // 16 % 2 + place // 2 % 2 * 2
         t = tile * 4 + place // 4 % 2 * 2 + place % 2
         of_B = place // 8 % 2 == 0
@@ -297,29 +323,30 @@ def sum_kernel(
 
 
 @triton.jit
-def sum_parts_kernel(
-    parts_A, parts_D, parts_bias, grad_A, grad_D, grad_bias, n_parts, d, n,
-    N: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+def _sum_over_parts(
+    parts_A, parts_D, parts_bias, grad_A, grad_D, grad_bias, first, d, n, n_parts,
+    N: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of A (d, n), D and dt_bias (d): sums over parts of rows, always in the same
-    order.
-
-    Owns BLOCK / N channels. Moves n_parts (N + 2) BLOCK / N numbers in. Bound by its launch.
-    """
-    channels: tl.constexpr = BLOCK // N
-    first = tl.program_id(0) * channels
-    place = tl.arange(0, BLOCK)
+    """A's gradient is (d, n), those of D and dt_bias (d)."""
+    place = tl.arange(0, CHANNELS * N)
     c = first + place // N
-    sum_A = tl.zeros([BLOCK], tl.float32)
-    wide = first + tl.arange(0, channels)
-    sum_D = tl.zeros([channels], tl.float32)
-    sum_bias = tl.zeros([channels], tl.float32)
-    for part in range(n_parts):
-        sum_A += tl.load(parts_A + (part * d + first) * N + place, c < d, other=0.0)
+    wide = first + tl.arange(0, CHANNELS)
+    sum_A = tl.zeros([ROWS, CHANNELS * N], tl.float32)
+    sum_D = tl.zeros([ROWS, CHANNELS], tl.float32)
+    sum_bias = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for first_part in range(0, n_parts, ROWS):
+        part = (first_part + tl.arange(0, ROWS))[:, None]
+        inside = (part < n_parts) & (c < d)[None, :]
+        sum_A += tl.load(parts_A + (part * d + first) * N + place[None, :], inside, other=0.0)
+        inside = (part < n_parts) & (wide < d)[None, :]
         if HAS_D:
-            sum_D += tl.load(parts_D + part * d + wide, wide < d, other=0.0)
+            sum_D += tl.load(parts_D + part * d + wide[None, :], inside, other=0.0)
         if HAS_BIAS:
-            sum_bias += tl.load(parts_bias + part * d + wide, wide < d, other=0.0)
+            sum_bias += tl.load(parts_bias + part * d + wide[None, :], inside, other=0.0)
+    sum_A = tl.sum(sum_A, 0)
+    sum_D = tl.sum(sum_D, 0)
+    sum_bias = tl.sum(sum_bias, 0)
     tl.store(grad_A + c * n + place % N, sum_A, (c < d) & (place % N < n))
     if HAS_D:
         tl.store(grad_D + wide, sum_D, wide < d)

@@ -14,6 +14,8 @@ from blackmamba.ops.gpu import tuning
 from blackmamba.ops.selective_scan import cuda
 from blackmamba.ops.selective_scan.plan import SPAN, Plan, Tuning, cuts, plan, planned
 
+_MOST_WARPS = 64  # of a multiprocessor
+
 
 class Call:
     """What all passes are launched with alike."""
@@ -49,8 +51,8 @@ class Call:
         }
         self._B, self._C, self._seq_idx = B, C, seq_idx
 
-    def pack(self) -> None:
-        """Put B and C side by side, in float32."""
+    def pack(self, zeros: int = 0) -> None:
+        """Put B and C side by side, in float32; and `there`, so many zeros."""
         x, B, C, seq_idx = self.x, self._B, self._C, self._seq_idx
         self.packed = x.new_empty(self.b, self.l_padded, 2, self.n_padded, dtype=torch.float32)
         self.resets = (
@@ -58,6 +60,7 @@ class Call:
             if seq_idx is None
             else x.new_empty(self.b, self.l_padded, dtype=torch.float32)
         )
+        self.there = x.new_empty(zeros, dtype=torch.int32)
         tokens = max(1, 512 // self.n_padded)
         kernels().pack_kernel[(math.ceil(self.l_padded / tokens), self.b)](
             B,
@@ -65,9 +68,11 @@ class Call:
             B if seq_idx is None else seq_idx,
             self.packed,
             self.resets,
+            self.there,
             self.l,
             self.l_padded,
             self.n,
+            zeros,
             *B.stride(),
             *C.stride(),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
@@ -101,11 +106,18 @@ class Call:
     def grid(self, plan: Plan) -> tuple[int]:
         return (math.ceil(self.d / plan.block) * plan.n_chunks * self.b,)
 
+    def at_once(self, plan: Plan) -> int:
+        """Blocks of threads that run at once."""
+        return _processors(self.x) * max(1, plan.resident // plan.warps)
+
+    def most_blocks(self) -> int:
+        """Blocks of threads of which any plan runs no more at once."""
+        return _processors(self.x) * _MOST_WARPS
+
     def share(self, plan: Plan) -> int:
         """Spans of each block of threads, so that all that run at once do as many: a row's where
         rows are cut into chunks or fit at once."""
-        of_row = plan.chunk // SPAN
-        at_once = _processors(self.x) * max(1, plan.resident // plan.warps)
+        of_row, at_once = plan.chunk // SPAN, self.at_once(plan)
         cut = plan.split and plan.n_chunks == 1
         return max(of_row, math.ceil(self.grid(plan)[0] * of_row / at_once)) if cut else of_row
 

@@ -74,6 +74,13 @@ def fits(n_padded: int, rows: list[Tensor | None], wide: list[Tensor | None]) ->
     return all(t is None or (t.dtype == torch.float32 and t.data_ptr() % 16 == 0) for t in wide)
 
 
+def fits_backward(rows: list[Tensor | None]) -> bool:
+    """Whether the backward kernel reaches all of these (b, l, d) tensors, whose rows may have
+    4 GB."""
+    sizes = (t.shape[1] * t.stride(1) * t.element_size() for t in rows if t is not None)
+    return max(sizes) < 1 << 32
+
+
 def fits_block(name: str, channels: int, x: Tensor) -> bool:
     """Whether x's GPU has shared memory enough for a kernel's blocks of that many channels."""
     needed = _shared_bytes(name, channels // 8, x.dtype, local=False)
@@ -119,14 +126,16 @@ def _shared_bytes(name: str, warps: int, dtype: torch.dtype, *, local: bool) -> 
     elif name == "scan_backward_local":
         floats = 16 * _SPAN
     else:
-        fours, of_lanes = _SPAN // 4, 32 * 4  # a span's fours of tokens; four numbers a thread
-        floats = fours * of_lanes + 2 * fours * of_lanes + of_lanes  # numbers, states, kept
-        floats += fours * 36 + 16 + 7 * of_lanes  # delta, wide; where, sums, later
-        floats += 0 if dtype == torch.bfloat16 else 4 * 2 * 8 * 20  # turned
-        of_warp = math.ceil(4 * floats / 128) * 128
+        narrow = dtype == torch.bfloat16
+        of_four = 2 * 512 + 256 + 256 + 256 + 64  # states, numbers, of a channel, of decays
+        of_lanes = 32 * 16  # bytes of four numbers a thread
+        of_warp = _SPAN // 4 * of_four + of_lanes // (2 if narrow else 1) + 64  # kept, wide
+        of_warp += 8 * of_lanes  # where, sums, later
+        of_warp += 0 if narrow else 4 * 4 * 2 * 8 * 20  # turned
+        of_warp = math.ceil(of_warp / 128) * 128
         tile = _SPAN * 16 * (warps * 8 * dtype.itemsize // 16 | 1)
-        staged, rows, barriers = fours * 5 * 2 * 16 * 4, 4 * 2 * warps * 16, 128
-        return barriers + warps * of_warp + 2 * staged + 2 * 4 * tile + rows
+        staged, barriers = _SPAN // 4 * 5 * 2 * 16 * 4, 128
+        return barriers + warps * of_warp + 2 * staged + 2 * 4 * tile
     return 4 * (warps * floats + 2 * _SPAN * 32)
 
 

@@ -33,7 +33,7 @@ from blackmamba.ops.selective_scan.plan import (
 )
 
 TILES = 1
-_SUMMED = 512  # numbers of A's gradient that a program adds up, or one channel's
+_SUMMED = 64  # numbers of A's gradient that a program adds up, or one channel's
 
 
 def selective_scan_gpu(
@@ -268,12 +268,10 @@ def backward_into(
     call = Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
     grad_y = rows(grad_y)
     written = {"grad_x": grad_x, "grad_dt": grad_dt, "grad_z": None if z is None else grad_z}
-    by_cuda = cuda.fits(
-        call.n_padded,
-        [call.x, call.dt, call.z, grad_y, *written.values()],
-        [call.D, call.dt_bias],
-    )
-    call.pack()
+    read_and_written = [call.x, call.dt, call.z, grad_y, *written.values()]
+    by_cuda = cuda.fits(call.n_padded, read_and_written, [call.D, call.dt_bias])
+    by_cuda = by_cuda and cuda.fits_backward(read_and_written)
+    call.pack(zeros=call.most_blocks() if by_cuda else 0)
     z_ = call.x if call.z is None else call.z
     D_ = call.A if call.D is None else call.D
     bias = call.A if call.dt_bias is None else call.dt_bias
@@ -305,7 +303,7 @@ def backward_into(
                     **shared,
                 )
             after = call.carry(ends, decays, after, back=True)
-        elif after is None:
+        elif after is None and not by_cuda:
             after = call.states(cut).zero_()
         n_blocks = math.ceil(d / cut.block)
         share, of_row = call.share(cut), cut.chunk // SPAN
@@ -324,7 +322,7 @@ def backward_into(
             if cut_rows:
                 blocks = math.ceil(call.grid(cut)[0] * of_row / share)
                 tensors["handed"] = new(blocks, cut.block * call.n_padded)
-                tensors["there"] = call.A.new_zeros(blocks, dtype=torch.int32)
+                tensors["there"] = call.there
             call.cuda("scan_backward", cut, {}, tensors, share)
         else:
             backward_kernels().backward_kernel[call.grid(cut)](
@@ -362,37 +360,35 @@ def backward_into(
                 **shared,
                 **_registers(BACKWARD),
             )
-        backward_kernels().sum_kernel[(call.l_padded // 4, b)](
+        n = call.n_padded
+        channels, tiles = max(1, _SUMMED // n), call.l_padded // 4
+        others = math.ceil(d / channels / b)
+        backward_kernels().sum_kernel[(tiles + others, b)](
             partial,
-            grad_B,
-            grad_C,
-            l,
-            call.n,
-            call.l_padded // 4,
-            n_blocks,
-            *strides(grad_B),
-            *strides(grad_C),
-            N=call.n_padded,
-            ROWS=min(32, 1 << (n_blocks - 1).bit_length()),
-            OF_UNITS=by_cuda,
-            num_warps=4,
-        )
-        summed = max(_SUMMED, call.n_padded)
-        backward_kernels().sum_parts_kernel[(math.ceil(d / (summed // call.n_padded)),)](
             sum_A,
             sum_D,
             sum_bias,
+            grad_B,
+            grad_C,
             grad_A,
             grad_D,
             grad_bias,
-            parts,
+            l,
             d,
             call.n,
-            N=call.n_padded,
+            tiles,
+            n_blocks,
+            parts,
+            *strides(grad_B),
+            *strides(grad_C),
+            N=n,
             HAS_D=D is not None,
             HAS_BIAS=dt_bias is not None,
-            BLOCK=summed,
-            num_warps=4,
+            OF_UNITS=by_cuda,
+            BLOCKS=max(1, min(128 // n, _power_of_two(n_blocks))),
+            PARTS=max(1, min(1024 // n, _power_of_two(parts), 16)),
+            CHANNELS=channels,
+            num_warps=max(1, min(4, n // 32)),
         )
         if initial_state is not None:
             grad_first.copy_(before[..., : call.n])
@@ -402,6 +398,11 @@ def backward_into(
         call.run_best("backward, CUDA", tunings, others, run)
     else:
         call.run_best("backward", (BACKWARD,), OTHERS, run)
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _fitting(

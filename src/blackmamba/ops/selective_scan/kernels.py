@@ -75,15 +75,21 @@ def _rounded(h, kind: tl.constexpr):
 
 @triton.jit
 def pack_kernel(
-    B, C, seq, packed, resets, l, l_padded, n, B_b, B_l, B_n, C_b, C_l, C_n, s_b, s_l,
+    B, C, seq, packed, resets, there, l, l_padded, n, zeros,
+    B_b, B_l, B_n, C_b, C_l, C_n, s_b, s_l,
     N: tl.constexpr, T: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
     """B and C side by side, zeros where there is no state or no token; and where documents begin.
+    In `there`, zeros.
 
     Owns T tokens of one row. Keeps nothing. Moves 2 n numbers a token in, 2 N out. Bound by bytes.
     """
     row = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * T + tl.arange(0, T)
+    mine = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 128
+    for first in range(mine, zeros, tl.num_programs(0) * tl.num_programs(1) * 128):
+        at = first + tl.arange(0, 128)
+        tl.store(there + at, at * 0, at < zeros)
     place = tl.arange(0, 2 * N)  # of a token's numbers: B's, then C's
     k = place % N
     of_B = place < N

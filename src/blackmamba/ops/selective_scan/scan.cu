@@ -20,6 +20,7 @@
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 #if TYPE == 0
 typedef float Number;
