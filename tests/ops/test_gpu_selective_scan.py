@@ -89,7 +89,10 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1), (2, 2, 3, 4), (1, 15, 16, 5), (1, 17, 17, 16), (2, 33, 5, 3), (1, 3, 2, 100)],
+    [
+        *((1, 1, 1, 1), (2, 2, 3, 4), (1, 15, 16, 5), (1, 17, 17, 16)),
+        *((2, 33, 5, 3), (1, 3, 2, 100), (1, 3, 10, 300)),
+    ],
     ids=str,
 )
 def test_float32_is_near_float64(shape: tuple[int, int, int, int]):
@@ -138,7 +141,7 @@ def test_narrow_is_as_near_as_plain_pytorch(
 
 def test_sums_by_matrix_units(monkeypatch: pytest.MonkeyPatch):
     """As on NVIDIA GPUs for narrow inputs. Interpreted they are exact; a GPU reads 11 bits."""
-    monkeypatch.setattr(scan, "_sum_by", lambda x: "tf32")
+    monkeypatch.setattr(scan, "_sum_by", lambda *_: "tf32")
     shape = (1, 21, 20, 4)
     exact = with_gradients(make(*shape), "reference")
     actual = with_gradients(make(*shape, dtype=torch.float32), "triton")
@@ -246,6 +249,14 @@ def test_plans_cover_every_token(b: int, l: int):
         cut = plan.plan(b, l, 2304, 16, 132, *tunings)
         assert cut.chunk % plan.SPAN == 0
         assert (cut.n_chunks - 1) * cut.chunk < l <= cut.n_chunks * cut.chunk
+
+
+@pytest.mark.parametrize("n", [16, 128, 256, 1024])
+def test_a_block_has_registers_for_its_states(n: int):
+    for tuning in (plan.FORWARD, plan.BACKWARD):
+        cut = plan.plan(2, 100, 64, n, 132, tuning)
+        assert 32 * cut.warps * (tuning.registers or 64) <= 65_536
+        assert cut.block * n <= 32 * cut.warps * tuning.numbers
 
 
 def test_the_plan_that_fills_a_gpu():

@@ -356,7 +356,7 @@ def backward_into(
                 S=SPAN,
                 TILES=TILES,
                 HAS_D=D is not None,
-                SUM=_sum_by(x),
+                SUM=_sum_by(x, cut.block),
                 **shared,
                 **_registers(BACKWARD),
             )
@@ -422,12 +422,11 @@ def _registers(tuning: Tuning) -> dict[str, int]:
     return {"maxnreg": tuning.registers}
 
 
-def _sum_by(x: Tensor) -> str:
+def _sum_by(x: Tensor, channels: int) -> str:
     """How numbers are summed over channels: by additions, or by matrix units that read 11 bits of
-    each number."""
-    if x.dtype == torch.float32 or torch.version.hip is not None or gpu.interpreted():
-        return "add"
-    return "tf32"
+    each number, of at least 16 channels."""
+    units = torch.version.hip is None and not gpu.interpreted()
+    return "tf32" if units and x.dtype != torch.float32 and channels >= 16 else "add"
 
 
 def _gradients_of(*inputs: Tensor | None) -> Any:

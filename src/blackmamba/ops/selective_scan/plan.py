@@ -85,6 +85,7 @@ OTHERS = tuple(
 )
 """What `blackmamba tune` tries besides, in CUDA C++ and in Triton."""
 _CHUNKS_TO_TRY = (1, 2, 3, 4, 5, 6, 8, 11, 12, 16, 22, 24, 32, 44, 64)
+_REGISTERS = 65_536  # of a block
 _TRIED_TIME = 1.4  # of the least that is expected: what may yet be the fastest
 
 
@@ -125,14 +126,16 @@ def _expected(
     """
     spans = max(1, math.ceil(l / SPAN))
     for each in tunings:
-        warps = max(1, min(32, each.block * n_padded // (32 * each.numbers)))
+        most_warps = 32 if each.registers is None else _REGISTERS // (32 * each.registers)
+        block = max(1, min(each.block, 32 * most_warps * each.numbers // n_padded))
+        warps = max(1, min(most_warps, block * n_padded // (32 * each.numbers)))
         resident = max(1, each.resident // warps)
         for candidate in range(1, min(64, max(1, spans // 4)) + 1):
-            programs = b * math.ceil(d / each.block) * candidate
+            programs = b * math.ceil(d / block) * candidate
             whole, rest = divmod(math.ceil(programs / processors), resident)
             time = whole * (5.5 + 0.725 * resident * warps)
             time += (5.5 + 0.725 * rest * warps) if rest else 0.0
             if each.split and candidate == 1 and programs > processors * resident:
                 time = programs / (processors * resident) * (5.5 + 0.725 * resident * warps)
             time *= (1 + each.extra * (candidate - 1) / candidate) * each.slower / candidate
-            yield time, Cut(each.block, warps, each.resident, candidate, each.split)
+            yield time, Cut(block, warps, each.resident, candidate, each.split)
