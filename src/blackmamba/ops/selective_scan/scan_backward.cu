@@ -1,5 +1,5 @@
-// Every gradient; those of B and C as sums over the channels of a block, in `partial` (b, l / 16, blocks, 4, 32, 4): see `add_up`.
-// Keeps the states of 4 tokens and the gradients of state and A in registers, the states before each 4 tokens of a span
+// Every gradient; those of B and C as sums over the channels of a block, in `partial` (b, l / 16, blocks, 4, 32, 4), see
+// `add_up`. Keeps the states of 4 tokens and the gradients of state and A in registers, the states before each 4 tokens of a span
 // in shared memory. Moves x, dt, z, the gradients of y, x, dt and z once, and the states before every span once. Bound by
 // instructions.
 //
@@ -40,7 +40,8 @@ __device__ __forceinline__ void fetch(u32 to, const void* from) {
 template <typename T>
 __device__ __forceinline__ void fetch_if(bool condition, u32 to, const void* from) {
     constexpr int bytes = sizeof(T);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(bytes), "r"(condition ? bytes : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+        ::"r"(to), "l"(from), "n"(bytes), "r"(condition ? bytes : 0) : "memory");
 }
 __device__ __forceinline__ Four load_numbers(u32 from) {
     Four v;
@@ -102,7 +103,8 @@ __device__ __forceinline__ void wait(u32 parity) {
 // meet in few banks; a group of four tokens begins 64 bytes behind a multiple of 128 or on one, in turn.
 struct alignas(16) OfFour {
     float4 states[2][32];  // before them, in place `place_of_lane`; then their sums for B and C
-    float2 numbers[8][4];  // of channel and token: delta x, the gradient of y before the gate; then sums over states, of g B and h C
+    // of channel and token: delta x, the gradient of y before the gate; then sums over states, of g B and h C
+    float2 numbers[8][4];
     struct {
         float delta[4];  // of a channel, by tokens
         u32 pairs[4];  // bfloat16 alone: of thread 4 r + k in place [r][k], for `Turned`
@@ -117,7 +119,8 @@ struct alignas(128) OfWarp {
     float4 wide[2][2];  // of four channels: `bias`, D
     uint4 where[3][32];  // addresses of a thread, for which it has no registers
     float4 sums[2][32];  // of a thread's tokens: the gradients of D and of `bias`
-    float4 later[3][32];  // of a thread's numbers, for the end of a span: softplus' slope, the factor of z's gradient, gradient of y before the gate
+    // of a thread's numbers, for the end of a span: softplus' slope, the factor of z's gradient, that of y before the gate
+    float4 later[3][32];
 #if TYPE != 1
     Turned::Rows turned[4];
 #endif
@@ -272,13 +275,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (HAS_D) mine.wide[lane][1] = *reinterpret_cast<const float4*>(f.D + p.c4);
             }
             // what it copies and writes: four channels of one token, its neighbour the next four; and its part of B and C
-            const int part = (int)threadIdx.x % (2 * WARPS), t = (int)threadIdx.x / (2 * WARPS), channel = (p.block * WARPS * 2 + part) * 4;
+            const int part = (int)threadIdx.x % (2 * WARPS), t = (int)threadIdx.x / (2 * WARPS);
+            const int channel = (p.block * WARPS * 2 + part) * 4;
             const u32 of_thread = threadIdx.x * sizeof(Part), n = of_thread / 4 % OF_TOKEN, staged_t = of_thread / (4 * OF_TOKEN);
-            const u32 staged = row_of_token(staged_t) * ROW_OF_STATES + place_of_state(staged_t, n % 16) * 4 + n / 16 * sizeof(Staged) / 2;
+            const u32 staged =
+                row_of_token(staged_t) * ROW_OF_STATES + place_of_state(staged_t, n % 16) * 4 + n / 16 * sizeof(Staged) / 2;
             const int place = place_of_lane(lane);
             mine.where[0][place] = make_uint4(
-                all_at + OF_SHARED(tiles) + t * ROW_OF_TILE + part * (int)sizeof(Four), channel < f.s.d ? channel * sizeof(Number) : 0,
-                channel < f.s.d ? t : NEVER, all_at + OF_SHARED(BC) + staged);
+                all_at + OF_SHARED(tiles) + t * ROW_OF_TILE + part * (int)sizeof(Four),
+                channel < f.s.d ? channel * sizeof(Number) : 0, channel < f.s.d ? t : NEVER, all_at + OF_SHARED(BC) + staged);
             // what it computes of x, dt, z and others: four channels of its warp, of one token
             const u32 half = lane & 1, four = own + (lane >> 3) * (u32)sizeof(OfFour), token = lane >> 1 & 3;
             mine.where[1][place] = make_uint4(
@@ -311,13 +316,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         // A span is on its way.
         const auto fetch_span = [&](int back, int buffer, const uint4& mine, const uint4& of_all) {
             const u32 to = mine.x + buffer * 4 * TILE;
-            const int first_t = p.begin + back * SPAN, t = first_t + (int)mine.z, near = min(t, p.end - 1);  // behind the last token, where delta and grad_y are 0, its numbers
+            const int first_t = p.begin + back * SPAN, t = first_t + (int)mine.z;
+            const int near = min(t, p.end - 1);  // behind the last token, where delta and grad_y are 0, its numbers
             const u64 span = first_of_all + back;
             fetch<Four>(to + X * TILE, in_row(f.x, p.row, near, mine.y));
             fetch<Four>(to + DT * TILE, in_row(f.dt, p.row, near, mine.y));
             if (HAS_Z) fetch<Four>(to + Z * TILE, in_row(f.z, p.row, near, mine.y));
             fetch_if<Four>(t < p.end, to + GRAD_Y * TILE, in_row(f.grad_y, p.row, near, mine.y));
-            fetch<FourKept>((TYPE == 1 ? by_number : by_lane) + OFFSET(kept), reinterpret_cast<const char*>(f.starts) + span * of_kept + of_all.z);
+            fetch<FourKept>(
+                (TYPE == 1 ? by_number : by_lane) + OFFSET(kept),
+                reinterpret_cast<const char*>(f.starts) + span * of_kept + of_all.z);
             stage(mine.w + buffer * (u32)sizeof(Staged), reinterpret_cast<const char*>(f.BC) + span * OF_SPAN, of_all.x);
             arrive_with_copies<FULL_AT>();
         };
@@ -418,7 +426,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                  of_half -= OF_HALF, BC_of_half -= BC_OF_HALF, half_t -= SPAN / 2) {
 #pragma unroll
                 for (int part = 1; part >= 0; part--) {
-                    const u32 of_group = of_half + part * (u32)sizeof(OfFour), BC_of_group = BC_of_half + part * 5 * ROW_OF_STATES;
+                    const u32 of_group = of_half + part * (u32)sizeof(OfFour);
+                    const u32 BC_of_group = BC_of_half + part * 5 * ROW_OF_STATES;
                     const float* const resets_of_group = resets + half_t + part * 4;
                     float delta[4];
                     scaled4(delta, load4(by_channel + of_group + OFFSET(of[0].of)), 1.f);
@@ -463,7 +472,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                             }
                         }
 #if TYPE == 1
-                        const uint2 of_g[2] = {narrow(after[0]), narrow(after[1])}, of_h[2] = {narrow(states[1]), narrow(states[2])};
+                        const uint2 of_g[2] = {narrow(after[0]), narrow(after[1])};
+                        const uint2 of_h[2] = {narrow(states[1]), narrow(states[2])};
                         turned.sum(sums, of_g, of_h);
                         store4_if((q & 1) == pair, by_lane + of_group + of_states, sums);
 #endif
@@ -479,7 +489,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                     __syncwarp();
                     float sums[4];
                     turned.sum(
-                        sums, load1(by_low + of_group + OFFSET(of[0].numbers)), load1(by_high + of_group + OFFSET(of[0].numbers)));
+                        sums, load1(by_low + of_group + OFFSET(of[0].numbers)),
+                        load1(by_high + of_group + OFFSET(of[0].numbers)));
                     __syncwarp();
                     store4(by_lane + of_group + of_states, sums[0], sums[1], sums[2], sums[3]);
 #endif
@@ -497,8 +508,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
                 if (HAS_BIAS) scaled4(sum_bias, load4(by_lane + OFFSET(sums[1])), 1.f);
                 if (HAS_D) scaled4(skip, load4(wide_at + 16), 1.f), scaled4(sum_D, load4(by_lane + OFFSET(sums[0])), 1.f);
                 if (SOFTPLUS) scaled4(slope, load4(by_lane + OFFSET(later[0])), 1.f);
-                if (HAS_Z) scaled4(of_z, load4(by_lane + OFFSET(later[1])), 1.f), scaled4(to_y, load4(by_lane + OFFSET(later[2])), 1.f);
-                else widen(load_numbers(read + GRAD_Y * TILE), to_y);
+                if (HAS_Z) {
+                    scaled4(of_z, load4(by_lane + OFFSET(later[1])), 1.f);
+                    scaled4(to_y, load4(by_lane + OFFSET(later[2])), 1.f);
+                } else widen(load_numbers(read + GRAD_Y * TILE), to_y);
                 widen(load_numbers(read + X * TILE), xv);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -548,6 +561,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             if (HAS_D && lane < 2) store_scaled4(f.grad_D + part * f.s.d + p.c4, sum_D, by);
             if (HAS_BIAS && lane < 2) store_scaled4(f.grad_bias + part * f.s.d + p.c4, sum_bias, by);
         }
-        if (p.active && p.piece == 0 && first_span == 0) store_scaled4(f.grad_first + (p.row * f.s.d + p.channel) * 16 + q * 4, g, 1.f);
+        if (p.active && p.piece == 0 && first_span == 0)
+            store_scaled4(f.grad_first + (p.row * f.s.d + p.channel) * 16 + q * 4, g, 1.f);
     }
 }

@@ -58,11 +58,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
     const int lane = threadIdx.x & 31;
     const Place p = place_of(f.s, (lane & 1) | (lane >> 3 & 2), lane >> 1 & 7, blockIdx.x);
     // what it reads and writes: four channels of one token, scanned by that warp, as its c-th and the next
-    const int reads_t = (int)threadIdx.x / (2 * WARPS), part = (int)threadIdx.x % (2 * WARPS), reads_warp = part >> 1, reads_c = (part & 1) * 4;
+    const int reads_t = (int)threadIdx.x / (2 * WARPS), part = (int)threadIdx.x % (2 * WARPS);
+    const int reads_warp = part >> 1, reads_c = (part & 1) * 4;
     const int reads_c4 = p.block * WARPS * 8 + part * 4;
     const bool reads = reads_c4 < f.s.d;
     const int turned = ((reads_t ^ reads_warp) & 2) * 8;  // where the first two of four go
-    const u32 put_steps = kept_address(&first.steps[reads_warp].du[reads_t][reads_c]) + turned, put_steps2 = put_steps + 16 - 2 * turned;
+    const u32 put_steps = kept_address(&first.steps[reads_warp].du[reads_t][reads_c]) + turned;
+    const u32 put_steps2 = put_steps + 16 - 2 * turned;
     const u32 own_du = kept_address(&first.steps[p.warp].du[0][p.c ^ (p.warp & 2)]);
     const u32 own_du2 = kept_address(&first.steps[p.warp].du[0][p.c ^ (p.warp & 2) ^ 2]);
     const u32 own_BC = kept_address(&first.BC[p.q * 4]);
@@ -85,7 +87,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
 #endif
     // Where the next numbers are that it loads, and how many tokens are left from the one of this span on that it reads.
     const int first_t = p.begin + reads_t;
-    const auto begins = [&](const Rows& tensor) { return tensor.data + p.row * tensor.row + reads_c4 + (i64)first_t * (tensor.token / (int)sizeof(Number)); };
+    const auto begins = [&](const Rows& tensor) {
+        return tensor.data + p.row * tensor.row + reads_c4 + (i64)first_t * (tensor.token / (int)sizeof(Number));
+    };
     Number *x = begins(f.x), *dt = begins(f.dt), *z = begins(f.z), *y = begins(f.y);
     int left = reads ? p.end - first_t : 0;
     const int spans = (p.end - p.begin + SPAN - 1) / SPAN;

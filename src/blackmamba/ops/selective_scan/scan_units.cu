@@ -55,10 +55,11 @@ __device__ __forceinline__ void multiply_add(float* d, float a0, float a1, float
 }
 
 // Products of a number u of each of 8 channels and B, for two tokens of four. Thread 4 c + q gives u of channel c and token
-// q, in two parts if EXACT, and of that token B's numbers 2 c and 2 c + 1. It gets, of channel c and the first token, states 4 q and
-// 4 q + 2 in even[0..1], 4 q + 1 and 4 q + 3 in odd[0..1]; of the second in [2..3].
+// q, in two parts if EXACT, and of that token B's numbers 2 c and 2 c + 1. It gets, of channel c and the first token, states 4 q
+// and 4 q + 2 in even[0..1], 4 q + 1 and 4 q + 3 in odd[0..1]; of the second in [2..3].
 template <bool EXACT>
-__device__ __forceinline__ void outer(float* even, float* odd, float rough, float rest, bool first, bool second, const float2& b) {
+__device__ __forceinline__ void outer(
+    float* even, float* odd, float rough, float rest, bool first, bool second, const float2& b) {
     const float u0 = first ? rough : 0.f, u1 = second ? rough : 0.f, rest0 = first ? rest : 0.f, rest1 = second ? rest : 0.f;
 #pragma unroll
     for (int i = 0; i < 4; i++) even[i] = odd[i] = 0.f;
@@ -140,7 +141,8 @@ struct Turned {
         const u32 one = r == k * 2 ? 0x3c00u : r == k * 2 + 1 ? 0x3c000000u : 0u;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const u32 v = lane + i, zero = (v * v * v - v) % 3;  // which the compiler does not know, so that all four stay in registers
+            // which the compiler does not know, so that all four stay in registers
+            const u32 v = lane + i, zero = (v * v * v - v) % 3;
             ones[i] = __shfl_sync(FULL, (i % 3 ? 0 : one) | zero, lane);
         }
     }
@@ -183,7 +185,8 @@ struct Turned {
 #pragma unroll
         for (int column = 0; column < 8; column++) {
             const float b0 = r == column ? low : 0.f, b1 = r == column ? high : 0.f;
-            const u32 at = take_at + (column & 3) * sizeof(Rows) + (column >> 2) * (sizeof(Rows) / 2), on = 4 * 20 * sizeof(float);
+            const u32 at = take_at + (column & 3) * sizeof(Rows) + (column >> 2) * (sizeof(Rows) / 2);
+            constexpr u32 on = 4 * 20 * sizeof(float);
             const float a[4] = {load1(at), load1(at + 8), load1(at + on), load1(at + on + 8)};
 #if TYPE == 0
             float rest[4];
