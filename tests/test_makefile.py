@@ -45,7 +45,9 @@ def run(tree: Path, target: str) -> str:
     """The programs that a target calls."""
     log = tree / "log"
     log.unlink(missing_ok=True)
-    subprocess.run(["make", target, "PYTHON=true"], cwd=tree, capture_output=True, check=True)
+    command = ["make", target, "PYTHON=true", "VENV=.venv"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    subprocess.run(command, cwd=tree, env=clean, capture_output=True, check=True)
     return log.read_text() if log.exists() else ""
 
 
