@@ -250,11 +250,27 @@ def print_generation(preset: str, found: dict[str, Any], asked: dict[str, float]
         ratio = found["after 100000"] / found["after 1024"]
         line(f"{preset} after 100,000 / 1,024 tokens", f"{ratio:.3f}", "0.97", ratio >= 0.97)
     if "prefill 1 x 262144" in found:
-        rates = [found[f"prefill 1 x {length}"] for length in (2048, 16384, 131072, 262144)]
+        lengths = (2048, 16384, 131072, 262144)
+        rates = [found[f"prefill 1 x {length}"] for length in lengths]
+        off = off_a_line(
+            lengths, [length / rate for length, rate in zip(lengths, rates, strict=True)]
+        )
+        line(f"{preset} prefill, times off a line in length", f"{off:.0%}", "10 %", off <= 0.1)
         spread = max(rates) / min(rates) - 1
         beyond = max(rates[1:]) / min(rates[1:]) - 1
         line(f"{preset} prefill, spread of rates", f"{spread:.0%}; from 16,384 on {beyond:.0%}",
              "10 %", spread <= 0.1)  # fmt: skip
+
+
+def off_a_line(lengths: Sequence[float], times: Sequence[float]) -> float:
+    """The most that a time differs from a + b length, as a share of it; a and b are those whose
+    squares of such shares are least."""
+    rows = [(1 / t, n / t) for n, t in zip(lengths, times, strict=True)]
+    one, both, two = (sum(r[i] * r[j] for r in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+    first, second = sum(r[0] for r in rows), sum(r[1] for r in rows)
+    determinant = one * two - both * both
+    a, b = (first * two - second * both) / determinant, (second * one - first * both) / determinant
+    return max(abs((a + b * n) / t - 1) for n, t in zip(lengths, times, strict=True))
 
 
 if __name__ == "__main__":

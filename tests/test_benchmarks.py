@@ -176,3 +176,12 @@ def test_a_measured_rate_is_work_over_the_median_time(script):
     assert script.Probe(lambda: None, 12.0, "").rate([1.0, 2.0, 30.0]) == 6.0
     assert len(script.timed({"one": lambda: None, "two": lambda: None}, 4)["two"]) == 4
     assert 0 < script.resident_bytes() <= script.resident_bytes(peak=True)
+
+
+@pytest.mark.parametrize("script", ["gpu_all"], indirect=True)
+def test_times_off_a_line_are_shares_of_them(script):
+    lengths = (2048, 16384, 131072, 262144)
+    assert script.off_a_line(lengths, [1e-3 + 1e-6 * n for n in lengths]) < 1e-9
+    proportional = [1e-6 * n for n in lengths]
+    assert script.off_a_line(lengths, proportional) < 1e-9
+    assert 0.15 < script.off_a_line(lengths, [*proportional[:3], proportional[3] * 1.5]) < 0.5
