@@ -193,6 +193,16 @@ def test_threads_and_neighbours_do_not_change_a_bit():
     assert torch.equal(expert_mlp(x[4:5], ids[4:5], fc1, fc2, **extra)[0], expected[4])
 
 
+def test_no_tokens_give_zero_gradients():
+    (x, ids, fc1, fc2), _ = arguments(0, 3, 8, 8, biases=False)
+    learnt = [t.requires_grad_() for t in (x, fc1, fc2)]
+    y = expert_mlp(learnt[0], ids, *learnt[1:], backend="native")
+    found = torch.autograd.grad(y.sum(), learnt)
+    assert y.shape == found[0].shape == (0, 8)
+    assert not found[1].any()
+    assert not found[2].any()
+
+
 def test_gradients_flow_where_they_are_wanted():
     inputs, extra = arguments(3, 2, 8, 8)
     inputs[2].requires_grad_()
@@ -268,26 +278,32 @@ def meaning(inputs, dtype: torch.dtype, backend: Backend, k: int, **options):
 NAMES = ("y", "x", "fc1", "fc2", "gate")
 
 
-def bounds_of_narrow(inputs, k: int, activation: str, gated: bool) -> list[Tensor]:
-    """Of what `narrow` gives: all that is stored is bfloat16, but for the gate's gradient."""
+def bounds_of_narrow(
+    inputs, k: int, activation: str, gated: bool, stored: float = BFLOAT16
+) -> list[Tensor]:
+    """Of what `narrow` gives: all that is stored is bfloat16, but for the gate's gradient.
+
+    Args:
+        stored: the relative error of all that is stored, if it is of another dtype.
+    """
     (x, ids, fc1, fc2), gate = inputs
     t, gate, ids = len(ids), gate.double()[:, None], ids.view(-1)
     x = x.double().repeat_interleave(k, 0)
     y_shape = t // k, fc2.shape[1]
     outer = direction(torch.empty(y_shape, dtype=torch.float64)).repeat_interleave(k, 0)
-    hidden = Hidden((x, ids, fc1, fc2), {}, activation, gated, BFLOAT16)
+    hidden = Hidden((x, ids, fc1, fc2), {}, activation, gated, stored)
     fc1, fc2 = fc1.double()[ids], fc2.double()[ids]
-    a, errors_a = hidden.a, (hidden.error_a, BFLOAT16 * hidden.a)
+    a, errors_a = hidden.a, (hidden.error_a, stored * hidden.a)
     m, f = fc2.shape[1:]
 
     y = torch.einsum("tmf,tf->tm", fc2, a)
     y_size = torch.einsum("tmf,tf->tm", fc2.abs(), a.abs())
-    error = passed_on("tmf,tf->tm", fc2, *errors_a) + summed(f, y_size) + BFLOAT16 * y.abs()
+    error = passed_on("tmf,tf->tm", fc2, *errors_a) + summed(f, y_size) + stored * y.abs()
     found = {"y": _of_tokens(gate * error, k)}
 
     d = torch.einsum("tmf,tm->tf", fc2, outer)
     d_size = torch.einsum("tmf,tm->tf", fc2.abs(), outer.abs())
-    error_d = summed(m, d_size) + BFLOAT16 * d.abs()
+    error_d = summed(m, d_size) + stored * d.abs()
     error = passed_on("tf,tf->t", a, error_d) + passed_on("tf,tf->t", d, hidden.error_a)
     found["gate"] = error + summed(f, (d * a).abs().sum(1))
 
@@ -298,19 +314,19 @@ def bounds_of_narrow(inputs, k: int, activation: str, gated: bool) -> list[Tenso
         rows.append(d * hidden.value)
         row_errors.append(_root([error_d * hidden.value, d * SLOPE * hidden.error_g]))
     h = gate * torch.cat(rows, 1)
-    errors_h = gate * torch.cat(row_errors, 1), BFLOAT16 * h
+    errors_h = gate * torch.cat(row_errors, 1), stored * h
 
     each = torch.einsum("tfm,tf->tm", fc1, h)
     size = torch.einsum("tfm,tf->tm", fc1.abs(), h.abs())
     error = passed_on("tfm,tf->tm", fc1, *errors_h) + summed(h.shape[1], size)
     whole = _of_tokens(each, k).abs() if k > 1 else 0
-    found["x"] = _of_tokens(error + BFLOAT16 * each.abs(), k) + BFLOAT16 * whole
+    found["x"] = _of_tokens(error + stored * each.abs(), k) + stored * whole
 
     scaled = gate * outer
     for name, left, right, errors in (
         ("fc1", h, x, [error[:, :, None] * x[:, None] for error in errors_h]),
         ("fc2", scaled, a, [scaled[:, :, None] * error[:, None] for error in
-                            (*errors_a, BFLOAT16 * a)]),
+                            (*errors_a, stored * a)]),
     ):  # fmt: skip
         per_expert = []
         for expert in range(inputs[0][2].shape[0]):
@@ -318,7 +334,7 @@ def bounds_of_narrow(inputs, k: int, activation: str, gated: bool) -> list[Tenso
             terms = left[mine][:, :, None] * right[mine][:, None]
             ones = torch.ones(len(terms), dtype=torch.float64)
             error = passed_on("t,tij->ij", ones, *(e[mine] for e in errors))
-            error += summed(len(terms), terms.abs().sum(0)) + BFLOAT16 * terms.sum(0).abs()
+            error += summed(len(terms), terms.abs().sum(0)) + stored * terms.sum(0).abs()
             per_expert.append(error)
         found[name] = torch.stack(per_expert)
     return [found[name] for name in NAMES]
@@ -362,6 +378,33 @@ def test_narrow_products_match_meaning(by, t, e, m, f, k, gated, activation):
     for name, one, other, wanted, most in zip(NAMES, actual, eager, exact_, allowed, strict=True):
         # of a few draws in a thousand, plain PyTorch is right by luck, and this then too strict
         assert_within_budget(name, one.bfloat16(), other.bfloat16(), wanted)
+        assert one.shape == most.shape
+        assert ((one.double() - wanted).abs() <= most).all(), name
+
+
+@given(
+    t=st.integers(1, 48),
+    e=st.integers(1, 9),
+    m=sizes,
+    f=sizes,
+    k=st.integers(1, 3),
+    gated=st.booleans(),
+    activation=st.sampled_from(("silu", "gelu")),
+)
+@settings(max_examples=40)
+def test_gradients_of_few_tokens_match_meaning(t, e, m, f, k, gated, activation):
+    (x, _, fc1, fc2), _ = arguments(t, e, m, f, gated=gated, biases=False)
+    generator = torch.Generator().manual_seed(t)
+    ids = torch.randint(0, e, (t * k,), generator=generator)
+    inputs = (x, ids, fc1, fc2), torch.rand(t * k, generator=generator)
+    options = {"activation": activation, "gated": gated}
+    actual = narrow(inputs, 2, k, "floats", **options)
+    for one, two in zip(actual, narrow(inputs, 1, k, "floats", **options), strict=True):
+        assert torch.equal(one, two)
+    exact_ = meaning(inputs, torch.float64, "reference", k, **options)
+    allowed = bounds_of_narrow(inputs, k, **options, stored=ACTIVATION)
+    for name, one, wanted, most in zip(NAMES, actual, exact_, allowed, strict=True):
+        assert one.dtype == torch.float32
         assert one.shape == most.shape
         assert ((one.double() - wanted).abs() <= most).all(), name
 

@@ -10,8 +10,8 @@ void bind_expert_mlp(nb::module_& m) {
       "expert_mlp_few_tokens",
       [](std::uintptr_t x, std::int64_t x_stride, std::uintptr_t expert_ids, std::uintptr_t fc1,
          std::uintptr_t fc2, std::uintptr_t fc1_bias, std::uintptr_t fc2_bias, std::uintptr_t gate,
-         std::uintptr_t y, int t, int e, std::int64_t rows, std::int64_t d_model, std::int64_t f,
-         bool narrow, bool narrow_weights, bool gated, bool gelu, int n_threads) {
+         std::uintptr_t y, std::uintptr_t h, int t, int e, std::int64_t rows, std::int64_t d_model,
+         std::int64_t f, bool narrow, bool narrow_weights, bool gated, bool gelu, int n_threads) {
         FewTokens c;
         c.n_tokens = t;
         c.n_experts = e;
@@ -28,6 +28,7 @@ void bind_expert_mlp(nb::module_& m) {
         c.gated = gated;
         c.gelu = gelu;
         c.y = pointer<void>(y);
+        c.h = pointer<float>(h);
         c.n_threads = n_threads;
         BM_PICK(expert_mlp).few_tokens(c);
       },

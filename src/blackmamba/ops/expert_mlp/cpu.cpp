@@ -53,10 +53,16 @@ void few_tokens(const FewTokens& c) {
       const auto with_bias = [&](const float* x, std::int64_t row, int some) {
         return bias ? load_some(x, some) + load_some(bias + row, some) : load_some(x, some);
       };
+      float* const kept = c.h ? c.h + (start + t) * c.fc1.rows + first : nullptr;
       over(size, [&](std::int64_t j, int some) {
         const vec g = with_bias(gate + t * size + j, first + j, some);
+        if (kept) store_some(kept + j, g, some);
         vec value = c.gelu ? gelu(g) : silu(g);
-        if (c.gated) value *= with_bias(up + t * size + j, f + first + j, some);
+        if (c.gated) {
+          const vec u = with_bias(up + t * size + j, f + first + j, some);
+          if (kept) store_some(kept + f + j, u, some);
+          value *= u;
+        }
         store_some(h + j, value, some);
       });
     }

@@ -1,4 +1,4 @@
-// A few tokens through one expert each, forward only.
+// A few tokens through one expert each, forward.
 //
 // Letters: t tokens, m d_model, e experts, f d_expert.
 #pragma once
@@ -20,6 +20,7 @@ struct FewTokens {
   const float *fc1_bias, *fc2_bias, *gate;  // (e, 2f or f), (e, m), (t), or null
   bool gated, gelu;
   void* y;               // (t, m)
+  float* h = nullptr;    // (t, 2f or f): fc1's output with its bias, sorted by expert; or null
   int n_threads;
 };
 

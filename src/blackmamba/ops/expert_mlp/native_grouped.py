@@ -1,4 +1,8 @@
-"""Tokens by the group: picked, scaled and put back by the native products themselves."""
+"""Tokens by the group: picked, scaled and put back by the native products themselves.
+
+Where groups are short, the forward pass in float32 reads each weight where it lies, as for a few
+tokens without gradients.
+"""
 
 from typing import Any
 
@@ -10,7 +14,10 @@ from blackmamba.ops.activate.native import activate_rows, activate_rows_backward
 from blackmamba.ops.checks import readable
 from blackmamba.ops.expert_mlp import native_autograd
 from blackmamba.ops.expert_mlp.choices import choices_per_token
+from blackmamba.ops.expert_mlp.native_few import run_few_tokens
 from blackmamba.ops.linear.native import groups, multiply_groups, multiply_outer_groups
+
+FEW_OF_EXPERT = 8  # choices for each expert there is, up to which float32 weights are not packed
 
 
 def expert_mlp_native_grouped(
@@ -52,10 +59,14 @@ def _run(
     Several choices of a token read its row of x where it is.
     """
     order, ends = native_autograd.sorted_by_expert(expert_ids, len(fc1))
+    h = x.new_empty(len(order), fc1.shape[1])
+    if _are_few(x, expert_ids, fc1, fc2):
+        y = run_few_tokens(x, expert_ids, fc1, fc2, fc1_bias, fc2_bias, gate, gated, gelu, h)
+        return y, h, order, ends
     k = choices_per_token(x, expert_ids)
     tokens = order if k == 1 else order // k
     x, scale = native.rows(x), _contiguous(gate)
-    h, y = x.new_empty(len(order), fc1.shape[1]), x.new_empty(len(order), x.shape[1])
+    y = x.new_empty(len(order), x.shape[1])
     multiply_groups(x, fc1, h, ends, a_rows=tokens, bias=_contiguous(fc1_bias))
     hidden, bias = activate_rows(h, gelu, gated), _contiguous(fc2_bias)
     multiply_groups(hidden, fc2, y, ends, out_rows=order, out_scale=scale, bias=bias)
@@ -110,6 +121,16 @@ def _run_backward(
     if needs_gate and fc2_bias is not None:
         grad_gate += (grad_y * fc2_bias[expert_ids]).sum(-1)
     return grads
+
+
+def _are_few(x: Tensor, expert_ids: Tensor, fc1: Tensor, fc2: Tensor) -> bool:
+    """Whether packing a weight costs more than it saves. By shapes alone: so are a row's bits."""
+    return (
+        x.dtype == torch.float32
+        and fc1.is_contiguous()
+        and fc2.is_contiguous()
+        and len(expert_ids) <= FEW_OF_EXPERT * len(fc1)
+    )
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
