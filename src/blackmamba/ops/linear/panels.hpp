@@ -104,6 +104,7 @@ struct Finish {
   bool first, last;  // piece: whether c is new, whether it is done
   bool streams;      // past the caches
   const float *bias, *scales;
+  bool is_plain = first && bias == nullptr && scales == nullptr;  // the sums are c
 };
 
 // What to bring near while a block is at work: with each `line` numbers of k `count` lines, `next`
@@ -151,6 +152,16 @@ BM_INLINE void block(const float* const* a, const float* b, std::int64_t step, s
       for (int v = 0; v < V; ++v) __builtin_prefetch(c[r] + v * lanes, 1, 3);
   vec sums[R][V] = {};
   add_up<R, V, packed>(sums, a, b, step, k, ahead);
+  if (finish.is_plain && n >= V * lanes) {  // without a question for each vector
+    if (finish.streams) {
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) stream(c[r] + v * lanes, sums[r][v]);
+    } else {
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(c[r] + v * lanes, sums[r][v]);
+    }
+    return;
+  }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) {
       const int left = n - v * lanes;
