@@ -1,6 +1,8 @@
 // What the products of float32 and those of bfloat16 share.
 #pragma once
 
+#include <cstring>
+
 #include "linear/cpu.hpp"
 #include "native/simd.hpp"
 
@@ -18,7 +20,12 @@ BM_INLINE std::int64_t row_number(const std::int64_t* rows, std::int64_t i) {
 // The product without terms: zeros, or the bias.
 template <class T, class C>
 void without_terms(const Product<T, C>& p) {
-  for (std::int64_t i = 0; i < p.m && !p.accumulate; ++i) {
+  if (p.accumulate) return;
+  if (p.bias == nullptr && p.c_rows == nullptr && p.c_row == p.n) {  // as of an expert without tokens
+    std::memset(p.c, 0, static_cast<std::size_t>(p.m * p.n) * sizeof(C));
+    return;
+  }
+  for (std::int64_t i = 0; i < p.m; ++i) {
     const std::int64_t row = row_number(p.c_rows, i);
     const float scale = p.row_scale ? p.row_scale[row] : 1.0f;
     for (std::int64_t j = 0; j < p.n; ++j) {
