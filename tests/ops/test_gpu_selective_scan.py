@@ -313,12 +313,21 @@ def test_cuda_in_float32_in_chunks_with_documents(
 @CUDA_ON_CPU
 def test_cuda_shares_rows_out(launched: list[str], monkeypatch: pytest.MonkeyPatch):
     """More rows than blocks that run at once: most blocks do the begin of one and the end of
-    another."""
+    another. What says that a state is there says so no more once it was taken."""
     monkeypatch.setattr(call, "_processors", lambda _: 1)
+    pack, there = call.Call.pack, list[Tensor]()
+
+    def packed(self: call.Call, zeros: int = 0) -> None:
+        pack(self, zeros)
+        there.append(self.there)
+
+    monkeypatch.setattr(call.Call, "pack", packed)
     shape = (3, 73, 56, 16)
     exact = with_gradients(make(*shape), "reference")
     actual = with_gradients(make(*shape, dtype=torch.float32), "triton")
     assert launched == ["scan_forward", "scan_backward"]
+    assert [len(t) for t in there] == [0, 64]
+    assert not there[1].any()
     for name in exact:
         assert relative_error(actual[name], exact[name]) < 3e-6, name
 

@@ -106,10 +106,6 @@ class Call:
     def grid(self, plan: Plan) -> tuple[int]:
         return (math.ceil(self.d / plan.block) * plan.n_chunks * self.b,)
 
-    def at_once(self, plan: Plan) -> int:
-        """Blocks of threads that run at once."""
-        return _processors(self.x) * max(1, plan.resident // plan.warps)
-
     def most_blocks(self) -> int:
         """Blocks of threads of which any plan runs no more at once."""
         return _processors(self.x) * _MOST_WARPS
@@ -117,7 +113,8 @@ class Call:
     def share(self, plan: Plan) -> int:
         """Spans of each block of threads, so that all that run at once do as many: a row's where
         rows are cut into chunks or fit at once."""
-        of_row, at_once = plan.chunk // SPAN, self.at_once(plan)
+        of_row = plan.chunk // SPAN
+        at_once = _processors(self.x) * max(1, plan.resident // plan.warps)
         cut = plan.split and plan.n_chunks == 1
         return max(of_row, math.ceil(self.grid(plan)[0] * of_row / at_once)) if cut else of_row
 
