@@ -14,8 +14,6 @@ from blackmamba.ops.gpu import tuning
 from blackmamba.ops.selective_scan import cuda
 from blackmamba.ops.selective_scan.plan import SPAN, Plan, Tuning, cuts, plan, planned
 
-_MOST_WARPS = 64  # of a multiprocessor
-
 
 class Call:
     """What all passes are launched with alike."""
@@ -106,17 +104,33 @@ class Call:
     def grid(self, plan: Plan) -> tuple[int]:
         return (math.ceil(self.d / plan.block) * plan.n_chunks * self.b,)
 
-    def most_blocks(self) -> int:
-        """Blocks of threads of which any plan runs no more at once."""
-        return _processors(self.x) * _MOST_WARPS
+    def most_blocks(self, tunings: tuple[Tuning, ...]) -> int:
+        """Blocks of threads of which no plan that cuts rows has more; 0 if none cuts rows."""
+        most = 0
+        for each in tunings:
+            warps = each.block * self.n_padded // (32 * each.numbers)
+            at_once = _processors(self.x) * max(1, each.resident // warps)
+            if each.split and self.b * math.ceil(self.d / each.block) > at_once:
+                most = max(most, at_once)
+        return most
 
     def share(self, plan: Plan) -> int:
         """Spans of each block of threads, so that all that run at once do as many: a row's where
-        rows are cut into chunks or fit at once."""
+        rows are cut into chunks or fit at once. Never less: a row's tokens are done one after
+        another, and parts of it by two blocks would only take turns."""
         of_row = plan.chunk // SPAN
         at_once = _processors(self.x) * max(1, plan.resident // plan.warps)
         cut = plan.split and plan.n_chunks == 1
         return max(of_row, math.ceil(self.grid(plan)[0] * of_row / at_once)) if cut else of_row
+
+    def handed(self, plan: Plan, share: int) -> dict[str, Tensor]:
+        """Where blocks of threads hand states over to others, and say so, if shares cut rows."""
+        of_row = plan.chunk // SPAN
+        if share == of_row:
+            return {}
+        blocks = math.ceil(self.grid(plan)[0] * of_row / share)
+        assert blocks <= len(self.there)
+        return {"handed": self.A.new_empty(blocks, plan.block * self.n_padded), "there": self.there}
 
     def even(self, plan: Plan) -> bool:
         return self.d % plan.block == 0 and self.l % SPAN == 0

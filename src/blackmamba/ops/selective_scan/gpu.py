@@ -271,7 +271,7 @@ def backward_into(
     read_and_written = [call.x, call.dt, call.z, grad_y, *written.values()]
     by_cuda = cuda.fits(call.n_padded, read_and_written, [call.D, call.dt_bias])
     by_cuda = by_cuda and cuda.fits_backward(read_and_written)
-    call.pack(zeros=call.most_blocks() if by_cuda else 0)
+    call.pack(zeros=call.most_blocks(CUDA_BACKWARD) if by_cuda else 0)
     z_ = call.x if call.z is None else call.z
     D_ = call.A if call.D is None else call.D
     bias = call.A if call.dt_bias is None else call.dt_bias
@@ -306,9 +306,9 @@ def backward_into(
         elif after is None and not by_cuda:
             after = call.states(cut).zero_()
         n_blocks = math.ceil(d / cut.block)
-        share, of_row = call.share(cut), cut.chunk // SPAN
-        cut_rows = by_cuda and share > of_row
-        parts = b * cut.n_chunks * (2 if cut_rows else 1)
+        share = call.share(cut)
+        handed = call.handed(cut, share) if by_cuda else {}
+        parts = b * cut.n_chunks * (2 if handed else 1)
         new = call.A.new_empty
         partial = new(b, call.l_padded // 4, n_blocks, 8 * call.n_padded)
         sum_A = new(parts, d, call.n_padded)
@@ -318,11 +318,7 @@ def backward_into(
         if by_cuda:
             tensors = {"grad_y": grad_y, "starts": starts, "after": after, "partial": partial}
             tensors |= written | {"grad_first": before, "grad_A": sum_A}
-            tensors |= {"grad_D": sum_D, "grad_bias": sum_bias}
-            if cut_rows:
-                blocks = math.ceil(call.grid(cut)[0] * of_row / share)
-                tensors["handed"] = new(blocks, cut.block * call.n_padded)
-                tensors["there"] = call.there
+            tensors |= {"grad_D": sum_D, "grad_bias": sum_bias} | handed
             call.cuda("scan_backward", cut, {}, tensors, share)
         else:
             backward_kernels().backward_kernel[call.grid(cut)](

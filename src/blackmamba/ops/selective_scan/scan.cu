@@ -212,6 +212,21 @@ __device__ __forceinline__ void store_pairs(float2* to, int t, const float* a, c
     at[~t >> 1 & 1] = make_float4(a[2], b[2], a[3], b[3]);
 }
 
+// What a block has written for another, which waits for it: there is 0 until then, and once it was taken.
+__device__ __forceinline__ void hand_over(int* there) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(there), "r"(1) : "memory");
+}
+__device__ __forceinline__ void wait_for(int* there) {
+    if (threadIdx.x == 0) {
+        int v = 0;
+        while (v == 0) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(there) : "memory");
+        *there = 0;  // for the next launch
+    }
+    __syncthreads();
+}
+
 // 16 bytes on their way to shared memory, and all of a thread's copies there.
 __device__ __forceinline__ void copy16(void* to, const void* from) {
     const u32 address = (u32)__cvta_generic_to_shared(to);

@@ -208,23 +208,6 @@ __device__ __forceinline__ void recompute(
     }
 }
 
-// Rows of blocks of channels are laid end to end, each from its last token to its first, and that is cut into equal shares, one
-// a block of threads: so all end at once. A share ends in a row whose later tokens are the next share's, which it begins
-// with: their gradient of the state between is handed over. Shares are dealt from the last one on, so that the next has begun.
-__device__ __forceinline__ void hand_over(int* there) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(there), "r"(1) : "memory");
-}
-__device__ __forceinline__ void wait_for(int* there) {
-    if (threadIdx.x == 0) {
-        int v = 0;
-        while (v == 0) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(there) : "memory");
-        *there = 0;  // for the next launch
-    }
-    __syncthreads();
-}
-
 // A token's number, that many bytes behind the token's first. Rows have less than 4 GB, as cuda.py sees to: 64 bits are one sum.
 __device__ __forceinline__ Number* in_row(const Rows& tensor, i64 row, int t, u32 bytes) {
     const u32 offset = (u32)t * (u32)tensor.token + bytes;
@@ -234,6 +217,9 @@ __device__ __forceinline__ void store_scaled4(float* to, const float* v, float b
     *reinterpret_cast<float4*>(to) = make_float4(v[0] * by, v[1] * by, v[2] * by, v[3] * by);
 }
 
+// Rows of blocks of channels are laid end to end, each from its last token to its first, and that is cut into equal shares, one
+// a block of threads: so all end at once. A share ends in a row whose later tokens are the next share's, which it begins
+// with: their gradient of the state between is handed over. Shares are dealt from the last one on, so that the next has begun.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward(const Backward f) {
     Shared& shared = shared_as<Shared>();
     const int warp = threadIdx.x >> 5, lane = held(threadIdx.x & 31), q = lane & 3, c = lane >> 2;
