@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -310,26 +311,100 @@ def test_cuda_in_float32_in_chunks_with_documents(
     check_final_state(shape, has_first=True)
 
 
-@CUDA_ON_CPU
-def test_cuda_shares_rows_out(launched: list[str], monkeypatch: pytest.MonkeyPatch):
-    """More rows than blocks that run at once: most blocks do the begin of one and the end of
-    another. What says that a state is there says so no more once it was taken."""
-    monkeypatch.setattr(call, "_processors", lambda _: 1)
-    pack, there = call.Call.pack, list[Tensor]()
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Of each pass, what said that states were handed over."""
+    pack, found = call.Call.pack, list[Tensor]()
 
     def packed(self: call.Call, zeros: int = 0) -> None:
         pack(self, zeros)
-        there.append(self.there)
+        found.append(self.there)
 
     monkeypatch.setattr(call.Call, "pack", packed)
+    return found
+
+
+@CUDA_ON_CPU
+def test_cuda_shares_rows_out(
+    launched: list[str], there: list[Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    """More rows than blocks that run at once: most blocks do the begin of one and the end of
+    another. What says that a state is there says so no more once it was taken."""
+    monkeypatch.setattr(call, "_processors", lambda _: 1)
     shape = (3, 73, 56, 16)
     exact = with_gradients(make(*shape), "reference")
     actual = with_gradients(make(*shape, dtype=torch.float32), "triton")
     assert launched == ["scan_forward", "scan_backward"]
     assert [len(t) for t in there] == [0, 3]  # in blocks of 32 channels
-    assert not there[1].any()
+    assert not any(t.any() for t in there)
     for name in exact:
         assert relative_error(actual[name], exact[name]) < 3e-6, name
+
+
+@CUDA_ON_CPU
+@pytest.mark.parametrize(
+    ("at_once", "share"),
+    [
+        (1, 45),  # all that there is
+        (2, 23),  # a row's begin, or its end, and whole rows
+        (4, 12),
+        (7, 7),
+        (8, 6),  # seven are of a row's end and another's begin
+        (9, 5),  # rows
+        (20, 5),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "left_out"),
+    [
+        (torch.float32, ()),
+        (torch.float32, ("initial_state",)),
+        (torch.float32, ("seq_idx",)),
+        (torch.bfloat16, ("D", "z", "dt_bias", "initial_state")),
+    ],
+    ids=str,
+)
+def test_cudas_forward_pass_in_equal_shares(
+    at_once: int,
+    share: int,
+    dtype: torch.dtype,
+    left_out: tuple[str, ...],
+    launched: list[str],
+    there: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """3 rows of 5 spans in 3 blocks of channels, of which the last is half empty: y, the final
+    state and the states that are kept have the bits that they have where rows are whole."""
+    monkeypatch.setattr(call, "_processors", lambda _: at_once)
+    shares, launch = list[int](), scan_cuda.launch
+
+    def launch_so(name: str, blocks: int, warps: int, sizes: tuple[int, ...], *rest: Any) -> None:
+        shares.append(sizes[6])
+        assert blocks == -(-45 // sizes[6])
+        launch(name, blocks, warps, sizes, *rest)
+
+    monkeypatch.setattr(scan_cuda, "launch", launch_so)
+    inputs = make(3, 73, 40, 16, dtype=dtype) | {"seq_idx": documents(3, 73)}
+    inputs = {k: v for k, v in inputs.items() if k not in left_out}
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "seq_idx")
+    found: list[tuple[Tensor, ...]] = []
+    for split in (False, True):
+        tuning = plan.Tuning(block=16, numbers=4, resident=2, extra=0.6, split=split)
+        monkeypatch.setattr(scan, "CUDA_FORWARD", (tuning,))
+        found.append(scan._forward(*(inputs.get(name) for name in names), True, True))  # pyright: ignore
+    assert launched == ["scan_forward"]
+    assert shares == [5, share]
+    assert [len(t) for t in there] == [0, at_once if share > 5 else 0]
+    assert not there[1].any()
+    for whole, shared in zip(*found, strict=True):
+        assert torch.equal(whole, shared)
+    wide = {k: v if k == "seq_idx" else v.double() for k, v in inputs.items()}
+    eager, exact = (
+        selective_scan(**each, dt_softplus=True, backend="reference")  # pyright: ignore
+        for each in (inputs, wide)
+    )
+    for name, *of_each in zip(("y", "state"), found[1], eager, exact, strict=False):
+        assert_within_budget(name, *of_each)
 
 
 @CUDA_ON_CPU

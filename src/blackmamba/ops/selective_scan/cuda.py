@@ -49,7 +49,7 @@ def _struct(rows: str, pointers: str) -> Any:
     return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("s", _Sizes)]})
 
 
-_Forward = _struct("x dt z y", "A BC D bias resets first starts ends decays")
+_Forward = _struct("x dt z y", "A BC D bias resets first starts ends decays handed there")
 _Backward = _struct(
     "x dt z grad_y grad_x grad_dt grad_z",
     "A BC D bias resets starts after partial grad_first grad_A grad_D grad_bias ends decays"

@@ -87,7 +87,7 @@ def _forward(
         return y, final_state.copy_(initial_state), starts
     call = Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
     by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias])
-    call.pack()
+    call.pack(zeros=call.most_blocks(CUDA_FORWARD) if by_cuda else 0)
     first = None if initial_state is None else call.padded_state(initial_state)
     last = (
         final_state
@@ -138,7 +138,7 @@ def final_state(
         found[:] = [state if begin is None else torch.addcmul(state, decays[:, -1], begin)]
 
     tunings = _fitting("scan_forward", CUDA_FORWARD, call.x)[0] if by_cuda else (FORWARD,)
-    alone = tuple(dataclasses.replace(each, extra=0) for each in tunings)
+    alone = tuple(dataclasses.replace(each, extra=0, split=False) for each in tunings)
     call.run_best("final state", alone, (), run)
     return found[0][..., : call.n].contiguous()
 
@@ -167,7 +167,11 @@ def _launch_forward(
     if by_cuda:
         defines = {"LOCAL": local, "KEEP": keep, "HAS_FIRST": first is not None}
         tensors = {"y": y, "first": first, "starts": starts, "ends": ends, "decays": decays}
-        call.cuda("scan_forward", cut, {k: int(v) for k, v in defines.items()}, tensors)
+        share = None
+        if not local:
+            share = call.share(cut)
+            tensors |= call.handed(cut, share)
+        call.cuda("scan_forward", cut, {k: int(v) for k, v in defines.items()}, tensors, share)
         return
     flags = call.flags | {"S": SPAN, "HAS_D": call.D is not None, "KEEP": keep, "AHEAD": True}
     z = call.x if call.z is None else call.z

@@ -136,13 +136,14 @@ struct Sizes {
 };
 
 // What the kernels are given, in cuda.py's order.
-struct Forward {  // starts: states before every span; ends, decays: see LOCAL
+struct Forward {  // starts: states before every span; ends, decays: see LOCAL; handed, there: see `hand_over`
     Rows x, dt, z, y;
     const float* A;
     const float* BC;
     const float *D, *bias, *resets, *first;
     Kept* starts;
-    float *ends, *decays;
+    float *ends, *decays, *handed;
+    int* there;
     Sizes s;
 };
 
