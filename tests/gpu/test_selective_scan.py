@@ -202,6 +202,39 @@ def test_every_block_of_the_forward_pass(tuning: plan.Tuning, monkeypatch: pytes
         assert relative_error(a, b) < 3e-6
 
 
+@pytest.mark.parametrize("marked", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("tuning", plan.CUDA_FORWARD, ids=lambda tuning: str(tuning.block))
+def test_the_forward_pass_in_equal_shares(
+    tuning: plan.Tuning, marked: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """The bits of whole rows: of outputs, and of gradients, which come of the states it keeps."""
+    planned, shape = plan.plan, (5, 333, 296, 16)
+    narrow, seq_idx = make(shape, torch.bfloat16), documents(*shape[:2]) if marked else None
+    shares, launch = list[int](), cuda.launch
+
+    def launched(name: str, blocks: int, warps: int, sizes: tuple[int, ...], *rest: Any) -> None:
+        if name == "scan_forward":
+            shares.append(sizes[6])
+        launch(name, blocks, warps, sizes, *rest)
+
+    def with_share(split: bool) -> dict[str, Tensor]:
+        one = dataclasses.replace(tuning, split=split)
+
+        def forced(*size: Any) -> plan.Plan:
+            return planned(*size[:5], *((one,) if plan.CUDA_FORWARD[0] in size[5:] else size[5:]))
+
+        monkeypatch.setattr(call, "plan", forced)
+        return with_gradients(narrow, "triton", seq_idx=seq_idx)
+
+    monkeypatch.setattr(cuda, "launch", launched)
+    monkeypatch.setattr(call, "_processors", lambda _: 4)
+    whole, shared = with_share(False), with_share(True)
+    assert shares[0] == 21 < shares[1]  # spans of a row
+    assert shares[1] % 21
+    for name, expected in whole.items():
+        assert torch.equal(shared[name], expected), name
+
+
 @pytest.mark.parametrize("tuning", plan.CUDA_BACKWARD, ids=lambda tuning: str(tuning.block))
 def test_rows_that_are_shared_out(tuning: plan.Tuning, monkeypatch: pytest.MonkeyPatch):
     """As whole rows, but for the order in which their parts are added up."""

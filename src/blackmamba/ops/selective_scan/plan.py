@@ -59,12 +59,12 @@ class Tuning:
 FORWARD = Tuning(block=16, numbers=4, resident=32, extra=0.65)
 BACKWARD = Tuning(block=16, numbers=4, resident=16, extra=0.22, registers=128)
 CUDA_FORWARD = (
-    Tuning(block=144, numbers=4, resident=18, extra=0.6, slower=0.955),
-    Tuning(block=192, numbers=4, resident=24, extra=0.6, slower=0.93),
-    Tuning(block=96, numbers=4, resident=24, extra=0.6, slower=0.93),
-    Tuning(block=48, numbers=4, resident=18, extra=0.6),
-    Tuning(block=32, numbers=4, resident=24, extra=0.6, slower=0.95),
-    Tuning(block=64, numbers=4, resident=24, extra=0.6, slower=1.02),
+    Tuning(block=144, numbers=4, resident=18, extra=0.6, slower=0.955, split=True),
+    Tuning(block=192, numbers=4, resident=24, extra=0.6, slower=0.93, split=True),
+    Tuning(block=96, numbers=4, resident=24, extra=0.6, slower=0.93, split=True),
+    Tuning(block=48, numbers=4, resident=18, extra=0.6, split=True),
+    Tuning(block=32, numbers=4, resident=24, extra=0.6, slower=0.95, split=True),
+    Tuning(block=64, numbers=4, resident=24, extra=0.6, slower=1.02, split=True),
 )
 CUDA_BACKWARD = (
     Tuning(block=64, numbers=4, resident=16, extra=0.22, split=True),
