@@ -59,6 +59,7 @@ class Tuning:
 FORWARD = Tuning(block=16, numbers=4, resident=32, extra=0.65)
 BACKWARD = Tuning(block=16, numbers=4, resident=16, extra=0.22, registers=128)
 CUDA_FORWARD = (
+    Tuning(block=128, numbers=4, resident=16, extra=0.6, slower=0.883, split=True),
     Tuning(block=144, numbers=4, resident=18, extra=0.6, slower=0.955, split=True),
     Tuning(block=192, numbers=4, resident=24, extra=0.6, slower=0.93, split=True),
     Tuning(block=96, numbers=4, resident=24, extra=0.6, slower=0.93, split=True),
