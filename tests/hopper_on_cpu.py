@@ -5,7 +5,13 @@ read has to be the same then as when they were begun: all of it was there, and n
 """
 
 import ctypes
+import functools
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
+
+from blackmamba.ops.gpu import hopper
 
 COMES_FIRST = r"""
 typedef unsigned long long u64;
@@ -223,3 +229,12 @@ class Driver:
         )
         ctypes.memmove(to, (ctypes.c_uint64 * 16)(*words), 128)
         return 0
+
+
+def take_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the GPU and its driver, for launches; kernels have to be `cuda_on_cpu.Kernel` besides."""
+    monkeypatch.setattr(hopper, "runs_on", lambda _: True)
+    libraries = SimpleNamespace(**vars(ctypes) | {"CDLL": lambda _: Driver()})
+    monkeypatch.setattr(hopper, "ctypes", libraries)
+    maps = functools.lru_cache(64)(hopper.tensor_map.__wrapped__)
+    monkeypatch.setattr(hopper, "tensor_map", maps)  # of memory that is here

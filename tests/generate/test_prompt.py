@@ -1,6 +1,5 @@
 """The pass over prompts that recordings are of: its kernels interpreted where there is no GPU."""
 
-import ctypes
 import dataclasses
 import functools
 from pathlib import Path
@@ -9,14 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_on_cpu import CXX, Kernel
-from hopper_on_cpu import Driver
+from hopper_on_cpu import take_place
 from numerics import largest_difference
 
 from blackmamba.generate.prompt import PromptPass
 from blackmamba.model import BlackMamba, State
 from blackmamba.ops import gpu
 from blackmamba.ops.expert_mlp import gpu as experts
-from blackmamba.ops.expert_mlp import hopper
 from blackmamba.ops.gpu import cuda
 from blackmamba.presets import presets
 
@@ -108,13 +106,10 @@ def test_experts_that_add_to_the_stream(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(cuda, "kernel", kernel)
     monkeypatch.setattr(cuda, "runs_on", lambda _: True)
-    monkeypatch.setattr(hopper, "runs_on", lambda _: True)
-    libraries = SimpleNamespace(**vars(ctypes) | {"CDLL": lambda _: Driver()})
-    monkeypatch.setattr(hopper, "ctypes", libraries)
+    take_place(monkeypatch)
     properties = SimpleNamespace(multi_processor_count=2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(experts, "FEW", 8)
-    hopper._map.cache_clear()
     found = PromptPass(narrow)(narrow, ids, None, None)
     # the experts of the second of two follow no update, and choose by another kernel
     assert launched == ["norm_and_choice", "grouped_product", "grouped_product"] * 2
@@ -125,4 +120,3 @@ def test_experts_that_add_to_the_stream(monkeypatch: pytest.MonkeyPatch, tmp_pat
     others = PromptPass(narrow)(narrow, ids, None, None)
     assert launched == ["norm_and_choice"] * 3
     assert differ(others, exact) < 1.5 * differ(own, exact)
-    hopper._map.cache_clear()

@@ -13,13 +13,14 @@ from blackmamba.model import BlackMamba
 from blackmamba.ops.expert_mlp import gpu as experts
 from blackmamba.ops.expert_mlp import hopper
 from blackmamba.ops.expert_mlp.order import gathered, sort_by_expert
+from blackmamba.ops.gpu import hopper as units
 from blackmamba.ops.prompt.gpu import norm_and_choice, norm_and_places
 from blackmamba.presets import presets
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not hopper.runs_on(torch.device("cuda")),
+        not torch.cuda.is_available() or not units.runs_on(torch.device("cuda")),
         reason="needs a GPU of NVIDIA's Hopper generation",
     ),
 ]

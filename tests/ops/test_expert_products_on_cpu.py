@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_on_cpu import CXX, Kernel
-from hopper_on_cpu import Driver
+from hopper_on_cpu import take_place
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,11 +66,8 @@ def results(
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda _, *shape: results.new(*shape))
     gpu = SimpleNamespace(multi_processor_count=request.param)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    libraries = SimpleNamespace(**vars(ctypes) | {"CDLL": lambda _: Driver()})
-    monkeypatch.setattr(hopper, "ctypes", libraries)
-    hopper._map.cache_clear()
+    take_place(monkeypatch)
     yield results
-    hopper._map.cache_clear()
     results.check()
 
 

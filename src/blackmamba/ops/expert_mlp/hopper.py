@@ -7,7 +7,6 @@ Letters: t rows, e groups, m numbers of a row, n columns of a result.
 """
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,22 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops.gpu import cuda
+from blackmamba.ops.gpu import hopper as units
 
-_SOURCES = cuda.NUMBERS, Path(__file__).with_name("products.cu")
+_SOURCES = cuda.NUMBERS, cuda.HOPPER, Path(__file__).with_name("products.cu")
 _BY_ROWS, _BY_COLUMNS, _OVER_ROWS = range(3)  # FORM
 _PLAIN, _GATED, _PLACED = range(3)  # MODE
-_ROWS, _DEEP, _THREADS = 128, 64, 384
+_ROWS, _DEEP, _THREADS = 128, units.COLUMNS, 384
 _MOST_SHARED = 227 * 1024
 _FOR_ALIGNMENT = 1024
 _OF_TILE = 64
 """Columns that could be multiplied in the time that a tile takes to begin and end."""
 
 
-@functools.cache
-def runs_on(device: torch.device) -> bool:
-    """Whether the device has these matrix units."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) == (9, 0)
-    )
-
-
 def fits(*matrices: Tensor) -> bool:
     """Whether rows and experts' matrices, and their results, can be read and written here."""
     return all(
-        runs_on(t.device)
+        units.runs_on(t.device)
         and t.dtype == torch.bfloat16
         and t.shape[-1] % 8 == 0
         and t.stride(-1) == 1
@@ -161,9 +151,9 @@ def _launch(
     together = _DEEP if form != _BY_ROWS else wide // 2 if mode == _GATED else wide
     arguments = _Arguments()
     of_x = _DEEP if form == _OVER_ROWS else _ROWS
-    arguments.x = _map(x.data_ptr(), x.shape, x.stride()[:-1], of_x)
+    arguments.x = units.tensor_map(x.data_ptr(), x.shape, x.stride()[:-1], of_x)
     rows = w if w.dim() == 2 or ends_within_part else w.flatten(0, 1)
-    arguments.w = _map(rows.data_ptr(), rows.shape, rows.stride()[:-1], together)
+    arguments.w = units.tensor_map(rows.data_ptr(), rows.shape, rows.stride()[:-1], together)
     arguments.ends, arguments.y = ends.data_ptr(), y.data_ptr()
     for name, tensor in others.items():
         if tensor is not None:
@@ -176,44 +166,10 @@ def _launch(
     kernel.launch(blocks, _THREADS, arguments, shared)
 
 
-class _Map(ctypes.Structure):
-    _fields_ = (("words", ctypes.c_uint64 * 16),)
-
-
 class _Arguments(ctypes.Structure):
     _fields_: Any = (
-        *((name, _Map) for name in ("x", "w")),
+        *((name, units.TensorMap) for name in ("x", "w")),
         *((name, ctypes.c_uint64) for name in ("ends", "y", "h", "order", "gate")),
         *((name, ctypes.c_int) for name in ("n_groups", "n", "size", "places")),
         ("_", ctypes.c_int * 2),  # whole 64 bytes, as in products.cu
     )
-
-
-@functools.lru_cache(1024)
-def _map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], box: int) -> _Map:
-    """How TMA reads boxes of `box` rows and 64 columns of a bfloat16 matrix, or of one of several:
-    the CUDA driver's `cuTensorMapEncodeTiled`.
-
-    Args:
-        address: of the first number.
-        shape: ([matrices,] rows, columns).
-        strides: how many numbers apart matrices and rows are; columns lie side by side.
-        box: rows of one.
-    """
-    rank = len(shape)
-    bytes_apart = [2 * stride for stride in reversed(strides)]
-    memory = ctypes.create_string_buffer(ctypes.sizeof(_Map) + 64)
-    aligned = -(-ctypes.addressof(memory) // 64) * 64
-    u32, u64 = ctypes.c_uint32, ctypes.c_uint64
-    bfloat16, not_interleaved, swizzle_128, promote_128, zeros = 9, 0, 3, 2, 0
-    code = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
-        ctypes.c_void_p(aligned), bfloat16, u32(rank), ctypes.c_void_p(address),
-        (u64 * rank)(*reversed(shape)), (u64 * (rank - 1))(*bytes_apart),
-        (u32 * rank)(_DEEP, box, *[1] * (rank - 2)), (u32 * rank)(*[1] * rank),
-        not_interleaved, swizzle_128, promote_128, zeros,
-    )  # fmt: skip
-    if code != 0:
-        raise RuntimeError(
-            f"CUDA error {code}: no tensor map of {tuple(shape)} numbers at {address:#x}"
-        )
-    return _Map.from_buffer_copy(ctypes.string_at(aligned, ctypes.sizeof(_Map)))

@@ -32,20 +32,14 @@
 // Letters: t rows, e groups, m numbers of a row of x, n columns of y.
 
 #define ROWS 128
-#define DEEP 64                // numbers of a part: 128 bytes, which is how shared memory is swizzled
+#define DEEP BOX               // numbers of a part
 #define HALF (WIDE / 2)
 #define OUT (MODE == 1 ? HALF : WIDE)  // columns of y in a tile
 #define CONSUMERS 2            // warpgroups that multiply
 #define PARTS 8                // of a tile, beside which the sums of the one before are finished
 #define THREADS (128 * (CONSUMERS + 1))
 #define LOG2E 1.4426950408889634f
-#define FULL 0xffffffffu
 
-typedef unsigned long long u64;
-
-struct alignas(64) Map {  // how TMA finds its way in a matrix
-    u64 words[16];
-};
 struct Arguments {
     Map x, w;
     const int* ends;      // of the groups, ascending; PLACES: how many rows each has
@@ -64,35 +58,6 @@ struct Shared {
     u64 full[DEPTH], empty[DEPTH];
 };
 
-__device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// ---- barriers in shared memory: `full` when the bytes have come, `empty` when all have read them -----------------
-
-__device__ __forceinline__ void make_barrier(u64& barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(&barrier)), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void expect(u64& barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(&barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void wait(u64& barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        " @done bra.uni end;\n bra.uni again;\n"
-        "end:\n}" ::"r"(address_of(&barrier)), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void arrive(u64& barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(&barrier)) : "memory");
-}
-
-// ---- TMA: a box of a matrix, DEEP numbers of as many rows as its map says; what is outside of the matrix is 0 -------
-
-__device__ __forceinline__ void fetch(u16* to, const Map& map, int at, int row, u64& barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            address_of(to)),
-        "l"(&map), "r"(at), "r"(row), "r"(address_of(&barrier)) : "memory");
-}
 // Columns side by side: a box for each DEEP of them.
 template <int COLUMNS>
 __device__ __forceinline__ void fetch_columns(u16* to, const Map& map, int column, int row, u64& barrier) {
@@ -115,30 +80,10 @@ __device__ __forceinline__ void fetch_columns_of(u16* to, const Map& map, int co
 
 // ---- the matrix units ------------------------------------------------------------------------------------------------
 
-// Where a matrix begins in shared memory, that it is swizzled, and how far apart its parts are: 8 rows of 128 bytes, and
-// boxes, where columns lie side by side.
-__device__ __forceinline__ u64 described(const u16* p) {
-    return (u64)((address_of(p) & 0x3ffff) >> 4) | (u64)(DEEP * 128 >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
 // 16 of the numbers that are summed over: 32 bytes of a row, or 16 rows.
 #define X_STEP (FORM == 2 ? 16 * 128 >> 4 : 32 >> 4)
 #define W_STEP (FORM == 0 ? 32 >> 4 : 16 * 128 >> 4)
 
-#define R8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define R32(i) R8(i), R8(i + 8), R8(i + 16), R8(i + 24)
-#define N0 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15" \
-    ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define N1 \
-    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
-    ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define N2 \
-    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
-    ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define N3 \
-    ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
-    ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #if WIDE == 128
 #define NUMBERS "n128k16", N0 N1, "%64, %65", "%66"
 #define REGISTERS R32(0), R32(32)
@@ -156,21 +101,11 @@ __device__ __forceinline__ u64 described(const u16* p) {
 #else
 #define TURNED "1, 1"
 #endif
-#define PRODUCT(...) PRODUCT_OF(__VA_ARGS__)
-#define PRODUCT_OF(size, numbers, matrices, add)                                         \
-    "{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\n"                                 \
-    "wgmma.mma_async.sync.aligned.m64" size ".f32.bf16.bf16 {" numbers "}, " matrices ", add, 1, 1, " TURNED ";\n}"
 
 // d = a b^T, or d += a b^T: 64 rows of a, WIDE of b, 16 numbers each, by a warpgroup. Thread 32 w + 4 g + k has of d, for
 // each 8 columns j, those 2 k and 2 k + 1 of rows 16 w + g (d[4 j], d[4 j + 1]) and 16 w + g + 8 (d[4 j + 2], d[4 j + 3]).
 __device__ __forceinline__ void multiply(float (&d)[WIDE / 2], u64 a, u64 b, int add) {
     asm volatile(PRODUCT(NUMBERS) : REGISTERS : "l"(a), "l"(b), "r"(add));
-}
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void wait_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
 // ---- tiles --------------------------------------------------------------------------------------------------------------
@@ -283,21 +218,6 @@ __device__ __forceinline__ void activate(const float* g, const float* u, float* 
     const float r = reciprocal(a * b);
     y[0] = g[0] * u[0] * (r * b), y[1] = g[1] * u[1] * (r * a);
 #endif
-}
-
-// 32 columns of a row, which 4 threads have: of v[i], 8 columns, the k-th of them those 2 k and 2 k + 1. Each writes 8.
-__device__ __forceinline__ void write(u16* row, int column, int columns, bool inside, u32* v) {
-    const int k = threadIdx.x & 3;
-    // v[i] of thread k becomes v[k] of thread i: pairs change places, then pairs of pairs
-    const bool odd = k & 1, high = k & 2;
-    u32 s0 = __shfl_xor_sync(FULL, odd ? v[0] : v[1], 1), s1 = __shfl_xor_sync(FULL, odd ? v[2] : v[3], 1);
-    if (odd) v[0] = s0, v[2] = s1;
-    else v[1] = s0, v[3] = s1;
-    s0 = __shfl_xor_sync(FULL, high ? v[0] : v[2], 2), s1 = __shfl_xor_sync(FULL, high ? v[1] : v[3], 2);
-    if (high) v[0] = s0, v[1] = s1;
-    else v[2] = s0, v[3] = s1;
-    column += k * 8;
-    if (inside && column < columns) *reinterpret_cast<uint4*>(row + column) = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
 #if ADD

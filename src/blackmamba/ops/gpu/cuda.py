@@ -20,7 +20,8 @@ from torch.cuda import _utils  # pyright: ignore[reportPrivateUsage]
 from blackmamba.files import atomic_file
 
 NUMBERS = Path(__file__).with_name("numbers.cu")
-"""What other files of a kernel may stand on."""
+HOPPER = Path(__file__).with_name("hopper.cu")
+"""What other files of a kernel may stand on, the second on the first."""
 _MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _USUAL_SHARED_BYTES = 48 * 1024  # that a block may have without being asked
 
