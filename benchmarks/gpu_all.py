@@ -24,7 +24,8 @@ QUIET = ("-p", "no:cacheprovider", "-p", "no:benchmark")  # pytest-benchmark war
 SANITIZED = (
     *(f"tests/ops/test_gpu_{name}.py" for name in (
         "selective_scan", "causal_conv1d", "expert_mlp", "norm_and_loss", "sinkhorn"
-    )), "tests/gpu/test_selective_scan.py", "tests/gpu/test_expert_products.py",
+    )), "tests/ops/test_projected.py", "tests/gpu/test_selective_scan.py",
+    "tests/gpu/test_expert_products.py",
 )  # fmt: skip
 CHECKED = (
     "(chunks and 48) or test_documents or (optional and bias) or (sort and 600 and 8)"
@@ -32,7 +33,8 @@ CHECKED = (
     " or (as_the_plan_says and paper and 700) or (keeps_a_wide)"
     " or (float64 and cuda and documents and 40) or (parts_of_wider and cuda)"
     " or (shared_out and 64) or (gated and True and 392) or (placed and True and 392)"
-    " or (and_gradient and 392)"
+    " or (and_gradient and 392) or (the_forward_pass_in_equal_shares and 128 and documents)"
+    " or (float64 and True and 136 and 33) or (float64 and 131 and int64)"
 )
 """One test or two of each kernel: every one takes seconds in there."""
 Found = dict[str, dict[str, Any]]
@@ -60,7 +62,7 @@ TESTS = (
         "activate", "backend", "causal_conv1d", "cuda", "expert_mlp", "norm_and_loss",
         "selective_scan", "sinkhorn", "tuning",
     )), *(f"tests/ops/test_{name}.py" for name in (
-        "adamw", "mamba_mixer", "rotary", "router_logits"
+        "adamw", "mamba_mixer", "projected", "prompt_norm", "rotary", "router_logits"
     )), *(f"tests/generate/test_{name}.py" for name in ("captured", "prefill", "prompt")),
     "tests/train/test_run.py::test_a_gpu_learns_the_same",
 )  # fmt: skip

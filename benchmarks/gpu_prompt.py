@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from blackmamba.ops import add_rms_norm, linear, router_choice
+from blackmamba.ops.causal_conv1d import gpu as conv
 from blackmamba.ops.mamba_mixer import gpu as mixer
+from blackmamba.ops.mamba_mixer import hopper
 from blackmamba.ops.prompt import gpu as prompt
 from blackmamba.presets import presets
 from gpu_measure import DEVICE, Call, limits, machine, normal, timed
@@ -74,10 +76,18 @@ def _parts(preset: str, t: int) -> dict[str, tuple[Call, float]]:
     )  # fmt: skip
     x = normal(8, t // 8, 2 * d)[..., :d]
     moved = 2 * 3 * t * d + 8 * t * n
-    found["convolution, x_proj, dt_proj"] = (
-        lambda: mixer._projected(x, weights, None, None),
-        moved,
-    )
+    of_layer = weights.conv_weight, weights.conv_bias, weights.x_proj, weights.dt_proj
+    if hopper.fits(x, *of_layer):
+        found["convolution, x_proj, dt_proj in one kernel"] = (
+            lambda: hopper.projected(x, *of_layer, last=True),
+            moved,
+        )
+
+    def apart() -> None:
+        y, _ = conv.forward_of_prompt(x, weights.conv_weight, weights.conv_bias, None, None)
+        mixer._products(y, weights.x_proj, weights.dt_proj)
+
+    found["convolution, x_proj, dt_proj"] = apart, moved + 2 * t * d
     folded = router[0] * norm, router[1]
     found["norm of the sum and router, one kernel"] = (
         lambda: prompt.norm(stream, norm, 1e-5, torch.bfloat16, update=update, router=folded),

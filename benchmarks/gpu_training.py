@@ -32,6 +32,7 @@ from gpu_measure import DEVICE, limits, machine
 
 CLASSES = (
     ("scan", r"scan|^(pack|carry|forward|backward|backward_local|sum)_kernel"),
+    ("convolution, x_proj, dt_proj", r"projected"),
     ("convolution", r"conv1d|causal_conv"),
     ("norm", r"rms_norm|layer_norm|LayerNorm|GammaBeta"),
     ("loss", r"cross_entropy|loss_scale"),
@@ -213,8 +214,8 @@ def _print_classes(case: dict[str, Any]) -> None:
     total = sum(case["classes"].values()) or 1.0
     print("      kernels of one step, by class:")
     for name, ms in sorted(case["classes"].items(), key=lambda item: -item[1]):
-        print(f"        {name:<18}{ms:>9.2f} ms{ms / total:>8.1%}")
-    print(f"        {'all':<18}{total:>9.2f} ms, of {case['ms']:.2f} ms between steps")
+        print(f"        {name:<30}{ms:>9.2f} ms{ms / total:>8.1%}")
+    print(f"        {'all':<30}{total:>9.2f} ms, of {case['ms']:.2f} ms between steps")
     print("      the longest kernels:")
     for name, ms, count in case["kernels"]:
         print(f"        {ms:>9.2f} ms {count:>5} x  {kernel_class(name):<18} {name[:90]}")

@@ -41,6 +41,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
 inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 static struct { int x; } threadIdx, blockIdx, gridDim;
@@ -159,6 +160,27 @@ inline void pairs_by_units(float* d, const unsigned* a, unsigned b0, unsigned b1
     }
     __syncwarp();
 }
+// Four 8 x 8 matrices of 16 bits, of which thread 8 i + j knows where row j of the i-th is.
+static unsigned rows_by_warp[1024];
+static char* of_matrix(int i) {
+    const int first = current / 32 * 32, g = current % 32 / 4, k = current % 4;
+    return at_address(rows_by_warp[first + i * 8 + g] + k * 4);
+}
+inline void know_row(unsigned address) {
+    if (address % 16) fail("a row at %u, not at a multiple of 16 bytes", address);
+    rows_by_warp[current] = address;
+    __syncwarp();
+}
+inline void matrices_from(unsigned* v, unsigned address) {
+    know_row(address);
+    for (int i = 0; i < 4; i++) memcpy(v + i, of_matrix(i), 4);
+    __syncwarp();
+}
+inline void matrices_to(unsigned address, const unsigned* v) {
+    know_row(address);
+    for (int i = 0; i < 4; i++) memcpy(of_matrix(i), v + i, 4);
+    __syncwarp();
+}
 // A says which numbers of B are taken; one that is infinite or NaN as float16 makes all of its
 // column NaN.
 inline void halves_by_units(unsigned* d, const unsigned* a, unsigned b0, unsigned b1) {
@@ -272,6 +294,8 @@ _MEANINGS = (
      "if (condition) memcpy(at_address(to), from, 16);"),
     (r'asm volatile\("\{\.reg \.pred p; setp.*?: "memory"\);',
      "if (condition) memcpy(at_address(to), v, 16);"),
+    (r'asm volatile\("ldmatrix[^;]*;".*?: "memory"\);', "matrices_from(v, row);"),
+    (r'asm volatile\("stmatrix[^;]*;".*?: "memory"\);', "matrices_to(row, v);"),
     (r'const u32 address = [^;]*;\s*asm volatile\("cp\.async\.cg.*?: "memory"\);',
      "memcpy(to, from, 16);"),
     (r'asm volatile\("cp\.async\.cg[^"]*" ::"r"\(to\).*?: "memory"\);',
@@ -300,6 +324,7 @@ _ARGUMENTS = {
     "scan_forward": "Forward",
     "grouped_product": "Arguments",
     "norm_and_choice": "Arguments",
+    "projected": "Arguments",
 }
 
 

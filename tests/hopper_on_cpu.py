@@ -68,6 +68,44 @@ static void fetch_box(
     end_phase(b);
 }
 
+// Back from there, when it is waited for: until then it has to stay the same.
+struct Sent {
+    unsigned from, hash;
+    const u64* map;
+    int column, row, group;
+};
+static Sent sent[1024][8];
+static int n_sent[1024];
+static unsigned hash_of_box(const Sent& s) {
+    unsigned hash = 0;
+    const char* const at = at_address(s.from);
+    for (int i = 0; i < s.map[5] * s.map[4] * 2; i++)
+        hash = hash * 0x01000193 + (unsigned char)at[i];
+    return hash;
+}
+static void send_box(unsigned from, const u64* map, int column, int row, int group) {
+    if (map[6] != 0x50414d) fail("no tensor map");
+    if (map[8] != 3 || group < 0 || group >= map[9]) fail("matrix %d of a map", group);
+    if (from % 128) fail("a box at %u, not at a multiple of 128 bytes", from);
+    if (n_sent[current] == 8) fail("8 boxes that none waits for");
+    Sent& s = sent[current][n_sent[current]++];
+    s = {from, 0, map, column, row, group};
+    s.hash = hash_of_box(s);
+}
+static void wait_for_sent() {
+    for (int k = 0; k < n_sent[current]; k++) {
+        const Sent& s = sent[current][k];
+        if (hash_of_box(s) != s.hash) fail("what is on its way was written before it was read");
+        char* const matrix = (char*)s.map[0] + (long long)(s.group * s.map[7]);
+        for (int i = 0; i < s.map[5]; i++)
+            for (int j = 0; j < s.map[4]; j++)
+                if (s.row + i < s.map[2] && s.column + j < s.map[1])
+                    memcpy(matrix + (s.row + i) * s.map[3] + (s.column + j) * 2,
+                           at_address(swizzled(s.from + (i * s.map[4] + j) * 2)), 2);
+    }
+    n_sent[current] = 0, moves++;
+}
+
 // ---- products
 struct Product {
     float* sums[32];  // of a warp's threads
@@ -165,6 +203,8 @@ static void wait_for_products(int groups_left) {
     }
 }
 static const char* not_ended() {
+    for (int& n : n_sent)
+        if (n) return n = 0, "a box was sent that none waited for";
     for (int i = 0; i < 32; i++) {
         if (queues[i].n) return "a product was begun that none waited for";
         if (queues[i].begun != queues[i / 4 * 4].begun) return "a warp left out a product";
@@ -184,9 +224,13 @@ MEANINGS = (
      "wait_for_phase(address_of(&barrier), parity);"),
     (r'asm volatile\(\s*"cp\.async\.bulk\.tensor\.2d.*?: "memory"\);',
      "fetch_box(address_of(to), map.words, 2, at, row, 0, address_of(&barrier));"),
-    (r'asm volatile\(\s*"cp\.async\.bulk\.tensor\.3d.*?: "memory"\);',
-     "fetch_box(address_of(to + i * DEEP * DEEP), map.words, 3, column + i * DEEP, row, group,"
-     " address_of(&barrier));"),
+    (r'asm volatile\(\s*"cp\.async\.bulk\.tensor\.3d\.shared.*?: "memory"\);',
+     "fetch_box(address_of(to), map.words, 3, at, row, of, address_of(&barrier));"),
+    (r'asm volatile\("cp\.async\.bulk\.tensor\.3d\.global.*?: "memory"\);',
+     "send_box(address_of(from), map.words, at, row, of);"),
+    (r'asm volatile\("cp\.async\.bulk\.commit_group[^"]*" ::: "memory"\);', "wait_for_sent();"),
+    (r'asm volatile\("atom\.shared\.inc\.u32[^;]*, 15;".*?: "memory"\);',
+     "before = done, done = done == 15 ? 0 : done + 1;"),
     (r'"\+f"\((d\[[^\]]*\])\)', r"&\1"),
     (r'asm volatile\(PRODUCT\(NUMBERS\) : REGISTERS : "l"\(a\), "l"\(b\), "r"\(add\)\);',
      "float* const registers[] = {REGISTERS};"
@@ -194,8 +238,8 @@ MEANINGS = (
     (r'asm volatile\("wgmma\.fence.*?"memory"\);', "queues[current / 32].fenced = true;"),
     (r'asm volatile\("wgmma\.commit_group.*?"memory"\);', "commit_products();"),
     (r'asm volatile\("wgmma\.wait_group.*?"memory"\);', "wait_for_products(LEFT);"),
-    (r'asm volatile\("bar\.sync %0, 128;" ::"r"\((.*?)\) : "memory"\);',
-     r'wait(of_block[\1], 128, "%d threads");'),
+    (r'asm volatile\("bar\.sync %0, (128|256);" ::"r"\((.*?)\) : "memory"\);',
+     r'wait(of_block[\2], \1, "%d threads");'),
     (r'asm volatile\("(fence\.mbarrier_init|fence\.proxy)[^;]*;" ::: "memory"\);', ""),
     (r'asm volatile\("setmaxnreg[^;]*;"\);', ""),
 )  # fmt: skip

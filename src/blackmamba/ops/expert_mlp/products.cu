@@ -70,11 +70,7 @@ __device__ __forceinline__ void fetch_columns(u16* to, const Map& map, int colum
 template <int COLUMNS>
 __device__ __forceinline__ void fetch_columns_of(u16* to, const Map& map, int column, int row, int group, u64& barrier) {
 #pragma unroll
-    for (int i = 0; i < COLUMNS / DEEP; i++)
-        asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-                address_of(to + i * DEEP * DEEP)),
-            "l"(&map), "r"(column + i * DEEP), "r"(row), "r"(group), "r"(address_of(&barrier)) : "memory");
+    for (int i = 0; i < COLUMNS / DEEP; i++) fetch(to + i * DEEP * DEEP, map, column + i * DEEP, row, group, barrier);
 }
 #endif
 
@@ -203,11 +199,6 @@ __device__ __forceinline__ void produce(const Arguments& a, Shared& shared) {
     }
 }
 
-__device__ __forceinline__ float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 // act(g) u of two numbers. Two reciprocals are one, of their product, as there are few units for them; what is below 2^-60
 // counts as that, so that the product is finite.
 __device__ __forceinline__ void activate(const float* g, const float* u, float* y) {

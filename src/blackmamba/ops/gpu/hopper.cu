@@ -39,9 +39,24 @@ __device__ __forceinline__ void fetch(u16* to, const Map& map, int at, int row, 
             address_of(to)),
         "l"(&map), "r"(at), "r"(row), "r"(address_of(&barrier)) : "memory");
 }
+// The same of one of several matrices.
+__device__ __forceinline__ void fetch(u16* to, const Map& map, int at, int row, int of, u64& barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+            address_of(to)),
+        "l"(&map), "r"(at), "r"(row), "r"(of), "r"(address_of(&barrier)) : "memory");
+}
+// The other way, what lies inside of the matrix; by the thread that at last waits until all it asked for has been read.
+__device__ __forceinline__ void send(const u16* from, const Map& map, int at, int row, int of) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(at), "r"(row),
+        "r"(of), "r"(address_of(from)) : "memory");
+}
+__device__ __forceinline__ void wait_sent() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 
-// ---- the matrix units: lists of registers and of their numbers, and the instruction. Whose text this is defines TURNED: "0, 0", or 1
-// for a matrix whose numbers that are summed over lie a row apart.
+// ---- the matrix units: lists of registers and of their numbers, and the instruction. What follows has to define TURNED: "0, 0",
+// or 1 for a matrix whose numbers that are summed over lie a row apart.
 
 // Where a matrix begins in shared memory, that it is swizzled, and how far apart its parts are: 8 rows of 128 bytes, and
 // boxes, where columns lie side by side.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops.causal_conv1d import gpu as conv
+from blackmamba.ops.mamba_mixer import hopper
 from blackmamba.ops.prompt.gpu import fill_pads_, last_output
 from blackmamba.ops.selective_scan import gpu as scan
 
@@ -43,6 +44,22 @@ def _aligned(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(*shape[:-1], -(-shape[-1] // 8) * 8)[..., : shape[-1]]
 
 
+def _with_zeros_behind(dt_proj: Tensor) -> Tensor:
+    """dt_proj (d, r) with rows of whole 16 bytes."""
+    d, r = dt_proj.shape
+    padded = dt_proj.new_zeros(d, -(-r // 8) * 8)
+    return padded[:, :r].copy_(dt_proj)
+
+
+def _products(x: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
+    """What x_proj makes of x (b, l, d), (b, l, r + 2 n), and what dt_proj makes of that, (b, l,
+    d)."""
+    columns = _aligned(x, *x.shape[:2], len(x_proj))
+    torch.mm(x.flatten(0, 1), x_proj.t(), out=columns.flatten(0, 1))
+    low = columns[..., : dt_proj.shape[1]]
+    return columns, torch.mm(low.flatten(0, 1), dt_proj.t()).view(x.shape)
+
+
 def _parts(columns: Tensor, r: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """dt, B and C, of columns (b, l, r + 2 n)."""
     return columns[..., :r], columns[..., r : r + n], columns[..., r + n :]
@@ -66,12 +83,16 @@ def _forward(
     `keep_x`), x_proj's product, dt, and states."""
     (d, r), n = dt_proj.shape, A.shape[1]
     z = xz[..., d:]
-    x = conv._forward(xz[..., :d], conv_weight, conv_bias, None, seq_idx, True)
-    columns = _aligned(x, *x.shape[:2], len(x_proj))
-    torch.mm(x.flatten(0, 1), x_proj.t(), out=columns.flatten(0, 1))
-    low, B, C = _parts(columns, r, n)
-    narrow = _aligned(dt_proj, d, r).copy_(dt_proj) if r % 8 else dt_proj
-    dt = torch.mm(low.flatten(0, 1), narrow.t()).view(x.shape)
+    x = xz[..., :d]
+    if r % 8:
+        dt_proj = _with_zeros_behind(dt_proj)
+    weights = conv_weight, conv_bias, x_proj, dt_proj
+    if hopper.fits(x, *weights) and hopper.is_enough(x):
+        x, columns, dt, _ = hopper.projected(x, *weights, seq_idx=seq_idx)
+    else:
+        x = conv._forward(x, conv_weight, conv_bias, None, seq_idx, True)
+        columns, dt = _products(x, x_proj, dt_proj)
+    _, B, C = _parts(columns, r, n)
     y, final_state, starts = scan._forward(x, dt, A, B, C, D, z, dt_bias, None, seq_idx, True, keep)
     if not keep:
         columns, dt = x.new_empty(0), x.new_empty(0)
@@ -184,13 +205,11 @@ class PromptWeights:
         dtype: torch.dtype,
     ) -> "PromptWeights":
         """Of the weights of `mamba_mixer`, for products in `dtype`."""
-        d, r = dt_proj.shape
-        padded = dt_proj.new_zeros(d, -(-r // 8) * 8, dtype=dtype)
-        padded[:, :r] = dt_proj
+        padded = _with_zeros_behind(dt_proj.to(dtype))
         narrow = (t.to(dtype).contiguous() for t in (conv_weight, conv_bias, x_proj))
         wide = (t.float().contiguous() for t in (dt_bias, A, D))
         conv_weight, conv_bias, x_proj = narrow
-        return PromptWeights(conv_weight, conv_bias, x_proj, padded[:, :r], *wide)
+        return PromptWeights(conv_weight, conv_bias, x_proj, padded, *wide)
 
 
 def mamba_mixer_of_prompt(
@@ -244,14 +263,18 @@ def _projected(
     x: Tensor, weights: PromptWeights, before: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x behind the convolution, dt, B, C, and the convolution's new memory."""
-    r, n = weights.dt_proj.shape[1], weights.A.shape[1]
-    x, last = conv.forward_of_prompt(x, weights.conv_weight, weights.conv_bias, before, lengths)
-    columns = _aligned(x, *x.shape[:2], len(weights.x_proj))
-    torch.mm(x.flatten(0, 1), weights.x_proj.t(), out=columns.flatten(0, 1))
-    low, B, C = _parts(columns, r, n)
-    dt = torch.mm(low.flatten(0, 1), weights.dt_proj.t()).view(x.shape)
-    if lengths is not None:
-        fill_pads_(dt, lengths)
+    w = weights
+    of_kernel = w.conv_weight, w.conv_bias, w.x_proj, w.dt_proj
+    if hopper.fits(x, *of_kernel) and hopper.is_enough(x):
+        x, columns, dt, last = hopper.projected(
+            x, *of_kernel, before=before, lengths=lengths, last=True
+        )
+    else:
+        x, last = conv.forward_of_prompt(x, w.conv_weight, w.conv_bias, before, lengths)
+        columns, dt = _products(x, w.x_proj, w.dt_proj)
+        if lengths is not None:
+            fill_pads_(dt, lengths)
+    _, B, C = _parts(columns, w.dt_proj.shape[1], w.A.shape[1])
     return x, dt, B, C, last
 
 
