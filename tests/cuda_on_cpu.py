@@ -8,10 +8,11 @@ What Hopper has alone is in hopper_on_cpu.py.
 """
 
 import ctypes
+import functools
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import hopper_on_cpu
@@ -369,3 +370,16 @@ class Kernel:
         trouble = self._run(blocks, threads, ctypes.byref(arguments), bytes_, shared_bytes)
         if trouble is not None:
             raise RuntimeError(f"{self._name}: {trouble.decode()}")
+
+
+def kernels(folder: Path, made: Callable[[str], object] = str) -> Callable[..., Kernel]:
+    """Takes the place of `blackmamba.ops.gpu.cuda.kernel`; `made` is told the name of each."""
+
+    @functools.cache
+    def kernel(
+        sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...]
+    ) -> Kernel:
+        made(name)
+        return Kernel(sources, name, dict(defines), folder)
+
+    return lambda sources, name, defines, *_: kernel(sources, name, defines)

@@ -1,13 +1,13 @@
 """The pass over prompts that recordings are of: its kernels interpreted where there is no GPU."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu import CXX, Kernel
+from cuda_on_cpu import CXX, Kernel, kernels
 from hopper_on_cpu import take_place
 from numerics import largest_difference
 
@@ -92,17 +92,11 @@ def test_experts_that_add_to_the_stream(monkeypatch: pytest.MonkeyPatch, tmp_pat
     own = narrow.prefill(ids, logits="last")
     launched: list[str] = []
 
-    @functools.cache
-    def compiled(
-        sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...]
-    ) -> Kernel:
-        return Kernel(sources, name, dict(defines), tmp_path)
+    compiled = kernels(tmp_path)
 
-    def kernel(
-        sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...], *_: object
-    ) -> Kernel:
+    def kernel(sources: tuple[Path, ...], name: str, *rest: Any) -> Kernel:
         launched.append(name)
-        return compiled(sources, name, defines)
+        return compiled(sources, name, *rest)
 
     monkeypatch.setattr(cuda, "kernel", kernel)
     monkeypatch.setattr(cuda, "runs_on", lambda _: True)

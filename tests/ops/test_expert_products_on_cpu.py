@@ -1,14 +1,13 @@
 """The experts' products by Hopper's matrix units (products.cu), run on the CPU, against float64."""
 
 import ctypes
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_on_cpu import CXX, Kernel
+from cuda_on_cpu import CXX, Kernel, kernels
 from hopper_on_cpu import take_place
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,16 +23,8 @@ ROUNDED = 2**-8  # of a number: half of bfloat16's last place, and the sum's own
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Kernel]:
-    folder = tmp_path_factory.mktemp("kernels")
-
-    @functools.cache
-    def kernel(
-        sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...], *_: object
-    ) -> Kernel:
-        return Kernel(sources, name, dict(defines), folder)
-
-    return kernel
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Kernel]:
+    return kernels(tmp_path_factory.mktemp("kernels"))
 
 
 class Results:
@@ -57,12 +48,12 @@ class Results:
 @pytest.fixture(params=[1, 5], ids="blocks={}".format)
 def results(
     request: pytest.FixtureRequest,
-    kernels: Callable[..., Kernel],
+    kernel: Callable[..., Kernel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Results]:
     """A GPU of few multiprocessors takes the launches, so that each block makes several tiles."""
     results = Results()
-    monkeypatch.setattr(cuda, "kernel", kernels)
+    monkeypatch.setattr(cuda, "kernel", kernel)
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda _, *shape: results.new(*shape))
     gpu = SimpleNamespace(multi_processor_count=request.param)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)

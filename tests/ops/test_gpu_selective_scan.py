@@ -1,13 +1,12 @@
 """The scan's kernels: Triton's interpreted, or on a GPU where there is one; CUDA's on the CPU."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu import CXX, Kernel
+from cuda_on_cpu import CXX, kernels
 from numerics import assert_within_budget, relative_error
 from torch import Tensor
 
@@ -287,15 +286,7 @@ def test_the_plan_that_fills_a_gpu():
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Names of the CUDA kernels that were made; the CPU runs them now."""
     names: list[str] = []
-
-    @functools.cache
-    def kernel(
-        sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...], _: object
-    ) -> Kernel:
-        names.append(name)
-        return Kernel(sources, name, dict(defines), tmp_path)
-
-    monkeypatch.setattr(cuda, "kernel", kernel)
+    monkeypatch.setattr(cuda, "kernel", kernels(tmp_path, names.append))
     monkeypatch.setattr(cuda, "runs_on", lambda _: True)
     return names
 

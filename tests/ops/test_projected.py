@@ -1,12 +1,11 @@
 """Convolution, x_proj and dt_proj in one CUDA C++ kernel (projected.cu), on a CPU or a GPU."""
 
-import functools
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_on_cpu import CXX, Kernel
+from cuda_on_cpu import CXX, kernels
 from hopper_on_cpu import take_place
 from numerics import relative_error
 from torch import Tensor
@@ -28,14 +27,7 @@ ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="takes long without a GPU")
 def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if DEVICE == "cuda":
         return
-
-    @functools.cache
-    def kernel(
-        sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...], *_: object
-    ) -> Kernel:
-        return Kernel(sources, name, dict(defines), tmp_path)
-
-    monkeypatch.setattr(cuda, "kernel", kernel)
+    monkeypatch.setattr(cuda, "kernel", kernels(tmp_path))
     take_place(monkeypatch)
 
 

@@ -1,11 +1,10 @@
 """Norm and choice of an expert in CUDA C++ (norm.cu), on a CPU or a GPU, against float64."""
 
-import functools
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu import CXX, Kernel
+from cuda_on_cpu import CXX, kernels
 
 from blackmamba.ops.gpu import cuda
 from blackmamba.ops.prompt.gpu import NormCut, chooses, norm_and_choice, norm_and_places
@@ -20,14 +19,7 @@ pytestmark = pytest.mark.skipif(
 def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if DEVICE == "cuda":
         return
-
-    @functools.cache
-    def kernel(
-        sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...], _: object
-    ) -> Kernel:
-        return Kernel(sources, name, dict(defines), tmp_path)
-
-    monkeypatch.setattr(cuda, "kernel", kernel)
+    monkeypatch.setattr(cuda, "kernel", kernels(tmp_path))
     monkeypatch.setattr(cuda, "runs_on", lambda _: True)
 
 
