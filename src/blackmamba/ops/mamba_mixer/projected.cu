@@ -76,14 +76,6 @@ __device__ __forceinline__ void put_matrices(u32 row, const u32* v) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v[0]), "r"(v[1]), "r"(v[2]),
         "r"(v[3]) : "memory");
 }
-// d += a b by a warp's matrix units: a thread 4 g + k has of a (16 x 16) (g, 2 k), (g + 8, 2 k), (g, 2 k + 8) and
-// (g + 8, 2 k + 8), each with the next column; of b (16 x 8) (2 k, g) and (2 k + 8, g), each with the next row; of d (16 x 8)
-// (g, 2 k), (g, 2 k + 1), (g + 8, 2 k), (g + 8, 2 k + 1).
-__device__ __forceinline__ void multiply_add(float* d, const u32* a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 __device__ __forceinline__ void sync(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
 __device__ __forceinline__ void written(int group) {  // all of it, for what matrix units and copies read
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -219,8 +211,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) projected(const __grid_
                     if (bits & 4) x23[half] = 0;
                 }
 #endif
-                multiply_add(v, x01, taps[i][0], taps[i][1]);
-                multiply_add(v, x23, taps[i][2], taps[i][3]);
+                multiply_add_pairs(v, x01, taps[i][0], taps[i][1]);
+                multiply_add_pairs(v, x23, taps[i][2], taps[i][3]);
                 out[i * 2] = narrow(silu(v[0]), silu(v[1])), out[i * 2 + 1] = narrow(silu(v[2]), silu(v[3]));
             }
             put_matrices(to + tokens * 16 * BOX * 2, out);

@@ -113,7 +113,7 @@ def launch(
     flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}
     shared_bytes = _shared_bytes(name, warps, present.dtype, local=bool(flags["LOCAL"]))
     flags |= {"WARPS": warps, "SHARED": shared_bytes}
-    sources = tuple(Path(__file__).with_name(file) for file in _SOURCES[name])
+    sources = (cuda.NUMBERS, *(Path(__file__).with_name(file) for file in _SOURCES[name]))
     kernel = cuda.kernel(sources, name, tuple(sorted(flags.items())), present.device.index)
     kernel.launch(blocks, 32 * warps, arguments, shared_bytes)
 

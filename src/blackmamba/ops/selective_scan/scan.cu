@@ -1,6 +1,6 @@
 // The selective scan with 16 states, for NVIDIA GPUs: the same passes as in kernels.py, which explains them.
 //
-// This is what the kernels share; each is in a file of its name, of which cuda.py makes one text with this before it. A warp
+// This is what the kernels share; each is in a file of its name, of which cuda.py makes one text with gpu/numbers.cu and this before it. A warp
 // owns 8 channels of a row over a chunk of its tokens; a thread, 4 states of one channel. Warps walk over spans of 16
 // tokens. What is done once for a token and channel (softplus, delta x, gate) is done by the thread that loads it, four
 // channels of one token, and is handed to the others through shared memory. What limits all this is instructions, and next
@@ -17,9 +17,6 @@
 #define LN2 0.6931471805599453f
 #define FULL 0xffffffffu
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
 typedef unsigned long long u64;
 
 #if TYPE == 0
@@ -30,16 +27,6 @@ typedef u16 Number;
 typedef uint2 Four;
 #endif
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp2_fast(x * -LOG2E)); }
 
 // log(1 + exp(v)) to 2e-7 of itself: log1p of exp(-|v|) by a polynomial whose largest relative error is least
