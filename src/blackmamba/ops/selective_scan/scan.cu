@@ -1,9 +1,9 @@
 // The selective scan with 16 states, for NVIDIA GPUs: the same passes as in kernels.py, which explains them.
 //
-// This is what the kernels share; each is in a file of its name, of which cuda.py makes one text with gpu/numbers.cu and this before it. A warp
-// owns 8 channels of a row over a chunk of its tokens; a thread, 4 states of one channel. Warps walk over spans of 16
-// tokens. What is done once for a token and channel (softplus, delta x, gate) is done by the thread that loads it, four
-// channels of one token, and is handed to the others through shared memory. What limits all this is instructions, and next
+// This is what the kernels share; each is in a file of its name, of which cuda.py makes one text with gpu/numbers.cu and this
+// before it. A warp owns 8 channels of a row over a chunk of its tokens; a thread, 4 states of one channel. Warps walk over
+// spans of 16 tokens. What is done once for a token and channel (softplus, delta x, gate) is done by the thread that loads it,
+// four channels of one token, and is handed to the others through shared memory. What limits all this is instructions, and next
 // to them shared memory, 128 bytes a clock: what lies there is laid out for every bank to be used at once.
 //
 // Compiled at run time, without headers, with: TYPE (0 float32, 1 bfloat16, 2 float16), HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,

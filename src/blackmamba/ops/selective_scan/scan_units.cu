@@ -110,8 +110,8 @@ __device__ __forceinline__ float over_threads(const float* v, int q, u32 last_ch
     return q & 1 ? sums[2] : sums[0];
 }
 
-// D = A B with float16 as `multiply_add_pairs` with bfloat16, D a pair to a register: of D (16 x 8) a thread has (g, 2 k) and (g + 8, 2 k), each with the
-// next column.
+// D = A B with float16 as `multiply_add_pairs` with bfloat16, D a pair to a register: of D (16 x 8) a thread has (g, 2 k) and
+// (g + 8, 2 k), each with the next column.
 __device__ __forceinline__ void multiply_halves(u32* d, const u32* a, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %8};"
         : "=r"(d[0]), "=r"(d[1]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
