@@ -44,11 +44,11 @@ def _aligned(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(*shape[:-1], -(-shape[-1] // 8) * 8)[..., : shape[-1]]
 
 
-def _with_zeros_behind(dt_proj: Tensor) -> Tensor:
-    """dt_proj (d, r) with rows of whole 16 bytes."""
-    d, r = dt_proj.shape
-    padded = dt_proj.new_zeros(d, -(-r // 8) * 8)
-    return padded[:, :r].copy_(dt_proj)
+def _with_aligned_rows(dt_proj: Tensor) -> Tensor:
+    """dt_proj (d, r), or a copy whose rows begin at whole 16 bytes; behind them is anything."""
+    if dt_proj.shape[1] % 8 == 0:
+        return dt_proj
+    return _aligned(dt_proj, *dt_proj.shape).copy_(dt_proj)
 
 
 def _products(x: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,14 +84,12 @@ def _forward(
     (d, r), n = dt_proj.shape, A.shape[1]
     z = xz[..., d:]
     x = xz[..., :d]
-    if r % 8:
-        dt_proj = _with_zeros_behind(dt_proj)
-    weights = conv_weight, conv_bias, x_proj, dt_proj
+    weights = conv_weight, conv_bias, x_proj, _with_aligned_rows(dt_proj)
     if hopper.fits(x, *weights) and hopper.is_enough(x):
         x, columns, dt, _ = hopper.projected(x, *weights, seq_idx=seq_idx)
     else:
         x = conv._forward(x, conv_weight, conv_bias, None, seq_idx, True)
-        columns, dt = _products(x, x_proj, dt_proj)
+        columns, dt = _products(x, *weights[2:])
     _, B, C = _parts(columns, r, n)
     y, final_state, starts = scan._forward(x, dt, A, B, C, D, z, dt_bias, None, seq_idx, True, keep)
     if not keep:
@@ -148,10 +146,8 @@ def _backward(
     )
     x_td, columns_tc, g_columns_tc = (t.flatten(0, 1) for t in (x, columns, g_columns))
     g_dt_td = g_dt.flatten(0, 1)
-    if r % 8:
-        narrow, g_narrow = _aligned(dt_proj, d, r).copy_(dt_proj), _aligned(dt_proj, d, r)
-    else:
-        narrow, g_narrow = dt_proj, g_dt_proj
+    narrow = _with_aligned_rows(dt_proj)
+    g_narrow = g_dt_proj if narrow is dt_proj else _aligned(dt_proj, d, r)
     torch.mm(g_dt_td, narrow, out=g_low.flatten(0, 1))
     torch.mm(g_dt_td.t(), columns_tc[:, :r], out=g_narrow)
     if g_narrow is not g_dt_proj:
@@ -185,7 +181,7 @@ class PromptWeights:
     x_proj: Tensor
     """(r + 2 n, d)."""
     dt_proj: Tensor
-    """(d, r), columns of a matrix of whole 16 bytes a row, zeros behind them."""
+    """(d, r), rows of which begin at whole 16 bytes."""
     dt_bias: Tensor
     """(d,), float32, as all that follow."""
     A: Tensor
@@ -205,11 +201,11 @@ class PromptWeights:
         dtype: torch.dtype,
     ) -> "PromptWeights":
         """Of the weights of `mamba_mixer`, for products in `dtype`."""
-        padded = _with_zeros_behind(dt_proj.to(dtype))
+        aligned = _with_aligned_rows(dt_proj.to(dtype).contiguous())
         narrow = (t.to(dtype).contiguous() for t in (conv_weight, conv_bias, x_proj))
         wide = (t.float().contiguous() for t in (dt_bias, A, D))
         conv_weight, conv_bias, x_proj = narrow
-        return PromptWeights(conv_weight, conv_bias, x_proj, padded, *wide)
+        return PromptWeights(conv_weight, conv_bias, x_proj, aligned, *wide)
 
 
 def mamba_mixer_of_prompt(
