@@ -166,6 +166,26 @@ def test_gradient(results: Results):
     assert_near(found[others], exact[others])
 
 
+@pytest.mark.usefixtures("results")
+def test_sums_over_many_parts():
+    """So many that several parts pass between the pieces of the tile before that are finished."""
+    m, n = 1096, 80  # 18 parts, the last of 8 numbers, beside 8 pieces
+    x, w, ends, exact = drawn(m, n)
+    order = torch.arange(T - 1, -1, -1).int()
+    assert_near(hopper.placed(x, w, ends, order).flip(0), exact)
+    gated, h = hopper.gated(x, w, ends, False, True)
+    g, u = exact.tensor_split(2, 1)
+    assert_near(gated, F.silu(g) * u, of=2 * (F.silu(g) * u).abs() + 1.2 * (g * u).abs())
+    assert h is not None
+    assert_near(h, exact)
+    x, w, ends, exact = drawn(m, n, columns_of_w=True)
+    assert_near(hopper.product(x, w, ends), exact)
+    sizes = [1030, 70, 2050]
+    x, w, ends = matrix(sum(sizes), 72), matrix(sum(sizes), n), torch.tensor(sizes).cumsum(0)
+    groups = zip(x.double().split(sizes), w.double().split(sizes), strict=True)
+    assert_near(hopper.gradient(x, w, ends.int()), torch.stack([a.mT @ b for a, b in groups]))
+
+
 class _Count(ctypes.Structure):
     _fields_ = (("n", ctypes.c_int),)
 

@@ -36,7 +36,6 @@
 #define HALF (WIDE / 2)
 #define OUT (MODE == 1 ? HALF : WIDE)  // columns of y in a tile
 #define CONSUMERS 2            // warpgroups that multiply
-#define PARTS 8                // of a tile, beside which the sums of the one before are finished
 #define THREADS (128 * (CONSUMERS + 1))
 #define LOG2E 1.4426950408889634f
 
@@ -230,12 +229,12 @@ __device__ __forceinline__ void add(float* row, int column, int columns, bool in
 }
 #endif
 
-// The sums of a tile that is done, in bfloat16: they are finished while the next tile is multiplied, a few after each of its
-// first parts.
+// The sums of a tile that is done, in bfloat16: they are finished while the next tile is multiplied, a task after every few of
+// its parts.
 struct Done {
     u32 sums[2][WIDE / 8];  // of the thread's two rows, 8 apart, two of each 8 columns
     int to[2], column;      // rows of y; none before the first tile
-    enum { TASKS = OUT / 32 * 2, EACH = (TASKS + PARTS - 1) / PARTS };
+    enum { TASKS = OUT / 32 * 2 };  // 32 columns of a row each
 
     __device__ __forceinline__ void take(const float (&d)[WIDE / 2], const Tile& tile, const float* scale) {
 #pragma unroll
@@ -245,36 +244,31 @@ struct Done {
                 sums[half][j] = narrow(d[j * 4 + half * 2] * scale[half], d[j * 4 + half * 2 + 1] * scale[half]);
         column = tile.column;
     }
-    // Some of the tasks, 32 columns of a row each.
-    __device__ __forceinline__ void finish(const Arguments& a, int part) {
-#pragma unroll
-        for (int task = part * EACH; task < (part + 1) * EACH; task++) {
-            if (task >= TASKS) break;
-            const int half = task % 2, first = task / 2 * 4;
-            const bool inside = to[half] >= 0;
-            const i64 row = inside ? to[half] : 0;
-            const int at = column + first * 8;
+    __device__ __forceinline__ void finish(const Arguments& a, int task) {
+        const int half = task % 2, first = task / 2 * 4;
+        const bool inside = to[half] >= 0;
+        const i64 row = inside ? to[half] : 0;
+        const int at = column + first * 8;
 #if MODE == 1
-            u32 g[4], u[4], y[4];
+        u32 g[4], u[4], y[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                g[i] = sums[half][first + i], u[i] = sums[half][first + i + HALF / 8];
-                const float gs[2] = {low(g[i]), high(g[i])}, us[2] = {low(u[i]), high(u[i])};
-                float ys[2];
-                activate(gs, us, ys);
-                y[i] = narrow(ys[0], ys[1]);
-            }
-            write(a.y + row * a.n, at, a.n, inside, y);
+        for (int i = 0; i < 4; i++) {
+            g[i] = sums[half][first + i], u[i] = sums[half][first + i + HALF / 8];
+            const float gs[2] = {low(g[i]), high(g[i])}, us[2] = {low(u[i]), high(u[i])};
+            float ys[2];
+            activate(gs, us, ys);
+            y[i] = narrow(ys[0], ys[1]);
+        }
+        write(a.y + row * a.n, at, a.n, inside, y);
 #if KEEP
-            write(a.h + row * 2 * a.n, at, a.n, inside, g);
-            write(a.h + row * 2 * a.n + a.n, at, a.n, inside, u);
+        write(a.h + row * 2 * a.n, at, a.n, inside, g);
+        write(a.h + row * 2 * a.n + a.n, at, a.n, inside, u);
 #endif
 #elif ADD
-            add(reinterpret_cast<float*>(a.y) + row * a.n, at, a.n, inside, sums[half] + first);
+        add(reinterpret_cast<float*>(a.y) + row * a.n, at, a.n, inside, sums[half] + first);
 #else
-            write(a.y + row * a.n, at, a.n, inside, sums[half] + first);
+        write(a.y + row * a.n, at, a.n, inside, sums[half] + first);
 #endif
-        }
     }
 };
 
@@ -341,12 +335,17 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& shared, int 
             place.next();
             at += DEEP;
         };
+        const int apart = max(1, (tile.last - tile.first) / DEEP / Done::TASKS);
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) {
+        for (int task = 0; task < Done::TASKS; task++) {
             const bool more = at < tile.last;
             if (more) start();
-            done.finish(a, part);
+            done.finish(a, task);
             if (more) leave();
+            for (int i = 1; i < apart; i++) {
+                start();
+                leave();
+            }
         }
         while (at < tile.last) {
             start();
@@ -358,7 +357,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& shared, int 
         done.to[0] = to[0], done.to[1] = to[1];
     }
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) done.finish(a, part);
+    for (int task = 0; task < Done::TASKS; task++) done.finish(a, task);
 }
 
 extern __shared__ char memory[];
