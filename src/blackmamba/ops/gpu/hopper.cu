@@ -20,15 +20,21 @@ __device__ __forceinline__ void make_barrier(u64& barrier, int arrivals) {
 __device__ __forceinline__ void expect(u64& barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(&barrier)), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void wait(u64& barrier, u32 parity) {
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
         "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         " @done bra.uni end;\n bra.uni again;\n"
-        "end:\n}" ::"r"(address_of(&barrier)), "r"(parity) : "memory");
+        "end:\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
-__device__ __forceinline__ void arrive(u64& barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(&barrier)) : "memory");
+__device__ __forceinline__ void wait(u64& barrier, u32 parity) { wait(address_of(&barrier), parity); }
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void arrive(u64& barrier) { arrive(address_of(&barrier)); }
+// Once all that this thread copies (cp.async) has come.
+__device__ __forceinline__ void arrive_with_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // ---- TMA: a box of a matrix, BOX numbers of as many rows as its map says; what is outside of the matrix is 0 -------
