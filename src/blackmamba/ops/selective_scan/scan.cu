@@ -110,6 +110,13 @@ __device__ __forceinline__ T* pinned(T* address) {
     __builtin_assume(__isGlobal(address));
     return address;
 }
+// The same of a number.
+__device__ __forceinline__ u32 pinned(u32 number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
+// The 11 bits of a number that matrix units read.
+__device__ __forceinline__ float high_part(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
 struct Rows {  // a tensor (b, l, d), channels contiguous
     Number* data;
@@ -221,6 +228,13 @@ __device__ __forceinline__ void copy16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 __device__ __forceinline__ void copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Numbers on their way, or zeros.
+template <typename T>
+__device__ __forceinline__ void fetch_if(bool condition, u32 to, const void* from) {
+    constexpr int bytes = sizeof(T);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+        ::"r"(to), "l"(from), "n"(bytes), "r"(condition ? bytes : 0) : "memory");
+}
 
 // B and C of a span are on their way, 16 bytes a thread.
 __device__ __forceinline__ void stage(float* to, const float* from) {

@@ -37,12 +37,6 @@ template <typename T>
 __device__ __forceinline__ void fetch(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"((int)sizeof(T)) : "memory");
 }
-template <typename T>
-__device__ __forceinline__ void fetch_if(bool condition, u32 to, const void* from) {
-    constexpr int bytes = sizeof(T);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-        ::"r"(to), "l"(from), "n"(bytes), "r"(condition ? bytes : 0) : "memory");
-}
 __device__ __forceinline__ Four load_numbers(u32 from) {
     Four v;
 #if TYPE == 0

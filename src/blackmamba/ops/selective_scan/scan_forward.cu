@@ -18,11 +18,7 @@ struct Steps {  // delta and delta x; channel c of token t in place c ^ ((t ^ wa
     float2 du[SPAN][8];
     float2 between[8];
 };
-// The same of a number, and of an address in shared memory.
-__device__ __forceinline__ u32 pinned(u32 number) {
-    asm volatile("" : "+r"(number));
-    return number;
-}
+// The same of an address in shared memory.
 __device__ __forceinline__ u32 kept_address(const void* p) { return pinned((u32)__cvta_generic_to_shared(p)); }
 template <typename T>
 __device__ __forceinline__ T& there(u32 address) { return *reinterpret_cast<T*>(__cvta_shared_to_generic(address)); }

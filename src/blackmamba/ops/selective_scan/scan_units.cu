@@ -45,7 +45,6 @@ __device__ __forceinline__ void multiply_add(float* d, const float* a, float b0,
 }
 // Cut to 11 bits a number is less by 3.4e-4 of itself, in the mean; sums would keep that. Nearest numbers take 4 instructions.
 __device__ __forceinline__ float before_cut(float v) { return v * 1.00034f; }
-__device__ __forceinline__ float high_part(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
 // The same with 4 columns of A and rows of B: of A (16 x 4) a thread has (g, k) and (g + 8, k), of B (4 x 8) (k, g).
 __device__ __forceinline__ void multiply_add(float* d, float a0, float a1, float b) {
