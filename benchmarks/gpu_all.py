@@ -34,6 +34,7 @@ CHECKED = (
     " or (float64 and cuda and documents and 40) or (parts_of_wider and cuda)"
     " or (shared_out and 64) or (gated and True and 392) or (placed and True and 392)"
     " or (and_gradient and 392) or (the_forward_pass_in_equal_shares and 128 and documents)"
+    " or (by_matrix_units and 333 and documents)"
     " or (float64 and True and 136 and 33) or (float64 and 131 and int64)"
 )
 """One test or two of each kernel: every one takes seconds in there."""

@@ -38,10 +38,12 @@ import torch
 from torch import Tensor
 
 from blackmamba.ops import causal_conv1d, selective_scan
+from blackmamba.ops.gpu import hopper
 from blackmamba.ops.selective_scan import call as scan_call
 from blackmamba.ops.selective_scan.plan import (
     CUDA_BACKWARD,
     CUDA_FORWARD,
+    CUDA_FORWARD_UNITS,
     CUDA_OTHERS,
     Plan,
     Tuning,
@@ -110,10 +112,12 @@ def compare_plans(which: str, repeats: int) -> None:
     """Milliseconds of a pass by blocks' channels, a multiprocessor's warps and rows' chunks."""
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     usual = scan_call.plan
+    here = torch.device("cuda", torch.cuda.current_device())
+    forward = CUDA_FORWARD + (CUDA_FORWARD_UNITS if hopper.runs_on(here) else ())
     with torch.cuda.stream(torch.cuda.Stream()):
         for shape in SHAPES:
             size = (*shape, N_STATES, processors)
-            mine = CUDA_FORWARD if which == "forward" else CUDA_BACKWARD
+            mine = forward if which == "forward" else CUDA_BACKWARD
             rows: list[tuple[float, Plan]] = []
             for cut in cuts(*size, *mine, *CUDA_OTHERS):
                 tried = functools.partial(tried_plan, usual, mine, planned(cut, shape[1]))

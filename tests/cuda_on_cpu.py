@@ -119,7 +119,7 @@ inline int atomicAdd(int* to, int n) { return (*to += n) - n; }
 static float shared_by_warp[1024][6];
 inline unsigned bits(float f) {  // of the nearest bfloat16
     const unsigned u = __float_as_uint(f);
-    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    return f != f ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 inline float cut(float f) { return __uint_as_float(__float_as_uint(f) & 0xffffe000u); }
 inline void by_units(float* d, const float* a, float b0, float b1) {
@@ -305,7 +305,7 @@ _MEANINGS = (
      "if (condition) memcpy(at_address(to), from, bytes); else memset(at_address(to), 0, bytes);"),
     (r'asm volatile\("cp\.async\.ca[^"]*".*?: "memory"\);',
      "memcpy(at_address(to), from, sizeof(T));"),
-    (r'asm volatile\("cp\.async\.wait_all;" ::: "memory"\);', ""),
+    (r'asm volatile\("cp\.async\.(wait_all|commit_group|wait_group)[^"]*" ::.*?"memory"\);', ""),
     (r'asm volatile\("st\.release\.gpu.*?: "memory"\);', "*there = 1;"),
     (r'while \(v == 0\) asm volatile\("ld\.acquire\.gpu.*?: "memory"\);',
      'if (!*there) fail("what is waited for was not handed over");'),
@@ -323,6 +323,7 @@ _MEANINGS = (
 )  # fmt: skip
 _ARGUMENTS = {
     "scan_forward": "Forward",
+    "scan_forward_units": "Forward",
     "grouped_product": "Arguments",
     "norm_and_choice": "Arguments",
     "projected": "Arguments",

@@ -9,7 +9,8 @@ from numerics import assert_within_budget, relative_error
 from torch import Tensor
 
 from blackmamba.ops import selective_scan
-from blackmamba.ops.selective_scan import call, cuda, plan
+from blackmamba.ops.gpu import hopper
+from blackmamba.ops.selective_scan import call, cuda, gpu, plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -257,3 +258,78 @@ def test_rows_that_are_shared_out(tuning: plan.Tuning, monkeypatch: pytest.Monke
             assert relative_error(shared[name], expected) < 1e-6, name
         else:
             assert torch.equal(shared[name], expected), name
+
+
+@pytest.fixture
+def by_units(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that were launched; the forward pass is by matrix units."""
+    if not hopper.runs_on(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("needs a Hopper")
+    names, launch = list[str](), cuda.launch
+    faster = (dataclasses.replace(plan.CUDA_FORWARD_UNITS[0], slower=0),)
+    monkeypatch.setattr(gpu, "CUDA_FORWARD_UNITS", faster)
+
+    def launched(name: str, *rest: Any) -> None:
+        names.append(name)
+        launch(name, *rest)
+
+    monkeypatch.setattr(cuda, "launch", launched)
+    return names
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize(
+    ("shape", "processors"), [((5, 333, 296, 16), 4), ((1, 1000, 2312, 16), 132)], ids=str
+)
+def test_the_forward_pass_by_matrix_units(
+    shape: Shape,
+    processors: int,
+    marked: bool,
+    by_units: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The same bits however rows are shared out, as near to float64 as plain PyTorch."""
+    narrow, seq_idx = make(shape, torch.bfloat16), documents(*shape[:2]) if marked else None
+    found: list[dict[str, Tensor]] = []
+    for n in (10_000, processors):
+        monkeypatch.setattr(call, "_processors", lambda _, n=n: n)
+        found.append(with_gradients(narrow, "triton", seq_idx=seq_idx))
+    assert by_units.count("scan_forward_units") == 2
+    for name in ("y", "state"):
+        assert torch.equal(found[0][name], found[1][name]), name
+    eager = with_gradients(narrow, "torch", seq_idx=seq_idx)
+    exact = with_gradients({k: v.double() for k, v in narrow.items()}, "torch", seq_idx=seq_idx)
+    for name in exact:
+        assert_within_budget(name, found[1][name], eager[name], exact[name])
+    assert relative_error(found[1]["state"], exact["state"]) < 1e-5
+
+
+def test_a_long_row_by_matrix_units(by_units: list[str], monkeypatch: pytest.MonkeyPatch):
+    """As the usual kernel, again and again with the same bits, where shares are a row and a bit."""
+    inputs = make((1, 16384, 2304, 16), torch.bfloat16)
+    with torch.no_grad():
+        y, state = selective_scan(**inputs, dt_softplus=True, backend="triton")  # pyright: ignore
+        for _ in range(5):
+            again = selective_scan(**inputs, dt_softplus=True, backend="triton")  # pyright: ignore
+            assert torch.equal(again[0], y)
+            assert torch.equal(again[1], state)
+        assert set(by_units) == {"scan_forward_units"}
+        monkeypatch.setattr(gpu, "CUDA_FORWARD_UNITS", ())
+        usual = selective_scan(**inputs, dt_softplus=True, backend="triton")  # pyright: ignore
+    assert by_units[-1] == "scan_forward"
+    assert relative_error(state, usual[1]) < 3e-6
+    assert relative_error(y, usual[0]) < 2**-8  # the last place of bfloat16
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+def test_matrix_units_let_no_number_back_in_time(bad: float, by_units: list[str]):
+    inputs = make((1, 100, 40, 16), torch.bfloat16)
+    with torch.no_grad():
+        fine, _ = selective_scan(**inputs, dt_softplus=True, backend="triton")  # pyright: ignore
+        inputs["x"][0, 50, 3] = bad
+        y, state = selective_scan(**inputs, dt_softplus=True, backend="triton")  # pyright: ignore
+    assert torch.equal(y[:, :50], fine[:, :50])
+    assert torch.equal(y[..., 4:], fine[..., 4:])
+    assert not y[0, 50:, 3].isfinite().any()
+    assert not state[0, 3].isfinite().any()
+    assert set(by_units) == {"scan_forward_units"}

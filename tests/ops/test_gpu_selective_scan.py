@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import hopper_on_cpu
 import pytest
 import torch
 from cuda_on_cpu import CXX, kernels
@@ -404,6 +405,129 @@ def test_cudas_forward_pass_in_equal_shares(
     )
     for name, *of_each in zip(("y", "state"), found[1], eager, exact, strict=False):
         assert_within_budget(name, *of_each)
+
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "seq_idx")
+
+
+@pytest.fixture
+def by_units(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """On a Hopper, where the forward pass is never expected to take less time otherwise."""
+    hopper_on_cpu.take_place(monkeypatch)
+    faster = (dataclasses.replace(plan.CUDA_FORWARD_UNITS[0], slower=0),)
+    monkeypatch.setattr(scan, "CUDA_FORWARD_UNITS", faster)
+    return launched
+
+
+def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state and the states that are kept."""
+    return scan._forward(*(inputs.get(name) for name in NAMES), True, True)  # pyright: ignore
+
+
+@CUDA_ON_CPU
+@pytest.mark.parametrize("at_once", [1, 2, 4, 7, 20])
+@pytest.mark.parametrize(
+    "left_out",
+    [(), ("initial_state",), ("seq_idx",), ("D", "z", "dt_bias", "initial_state", "seq_idx")],
+    ids=str,
+)
+def test_the_forward_pass_by_matrix_units(
+    at_once: int, left_out: tuple[str, ...], by_units: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """3 rows of 145 tokens, in 3 blocks of channels of which the last is half empty, in shares that
+    end within rows or do not: the bits of y, the final state and the states that are kept are the
+    same, and near those of float64."""
+    inputs = make(3, 145, 40, 16, dtype=torch.bfloat16) | {"seq_idx": documents(3, 145)}
+    inputs = {k: v for k, v in inputs.items() if k not in left_out}
+    found: list[tuple[Tensor, ...]] = []
+    for processors in (100, at_once):
+        monkeypatch.setattr(call, "_processors", lambda _, n=processors: n)
+        found.append(forward(inputs))
+    assert by_units == ["scan_forward_units"]
+    for whole, shared in zip(*found, strict=True):
+        assert torch.equal(whole, shared)
+    wide = {k: v if k == "seq_idx" else v.double() for k, v in inputs.items()}
+    eager, exact = (
+        selective_scan(**each, dt_softplus=True, backend="reference")  # pyright: ignore
+        for each in (inputs, wide)
+    )
+    for name, *of_each in zip(("y", "state"), found[1], eager, exact, strict=False):
+        assert_within_budget(name, *of_each)
+    assert relative_error(found[1][1], exact[1]) < 3e-6
+
+
+@CUDA_ON_CPU
+@pytest.mark.parametrize("l", [1, 16, 17, 130])
+def test_states_that_matrix_units_keep(
+    l: int, by_units: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    inputs = make(2, l, 24, 16, dtype=torch.bfloat16)
+    y, state, kept = forward(inputs)
+    monkeypatch.setattr(scan, "CUDA_FORWARD_UNITS", ())
+    other_y, other_state, other_kept = forward(inputs)
+    assert by_units[0] == "scan_forward_units"
+    assert set(by_units[1:]) == {"scan_forward"}
+    assert relative_error(state, other_state) < 1e-6
+    assert relative_error(kept, other_kept) < 1e-3  # a few numbers are rounded the other way
+    assert relative_error(y, other_y) < 2**-8  # the last place of bfloat16
+
+
+@CUDA_ON_CPU
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_matrix_units_let_no_number_back_in_time(bad: float, by_units: list[str]):
+    inputs = make(1, 40, 16, 16, dtype=torch.bfloat16)
+    fine = forward(inputs)[0]
+    inputs["x"][0, 22, 3] = bad
+    y, state, _ = forward(inputs)
+    others = [c for c in range(16) if c != 3]
+    assert torch.equal(y[:, :22], fine[:, :22])
+    assert torch.equal(y[..., others], fine[..., others])
+    assert not y[0, 22:, 3].isfinite().any()
+    assert not state[0, 3].isfinite().any()
+    inputs["x"][0, 22, 3] = 0
+    inputs["B"][0, 22] = bad
+    y = forward(inputs)[0]
+    assert torch.equal(y[:, :22], fine[:, :22])
+    assert not y[0, 22].isfinite().any()
+    assert by_units == ["scan_forward_units"]
+
+
+@CUDA_ON_CPU
+def test_matrix_units_pass_the_state_through_bit_for_bit(by_units: list[str]):
+    inputs = make(2, 37, 24, 16, dtype=torch.bfloat16)
+    inputs["dt"] = torch.full_like(inputs["dt"], -torch.inf)
+    y, state, _ = forward(inputs)
+    assert torch.equal(state, inputs["initial_state"])
+    assert y.isfinite().all()
+    assert by_units == ["scan_forward_units"]
+
+
+@CUDA_ON_CPU
+@pytest.mark.parametrize("wide", ["B", "C", "all"])
+def test_matrix_units_are_for_bfloat16_alone(wide: str, by_units: list[str]):
+    inputs = make(1, 20, 16, 16, dtype=torch.bfloat16)
+    for name in ("x", "dt", "B", "C", "z") if wide == "all" else (wide,):
+        inputs[name] = inputs[name].float()
+    forward(inputs)
+    assert by_units == ["scan_forward"]
+
+
+def test_few_rows_are_scanned_by_matrix_units():
+    """Where an H200 took less time so, and not where it took more."""
+    for l, d, yes, no in (
+        (2048, 2304, (1, 2, 3, 4), (5, 6, 7, 8, 16)),
+        (32768, 2304, (1,), ()),
+        (2048, 2944, (1, 2, 3), (4, 5, 8)),
+        (2048, 1536, (1, 2, 4, 6), ()),
+        (2048, 1024, (2, 4, 8), ()),
+        (2048, 768, (2, 4, 8), (1,)),
+        (2048, 512, (4, 8), (1,)),
+        (512, 256, (4, 8), ()),
+    ):
+        for b in (*yes, *no):
+            cut = plan.plan(b, l, d, 16, 132, *plan.CUDA_FORWARD, *plan.CUDA_FORWARD_UNITS)
+            assert cut.units == (b in yes), (b, l, d)
+            assert cut.n_chunks == 1 or not cut.units
 
 
 @CUDA_ON_CPU

@@ -186,7 +186,8 @@ class Call:
         flags |= {"HAS_D": int(self.D is not None), "SHORT_BC": int(short)}
         flags |= {"MIN_BLOCKS": plan.resident // plan.warps, **defines}
         tensors = {**shared, **tensors}
-        cuda.launch(name, math.ceil(of_all / share), plan.warps, sizes, tensors, flags)
+        warps = plan.warps * (5 if plan.units else 1)
+        cuda.launch(name, math.ceil(of_all / share), warps, sizes, tensors, flags)
 
     def padded_state(self, state: Tensor) -> Tensor:
         """(b, d, n) to contiguous float32 (b, d, N)."""

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blackmamba.ops.gpu import cuda
+from blackmamba.ops.gpu import cuda, hopper
 
 _SOURCES = {
     "scan_forward": ("scan.cu", "scan_forward.cu"),
+    "scan_forward_units": ("scan.cu", "scan_forward_units.cu"),
     "scan_backward_local": ("scan.cu", "scan_backward_local.cu"),
     "scan_backward": ("scan.cu", "scan_units.cu", "scan_backward.cu"),
 }
@@ -74,6 +75,12 @@ def fits(n_padded: int, rows: list[Tensor | None], wide: list[Tensor | None]) ->
     return all(t is None or (t.dtype == torch.float32 and t.data_ptr() % 16 == 0) for t in wide)
 
 
+def fits_units(x: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether `scan_forward_units` can take what `fits`: matrix units read bfloat16 numbers of B
+    and C whole, and a sum that is kept with 8 bits has no use for more."""
+    return hopper.runs_on(x.device) and all(t.dtype == torch.bfloat16 for t in (x, B, C))
+
+
 def fits_backward(rows: list[Tensor | None]) -> bool:
     """Whether the backward kernel reaches all of these (b, l, d) tensors, whose rows may have
     4 GB."""
@@ -99,7 +106,7 @@ def launch(
 ) -> None:
     """Run the kernel `name` in blocks of `warps` warps; absent tensors are null."""
     present = next(t for t in tensors.values() if t is not None)
-    arguments = (_Forward if name == "scan_forward" else _Backward)()
+    arguments = (_Forward if name.startswith("scan_forward") else _Backward)()
     for key, tensor in tensors.items():
         if tensor is None:
             continue
@@ -113,13 +120,19 @@ def launch(
     flags = {"TYPE": _TYPES[present.dtype], **_DEFAULTS, **defines}
     shared_bytes = _shared_bytes(name, warps, present.dtype, local=bool(flags["LOCAL"]))
     flags |= {"WARPS": warps, "SHARED": shared_bytes}
-    sources = (cuda.NUMBERS, *(Path(__file__).with_name(file) for file in _SOURCES[name]))
-    kernel = cuda.kernel(sources, name, tuple(sorted(flags.items())), present.device.index)
+    units = name == "scan_forward_units"
+    shared_files = (cuda.NUMBERS, cuda.HOPPER) if units else (cuda.NUMBERS,)
+    sources = (*shared_files, *(Path(__file__).with_name(file) for file in _SOURCES[name]))
+    kernel = cuda.kernel(sources, name, tuple(sorted(flags.items())), present.device.index, units)
     kernel.launch(blocks, 32 * warps, arguments, shared_bytes)
 
 
 def _shared_bytes(name: str, warps: int, dtype: torch.dtype, *, local: bool) -> int:
     """Of a block: what each warp has of its channels in a span, and B and C of two spans."""
+    if name == "scan_forward_units":
+        of_turn = 4 * (4 * 3 * 80 + 16 * 40 + 2 * 8 * 40 + 16) + 2 * 8  # numbers, and two barriers
+        passed_on, read_ahead = 8 * (3 * 128 + 3 * 4), 8 * 2 * 4 * 2 * 128
+        return 8 * of_turn + passed_on + read_ahead
     if name == "scan_forward":
         row = 32 if warps % 4 == 0 else 48
         floats = 2 * (16 * _SPAN + 16) + (0 if local else 2 * (row * _SPAN + 8))

@@ -24,6 +24,7 @@ from blackmamba.ops.selective_scan.plan import (
     BACKWARD,
     CUDA_BACKWARD,
     CUDA_FORWARD,
+    CUDA_FORWARD_UNITS,
     CUDA_OTHERS,
     FORWARD,
     OTHERS,
@@ -87,7 +88,8 @@ def _forward(
         return y, final_state.copy_(initial_state), starts
     call = Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
     by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias])
-    call.pack(zeros=call.most_blocks(CUDA_FORWARD) if by_cuda else 0)
+    usual = CUDA_FORWARD + (CUDA_FORWARD_UNITS if cuda.fits_units(call.x, B, C) else ())
+    call.pack(zeros=call.most_blocks(usual) if by_cuda else 0)
     first = None if initial_state is None else call.padded_state(initial_state)
     last = (
         final_state
@@ -103,7 +105,7 @@ def _forward(
         _launch_forward(call, cut, by_cuda, begin, y, starts, last, last, keep=keep)
 
     if by_cuda:
-        tunings, others = _fitting("scan_forward", CUDA_FORWARD, call.x)
+        tunings, others = _fitting("scan_forward", usual, call.x)
         call.run_best("forward, CUDA", tunings, others, run)
     else:
         call.run_best("forward", (FORWARD,), OTHERS, run)
@@ -138,7 +140,7 @@ def final_state(
         found[:] = [state if begin is None else torch.addcmul(state, decays[:, -1], begin)]
 
     tunings = _fitting("scan_forward", CUDA_FORWARD, call.x)[0] if by_cuda else (FORWARD,)
-    alone = tuple(dataclasses.replace(each, extra=0, split=False) for each in tunings)
+    alone = tuple(dataclasses.replace(each, extra=0, cutting=1, split=False) for each in tunings)
     call.run_best("final state", alone, (), run)
     return found[0][..., : call.n].contiguous()
 
@@ -171,7 +173,8 @@ def _launch_forward(
         if not local:
             share = call.share(cut)
             tensors |= call.handed(cut, share)
-        call.cuda("scan_forward", cut, {k: int(v) for k, v in defines.items()}, tensors, share)
+        name = "scan_forward_units" if cut.units else "scan_forward"
+        call.cuda(name, cut, {k: int(v) for k, v in defines.items()}, tensors, share)
         return
     flags = call.flags | {"S": SPAN, "HAS_D": call.D is not None, "KEEP": keep, "AHEAD": True}
     z = call.x if call.z is None else call.z

@@ -25,6 +25,8 @@ class Cut:
     """At most."""
     split: bool = False
     """Whether a program may do a part of a row, another the rest."""
+    units: bool = False
+    """Whether it sums over states by matrix units: scan_forward_units.cu."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +54,24 @@ class Tuning:
     """The most that a thread may use."""
     slower: float = 1.0
     """Times what `plan` expects, for what it leaves out: registers that do not suffice, say."""
+    cutting: float = 1.0
+    """The same where rows are cut into chunks."""
     split: bool = False
     """Whether programs share rows out evenly among as many as run at once."""
+    units: bool = False
+    """As of `Cut`; warps are those that scan. Rows are never cut into chunks."""
 
 
 FORWARD = Tuning(block=16, numbers=4, resident=32, extra=0.65)
 BACKWARD = Tuning(block=16, numbers=4, resident=16, extra=0.22, registers=128)
 CUDA_FORWARD = (
-    Tuning(block=128, numbers=4, resident=16, extra=0.6, slower=0.883, split=True),
-    Tuning(block=144, numbers=4, resident=18, extra=0.6, slower=0.955, split=True),
-    Tuning(block=192, numbers=4, resident=24, extra=0.6, slower=0.93, split=True),
-    Tuning(block=96, numbers=4, resident=24, extra=0.6, slower=0.93, split=True),
-    Tuning(block=48, numbers=4, resident=18, extra=0.6, split=True),
-    Tuning(block=32, numbers=4, resident=24, extra=0.6, slower=0.95, split=True),
-    Tuning(block=64, numbers=4, resident=24, extra=0.6, slower=1.02, split=True),
+    Tuning(block=128, numbers=4, resident=16, extra=0.6, cutting=1.4, slower=0.883, split=True),
+    Tuning(block=144, numbers=4, resident=18, extra=0.6, cutting=1.4, slower=0.955, split=True),
+    Tuning(block=192, numbers=4, resident=24, extra=0.6, cutting=1.4, slower=0.93, split=True),
+    Tuning(block=96, numbers=4, resident=24, extra=0.6, cutting=1.4, slower=0.93, split=True),
+    Tuning(block=48, numbers=4, resident=18, extra=0.6, cutting=1.4, split=True),
+    Tuning(block=32, numbers=4, resident=24, extra=0.6, cutting=1.4, slower=0.95, split=True),
+    Tuning(block=64, numbers=4, resident=24, extra=0.6, cutting=1.4, slower=1.02, split=True),
 )
 CUDA_BACKWARD = (
     Tuning(block=64, numbers=4, resident=16, extra=0.22, split=True),
@@ -73,6 +79,10 @@ CUDA_BACKWARD = (
     Tuning(block=32, numbers=4, resident=12, extra=0.22, split=True),
 )
 """In CUDA C++: sizes of which one or another fills a GPU evenly; the first of equals."""
+CUDA_FORWARD_UNITS = (
+    Tuning(block=16, numbers=2, resident=4, extra=0, slower=0.31, split=True, units=True),
+)
+"""Besides, for bfloat16 on NVIDIA's Hopper."""
 CUDA_OTHERS = tuple(
     Tuning(block=block, numbers=4, resident=resident, extra=0.4)
     for block in (16, 32, 48, 64, 80)  # the backward pass takes warps by twos
@@ -114,7 +124,7 @@ def planned(cut: Cut, l: int) -> Plan:
     spans = max(1, math.ceil(l / SPAN))
     chunk = math.ceil(spans / min(spans, cut.n_chunks)) * SPAN
     n_chunks = max(1, math.ceil(l / chunk))
-    return Plan(cut.block, cut.warps, cut.resident, n_chunks, cut.split, chunk=chunk)
+    return Plan(cut.block, cut.warps, cut.resident, n_chunks, cut.split, cut.units, chunk=chunk)
 
 
 def _expected(
@@ -131,7 +141,8 @@ def _expected(
         block = max(1, min(each.block, 32 * most_warps * each.numbers // n_padded))
         warps = max(1, min(most_warps, block * n_padded // (32 * each.numbers)))
         resident = max(1, each.resident // warps)
-        for candidate in range(1, min(64, max(1, spans // 4)) + 1):
+        most_chunks = 1 if each.units else min(64, max(1, spans // 4))
+        for candidate in range(1, most_chunks + 1):
             programs = b * math.ceil(d / block) * candidate
             whole, rest = divmod(math.ceil(programs / processors), resident)
             time = whole * (5.5 + 0.725 * resident * warps)
@@ -139,4 +150,6 @@ def _expected(
             if each.split and candidate == 1 and programs > processors * resident:
                 time = programs / (processors * resident) * (5.5 + 0.725 * resident * warps)
             time *= (1 + each.extra * (candidate - 1) / candidate) * each.slower / candidate
-            yield time, Cut(block, warps, each.resident, candidate, each.split)
+            if candidate > 1:
+                time *= each.cutting
+            yield time, Cut(block, warps, each.resident, candidate, each.split, each.units)
