@@ -53,9 +53,9 @@ class Part:
 
 def sanitizer(tool: str) -> Part:
     """The kernels' small tests under a tool of compute-sanitizer."""
-    tests = [sys.executable, "-m", "pytest", "-q", *QUIET, *SANITIZED, "-k", CHECKED]
+    tests = [sys.executable, "-m", "pytest", "-v", *QUIET, *SANITIZED, "-k", CHECKED]
     command = ["compute-sanitizer", "--tool", tool, *tests, "--timeout", "0"]
-    return Part(command, 300, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return Part(command, 200, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 TESTS = (
@@ -72,7 +72,7 @@ PARTS = {
         (
             sys.executable, "-m", "pytest", "-v", "-n", "12", "--dist", "loadgroup",
             *QUIET, *TESTS,
-        ), 400,
+        ), 240,
     ),
     "memcheck": sanitizer("memcheck"),
     "racecheck": sanitizer("racecheck"),
@@ -107,12 +107,14 @@ def main(logs: Path, only: Sequence[str], seconds: float) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
     chosen = [name for name in PARTS if name in only]
+    begun = time.monotonic()
     running = [(name, start(name, logs)) for name in chosen if name in TOGETHER]
     for name, process in running:
-        finish(name, process, end)
+        finish(name, process, begun, end)
     for name in chosen:
         if name not in TOGETHER:
-            finish(name, start(name, logs), end)
+            begun = time.monotonic()
+            finish(name, start(name, logs), begun, end)
     found = {name: read(logs / f"{name}.log") for name in chosen}
     print_table(found, {name: logs / f"{name}.log" for name in chosen})
 
@@ -134,11 +136,10 @@ def start(name: str, logs: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def finish(name: str, process: subprocess.Popen[bytes], end: float) -> None:
-    """Wait for a part, within its time and what is left of all."""
-    begun = time.monotonic()
+def finish(name: str, process: subprocess.Popen[bytes], begun: float, end: float) -> None:
+    """Wait for a part, within its time since it has begun and what is left of all."""
     try:
-        process.wait(max(1.0, min(PARTS[name].most_s, end - begun)))
+        process.wait(max(1.0, min(begun + PARTS[name].most_s, end) - time.monotonic()))
         how = f"exit {process.returncode}"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # and what it started
