@@ -169,9 +169,11 @@ __device__ __forceinline__ void scan(const Forward& f, Shared& shared, int threa
             wait(at + OFFSET(full), ring.parity);
             compute(at);
             ring.next(SCANS);
-            if (turn > first) {
+            if (turn > 0) {  // at the begin of a part, too: none may be two turns ahead of another
                 wait(may_take, passes);
                 passes ^= 1;
+            }
+            if (turn > first) {
                 const float2 v = two(takes);
                 h[0] = v.x, h[1] = v.y;
             }
@@ -190,12 +192,12 @@ __device__ __forceinline__ void scan(const Forward& f, Shared& shared, int threa
                 }
             if (turn < last) {
                 two(puts) = make_float2(h[0], h[1]);
-                arrive(has_put);
             } else if (share.for_next) {
                 *reinterpret_cast<float2*>(handed) = make_float2(h[0], h[1]);
             } else if (active) {
                 *reinterpret_cast<float2*>(f.ends + in_row) = make_float2(h[0], h[1]);
             }
+            arrive(has_put);
 #pragma unroll
             for (int eight = 0; eight < TURN / 8; eight++) {
                 float2 y;
