@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import hopper_on_cpu
+import races_on_cpu
 
 from blackmamba.ops.gpu.cuda import one_text
 
@@ -46,6 +47,11 @@ inline int max(int a, int b) { return a < b ? b : a; }
 inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 static struct { int x; } threadIdx, blockIdx, gridDim;
+inline void copy(void* to, const void* from, unsigned long n) {
+    race_access(from, n, false), race_access(to, n, true);
+    __builtin_memcpy(to, from, n);
+}
+#define memcpy copy
 
 // Shared memory. Its first address is not 0, so that a kernel has to align by itself.
 alignas(16) static char memory[1 << 18];
@@ -67,6 +73,10 @@ static Thread threads[1024];
 alignas(64) static char stacks[1024][stack_bytes];
 static jmp_buf outside;
 static int current, n_threads, moves;  // `moves` counts what waiting threads cannot do
+static int acts_for = -1;  // whose accesses to memory are made now, if not the current thread's
+extern "C" __attribute__((no_sanitize_thread)) int race_thread() {
+    return acts_for < 0 ? current : acts_for;
+}
 static char trouble[1024];
 static void leave() { if (!_setjmp(threads[current].at)) _longjmp(outside, 1); }
 static void fail(const char* text, ...) {
@@ -95,22 +105,30 @@ static bool wait(Barrier& b, int n, const char* what) {
     wait_until([&] { return b.turn != turn; }, what, n);
     return false;
 }
-inline void __syncwarp() { wait(of_warp[current / 32], 32, "its warp"); }
-inline void __syncthreads() { wait(of_block[0], n_threads, "all %d threads"); }
+// The same, and what was done to memory is done, for all.
+static void order(Barrier& b, int n, const char* what) {
+    race_arrive(current, &b);
+    if (b.arrived == n - 1) race_all_arrived(&b);
+    wait(b, n, what);
+    race_go_on(current, &b);
+}
+inline void meet() { wait(of_warp[current / 32], 32, "its warp"); }
+inline void __syncwarp() { order(of_warp[current / 32], 32, "its warp"); }
+inline void __syncthreads() { order(of_block[0], n_threads, "all %d threads"); }
 
 // What threads pass on in a turn is read before the next turn but one.
 static unsigned passed_on[2][1024], turns[1024];
 template <typename T> T __shfl_xor_sync(unsigned, T v, int mask) {
     unsigned* const values = passed_on[turns[current]++ % 2];
     memcpy(&values[current], &v, 4);
-    __syncwarp();
+    meet();
     memcpy(&v, &values[current ^ mask], 4);
     return v;
 }
 template <typename T> T __shfl_sync(unsigned, T v, int lane) {
     unsigned* const values = passed_on[turns[current]++ % 2];
     memcpy(&values[current], &v, 4);
-    __syncwarp();
+    meet();
     memcpy(&v, &values[current / 32 * 32 + lane], 4);
     return v;
 }
@@ -126,7 +144,7 @@ inline void by_units(float* d, const float* a, float b0, float b1) {
     float* const mine = shared_by_warp[current];
     for (int j = 0; j < 4; j++) mine[j] = cut(a[j]);
     mine[4] = cut(b0), mine[5] = cut(b1);
-    __syncwarp();
+    meet();
     const int first = current / 32 * 32, g = current % 32 / 4, k = current % 4;
     for (int j = 0; j < 4; j++) {
         const int row = g + j / 2 * 8, column = 2 * k + j % 2;
@@ -134,7 +152,7 @@ inline void by_units(float* d, const float* a, float b0, float b1) {
             d[j] += shared_by_warp[first + row % 8 * 4 + i % 4][row / 8 + i / 4 * 2] *
                     shared_by_warp[first + column * 4 + i % 4][4 + i / 4];
     }
-    __syncwarp();
+    meet();
 }
 inline void by_units(float* d, float a0, float a1, float b) {
     const float a[4] = {a0, a1, 0.f, 0.f};
@@ -149,7 +167,7 @@ inline void pairs_by_units(float* d, const unsigned* a, unsigned b0, unsigned b1
     unsigned* const mine = pairs_by_warp[current];
     for (int j = 0; j < 4; j++) mine[j] = a[j];
     mine[4] = b0, mine[5] = b1;
-    __syncwarp();
+    meet();
     const int first = current / 32 * 32, g = current % 32 / 4, k = current % 4;
     for (int j = 0; j < 4; j++) {
         const int row = g + j / 2 * 8, column = 2 * k + j % 2;
@@ -159,7 +177,7 @@ inline void pairs_by_units(float* d, const unsigned* a, unsigned b0, unsigned b1
             d[j] += of_pair(of_row[row / 8 + i / 8 * 2], i) * of_pair(of_column[4 + i / 8], i);
         }
     }
-    __syncwarp();
+    meet();
 }
 // Four 8 x 8 matrices of 16 bits, of which thread 8 i + j knows where row j of the i-th is.
 static unsigned rows_by_warp[1024];
@@ -170,17 +188,17 @@ static char* of_matrix(int i) {
 inline void know_row(unsigned address) {
     if (address % 16) fail("a row at %u, not at a multiple of 16 bytes", address);
     rows_by_warp[current] = address;
-    __syncwarp();
+    meet();
 }
 inline void matrices_from(unsigned* v, unsigned address) {
     know_row(address);
     for (int i = 0; i < 4; i++) memcpy(v + i, of_matrix(i), 4);
-    __syncwarp();
+    meet();
 }
 inline void matrices_to(unsigned address, const unsigned* v) {
     know_row(address);
     for (int i = 0; i < 4; i++) memcpy(of_matrix(i), v + i, 4);
-    __syncwarp();
+    meet();
 }
 // A says which numbers of B are taken; one that is infinite or NaN as float16 makes all of its
 // column NaN.
@@ -188,7 +206,7 @@ inline void halves_by_units(unsigned* d, const unsigned* a, unsigned b0, unsigne
     unsigned* const mine = pairs_by_warp[current];
     for (int j = 0; j < 4; j++) mine[j] = a[j];
     mine[4] = b0, mine[5] = b1;
-    __syncwarp();
+    meet();
     const int first = current / 32 * 32, g = current % 32 / 4, k = current % 4;
     for (int j = 0; j < 4; j++) {
         const int row = g + j / 2 * 8, column = 2 * k + j % 2;
@@ -205,7 +223,7 @@ inline void halves_by_units(unsigned* d, const unsigned* a, unsigned b0, unsigne
         if (taken != 1) fail("%d numbers would be added", taken);
         d[j / 2] = j % 2 ? d[j / 2] & 0xffff | number << 16 : number;
     }
-    __syncwarp();
+    meet();
 }
 """
 _COMES_LAST = r"""
@@ -247,15 +265,22 @@ static void run_block(int shared_bytes) {
         threads[i].first.uc_stack.ss_size = stack_bytes;
         makecontext(&threads[i].first, thread, 0);
     }
+    race_begin(memory, sizeof memory, n_threads);
+    unsigned random = blockIdx.x;
+    int held_back = -1;  // a warp, or none
     for (int left = n_threads; left;) {
         left = n_threads, moves = 0;
         for (current = 0; current < n_threads; current++) {
-            if (!threads[current].done) go_on(threads[current]);
+            if (!threads[current].done && current / 32 != held_back) go_on(threads[current]);
             if (*trouble) return;
             left -= threads[current].done;
         }
-        if (left && !moves) return tell_who_waits();
+        if (left && !moves && held_back < 0) return tell_who_waits();
+        random = random * 1664525 + 1013904223;
+        if (!moves) held_back = -1;
+        else if (SOME_WAIT && held_back < 0) held_back = random % 0x10000 * (n_threads / 32) >> 16;
     }
+    if (const char* what = race_end()) snprintf(trouble, sizeof trouble, "%s", what);
     if (const char* what = not_ended()) snprintf(trouble, sizeof trouble, "%s", what);
     for (int i = shared_bytes; i < sizeof memory; i++)
         if (memory[i] != -1)
@@ -334,7 +359,12 @@ class Kernel:
     """Takes the place of `blackmamba.ops.gpu.cuda.Kernel`."""
 
     def __init__(
-        self, sources: Sequence[Path], name: str, defines: Mapping[str, int], folder: Path
+        self,
+        sources: Sequence[Path],
+        name: str,
+        defines: Mapping[str, int],
+        folder: Path,
+        races: bool = False,
     ):
         assert CXX is not None
         text = one_text(sources)
@@ -345,7 +375,8 @@ class Kernel:
         last = last.replace("ARGUMENTS", _ARGUMENTS.get(name, "Backward"))
         number = len(list(folder.glob("*.cpp")))
         code, library = folder / f"{number}.cpp", folder / f"{number}.so"
-        code.write_text(_COMES_FIRST + hopper_on_cpu.COMES_FIRST + text + last)
+        first = races_on_cpu.DECLARATIONS + _COMES_FIRST + hopper_on_cpu.COMES_FIRST
+        code.write_text(first + text + last)
         flags = [f"-D{key}={value}" for key, value in defines.items()]
         command = [
             CXX,
@@ -355,10 +386,16 @@ class Kernel:
             "-std=c++17",
             "-w",
             "-Wno-psabi",
-            "-shared",
             "-fPIC",
         ]
-        subprocess.run([*command, *flags, "-o", library, code], check=True)
+        if races:  # linked without the library that would look for them
+            binary = code.with_suffix(".o")
+            looked_for = [*races_on_cpu.FLAGS, "-c", "-o", binary, code]
+            subprocess.run([*command, *flags, *looked_for], check=True)
+            linked = [binary, races_on_cpu.compiled(folder, CXX)]
+            subprocess.run([CXX, "-shared", "-o", library, *linked], check=True)
+        else:
+            subprocess.run([*command, *flags, "-shared", "-o", library, code], check=True)
         self._name = name
         self._run = ctypes.CDLL(str(library)).run
         self._run.restype = ctypes.c_char_p
@@ -373,14 +410,17 @@ class Kernel:
             raise RuntimeError(f"{self._name}: {trouble.decode()}")
 
 
-def kernels(folder: Path, made: Callable[[str], object] = str) -> Callable[..., Kernel]:
-    """Takes the place of `blackmamba.ops.gpu.cuda.kernel`; `made` is told the name of each."""
+def kernels(
+    folder: Path, made: Callable[[str], object] = str, races: bool = False
+) -> Callable[..., Kernel]:
+    """Takes the place of `blackmamba.ops.gpu.cuda.kernel`; `made` is told the name of each, a race
+    in shared memory fails the launch if `races`."""
 
     @functools.cache
     def kernel(
         sources: tuple[Path, ...], name: str, defines: tuple[tuple[str, int], ...]
     ) -> Kernel:
         made(name)
-        return Kernel(sources, name, dict(defines), folder)
+        return Kernel(sources, name, dict(defines), folder, races)
 
     return lambda sources, name, defines, *_: kernel(sources, name, defines)

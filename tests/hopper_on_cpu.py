@@ -26,16 +26,18 @@ static Arrivals& arrivals_at(unsigned address) {
     return b;
 }
 static void end_phase(Arrivals& b) {
-    if (!b.missing && !b.bytes) b.missing = b.expected, b.phase ^= 1;
+    if (!b.missing && !b.bytes) b.missing = b.expected, b.phase ^= 1, race_all_arrived(&b);
     moves++;
 }
 static void make_arrivals(unsigned address, int expected) {
     const auto n = (unsigned)expected;
+    race_barrier_at(at_address(address), 8);
     *(Arrivals*)at_address(address) = {0, n, n, 0, 0x5a};
 }
 static void arrive_at(unsigned address, int bytes = 0) {
     Arrivals& b = arrivals_at(address);
     if (!b.missing) fail("more than %d arrive at the barrier at %u", b.expected, address);
+    race_arrive(current, &b);
     b.bytes += bytes, b.missing--;
     end_phase(b);
 }
@@ -43,6 +45,16 @@ static void wait_for_phase(unsigned address, unsigned parity) {
     const Arrivals& b = arrivals_at(address);
     if (parity > 1) fail("parity %u", parity);
     wait_until([&] { return b.phase != parity; }, "phase %u of the barrier at %u", parity, address);
+    race_go_on(current, &b);
+}
+
+// Counts from 0 to the most, and returns what it was.
+static unsigned count(unsigned& n, unsigned most) {
+    race_barrier_at(&n, 4);
+    race_arrive(current, &n), race_all_arrived(&n), race_go_on(current, &n);
+    const unsigned before = n;
+    n = n == most ? 0 : n + 1;
+    return before;
 }
 
 // ---- TMA
@@ -64,6 +76,7 @@ static void fetch_box(
             memcpy(at_address(swizzled(to + (i * wide + j) * 2)), &v, 2);
         }
     Arrivals& b = arrivals_at(barrier);
+    race_arrive(current, &b);
     b.bytes -= wide * high * 2;
     end_phase(b);
 }
@@ -135,6 +148,7 @@ static float number(u64 matrix, bool turned, int row, int k) {
 }
 static float of_a[16][16], of_b[256][16];
 static unsigned read_numbers(const Product& p) {
+    acts_for = current / 32 * 32;  // all of the warp wait for it
     const int first_row = current / 32 % 4 * 16;
     unsigned hash = 0;
     for (int k = 0; k < 16; k++) {
@@ -145,6 +159,7 @@ static unsigned read_numbers(const Product& p) {
         for (int i = 0; i < 16; i++) read(of_a[i][k], p.a, p.a_turned, first_row + i);
         for (int i = 0; i < p.columns; i++) read(of_b[i][k], p.b, p.b_turned, i);
     }
+    acts_for = -1;
     return hash;
 }
 static void make_product(const Product& p) {
@@ -230,7 +245,7 @@ MEANINGS = (
      "send_box(address_of(from), map.words, at, row, of);"),
     (r'asm volatile\("cp\.async\.bulk\.commit_group[^"]*" ::: "memory"\);', "wait_for_sent();"),
     (r'asm volatile\("atom\.shared\.inc\.u32[^;]*, 15;".*?: "memory"\);',
-     "before = done, done = done == 15 ? 0 : done + 1;"),
+     "before = count(done, 15);"),
     (r'"\+f"\((d\[[^\]]*\])\)', r"&\1"),
     (r'asm volatile\(PRODUCT\(NUMBERS\) : REGISTERS : "l"\(a\), "l"\(b\), "r"\(add\)\);',
      "float* const registers[] = {REGISTERS};"
@@ -239,7 +254,7 @@ MEANINGS = (
     (r'asm volatile\("wgmma\.commit_group.*?"memory"\);', "commit_products();"),
     (r'asm volatile\("wgmma\.wait_group.*?"memory"\);', "wait_for_products(LEFT);"),
     (r'asm volatile\("bar\.sync %0, (128|256);" ::"r"\((.*?)\) : "memory"\);',
-     r'wait(of_block[\2], \1, "%d threads");'),
+     r'order(of_block[\2], \1, "%d threads");'),
     (r'asm volatile\("(fence\.mbarrier_init|fence\.proxy)[^;]*;" ::: "memory"\);', ""),
     (r'asm volatile\("setmaxnreg[^;]*;"\);', ""),
 )  # fmt: skip

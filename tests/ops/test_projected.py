@@ -28,7 +28,7 @@ ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="takes long without a GPU")
 def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if DEVICE == "cuda":
         return
-    monkeypatch.setattr(cuda, "kernel", kernels(tmp_path))
+    monkeypatch.setattr(cuda, "kernel", kernels(tmp_path, races=True))
     take_place(monkeypatch)
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if DEVICE == "cuda":
         return
-    monkeypatch.setattr(cuda, "kernel", kernels(tmp_path))
+    monkeypatch.setattr(cuda, "kernel", kernels(tmp_path, races=True))
     monkeypatch.setattr(cuda, "runs_on", lambda _: True)
 
 
