@@ -341,6 +341,29 @@ def test_cuda_shares_rows_out(
         assert relative_error(actual[name], exact[name]) < 3e-6, name
 
 
+NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "seq_idx")
+Found = tuple[Tensor, Tensor, Tensor]
+
+
+def forward(inputs: dict[str, Tensor]) -> Found:
+    """y, the final state and the states that are kept."""
+    return scan._forward(*(inputs.get(name) for name in NAMES), True, True)  # pyright: ignore
+
+
+def check_forward(whole: Found, shared: Found, inputs: dict[str, Tensor]) -> Tensor:
+    """Both have the same bits, as near to float64 as plain PyTorch; the exact final state."""
+    for a, b in zip(whole, shared, strict=True):
+        assert torch.equal(a, b)
+    wide = {k: v if k == "seq_idx" else v.double() for k, v in inputs.items()}
+    eager, exact = (
+        selective_scan(**each, dt_softplus=True, backend="reference")  # pyright: ignore
+        for each in (inputs, wide)
+    )
+    for name, *of_each in zip(("y", "state"), shared, eager, exact, strict=False):
+        assert_within_budget(name, *of_each)
+    return exact[1]
+
+
 @CUDA_ON_CPU
 @pytest.mark.parametrize(
     ("at_once", "share"),
@@ -386,28 +409,16 @@ def test_cudas_forward_pass_in_equal_shares(
     monkeypatch.setattr(scan_cuda, "launch", launch_so)
     inputs = make(3, 73, 40, 16, dtype=dtype) | {"seq_idx": documents(3, 73)}
     inputs = {k: v for k, v in inputs.items() if k not in left_out}
-    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "seq_idx")
-    found: list[tuple[Tensor, ...]] = []
+    found: list[Found] = []
     for split in (False, True):
         tuning = plan.Tuning(block=16, numbers=4, resident=2, extra=0.6, split=split)
         monkeypatch.setattr(scan, "CUDA_FORWARD", (tuning,))
-        found.append(scan._forward(*(inputs.get(name) for name in names), True, True))  # pyright: ignore
+        found.append(forward(inputs))
     assert launched == ["scan_forward"]
     assert shares == [5, share]
     assert [len(t) for t in there] == [0, at_once if share > 5 else 0]
     assert not there[1].any()
-    for whole, shared in zip(*found, strict=True):
-        assert torch.equal(whole, shared)
-    wide = {k: v if k == "seq_idx" else v.double() for k, v in inputs.items()}
-    eager, exact = (
-        selective_scan(**each, dt_softplus=True, backend="reference")  # pyright: ignore
-        for each in (inputs, wide)
-    )
-    for name, *of_each in zip(("y", "state"), found[1], eager, exact, strict=False):
-        assert_within_budget(name, *of_each)
-
-
-NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "seq_idx")
+    check_forward(*found, inputs)
 
 
 @pytest.fixture
@@ -417,11 +428,6 @@ def by_units(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     faster = (dataclasses.replace(plan.CUDA_FORWARD_UNITS[0], slower=0),)
     monkeypatch.setattr(scan, "CUDA_FORWARD_UNITS", faster)
     return launched
-
-
-def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state and the states that are kept."""
-    return scan._forward(*(inputs.get(name) for name in NAMES), True, True)  # pyright: ignore
 
 
 @CUDA_ON_CPU
@@ -439,21 +445,13 @@ def test_the_forward_pass_by_matrix_units(
     same, and near those of float64."""
     inputs = make(3, 145, 40, 16, dtype=torch.bfloat16) | {"seq_idx": documents(3, 145)}
     inputs = {k: v for k, v in inputs.items() if k not in left_out}
-    found: list[tuple[Tensor, ...]] = []
+    found: list[Found] = []
     for processors in (100, at_once):
         monkeypatch.setattr(call, "_processors", lambda _, n=processors: n)
         found.append(forward(inputs))
     assert by_units == ["scan_forward_units"]
-    for whole, shared in zip(*found, strict=True):
-        assert torch.equal(whole, shared)
-    wide = {k: v if k == "seq_idx" else v.double() for k, v in inputs.items()}
-    eager, exact = (
-        selective_scan(**each, dt_softplus=True, backend="reference")  # pyright: ignore
-        for each in (inputs, wide)
-    )
-    for name, *of_each in zip(("y", "state"), found[1], eager, exact, strict=False):
-        assert_within_budget(name, *of_each)
-    assert relative_error(found[1][1], exact[1]) < 3e-6
+    exact_state = check_forward(*found, inputs)
+    assert relative_error(found[1][1], exact_state) < 3e-6
 
 
 @CUDA_ON_CPU

@@ -219,6 +219,7 @@ __device__ __forceinline__ void scan(const Forward& f, Shared& shared, int threa
 // shared memory, where no thread sees another's.
 struct Reader {
     int t, part, c4, left;  // left: tokens
+    bool inside;
     Number *first, *second;
     int of_first, of_second;  // bytes of a token
     u32 first_at, end_at, now_at, before_at;  // where this stage's numbers are, and those of the one before, AHEAD behind it
@@ -228,11 +229,6 @@ struct Reader {
     __device__ __forceinline__ Number* in(const Rows& tensor, const Share& share) const {
         return at(tensor.data + share.row * tensor.row + c4, tensor, share.from + t);
     }
-    __device__ __forceinline__ void begin(const Share& share, const Rows& one, const Rows& other) {
-        copied();  // what was asked for behind the part before
-        c4 = share.first_channel + part * 4;
-        first = in(one, share), second = in(other, share), of_first = one.token, of_second = other.token;
-    }
     // Of the stage that is `ahead` of this one.
     __device__ __forceinline__ void ask(u32 to, int ahead, bool has_first, bool has_second) {
         const bool here = left > ahead * STAGE;
@@ -241,7 +237,11 @@ struct Reader {
         first = shifted(first, STAGE, of_first), second = shifted(second, STAGE, of_second);
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
-    __device__ __forceinline__ void begin_to_ask(bool has_first, bool has_second) {
+    __device__ __forceinline__ void begin(
+        const Share& share, int channels, const Rows& one, const Rows& other, bool has_first, bool has_second) {
+        copied();  // what was asked for behind the part before
+        c4 = share.first_channel + part * 4, inside = c4 < channels, left = inside ? share.to - share.from - t : 0;
+        first = in(one, share), second = in(other, share), of_first = one.token, of_second = other.token;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) ask(first_at + i * BYTES, i, has_first, has_second);
         now_at = first_at, before_at = end_at - BYTES;
@@ -272,13 +272,10 @@ __device__ __forceinline__ void prepare(const Forward& f, Shared& shared, int th
     Ring ring(shared, half);
 #pragma unroll 1
     for (Share share(f); share.next(f);) {
-        reader.begin(share, f.x, f.dt);
-        const bool inside = reader.c4 < f.s.d;
-        reader.left = inside ? share.to - share.from - reader.t : 0;
-        reader.begin_to_ask(true, true);
+        reader.begin(share, f.s.d, f.x, f.dt, true, true);
         float bias[4] = {};
 #if HAS_BIAS
-        if (inside) scaled4(bias, *reinterpret_cast<const float4*>(f.bias + reader.c4), 1.f);
+        if (reader.inside) scaled4(bias, *reinterpret_cast<const float4*>(f.bias + reader.c4), 1.f);
 #endif
         const int first_t = share.from + half * TURN;
         int left_to_copy = share.to - first_t - copies_t;
@@ -340,13 +337,10 @@ __device__ __forceinline__ void finish(const Forward& f, Shared& shared, int thr
     for (int i = 0; i < TURNS; i += 2) arrive(ring.at + i * (u32)sizeof(Turn) + OFFSET(full));  // no sums are there to be read
 #pragma unroll 1
     for (Share share(f); share.next(f);) {
-        reader.begin(share, f.x, f.z);
-        const bool inside = reader.c4 < f.s.d;
-        reader.left = inside ? share.to - share.from - reader.t : 0;
-        reader.begin_to_ask(HAS_D, HAS_Z);
+        reader.begin(share, f.s.d, f.x, f.z, HAS_D, HAS_Z);
         float skip[4] = {};
 #if HAS_D
-        if (inside) scaled4(skip, *reinterpret_cast<const float4*>(f.D + reader.c4), 1.f);
+        if (reader.inside) scaled4(skip, *reinterpret_cast<const float4*>(f.D + reader.c4), 1.f);
 #endif
         Number* y = reader.in(f.y, share);
 #pragma unroll 1
