@@ -427,6 +427,7 @@ def by_units(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     hopper_on_cpu.take_place(monkeypatch)
     faster = (dataclasses.replace(plan.CUDA_FORWARD_UNITS[0], slower=0),)
     monkeypatch.setattr(scan, "CUDA_FORWARD_UNITS", faster)
+    monkeypatch.setattr(scan, "UNITS_BY_DEFAULT", True)
     return launched
 
 

@@ -29,6 +29,7 @@ from blackmamba.ops.selective_scan.plan import (
     FORWARD,
     OTHERS,
     SPAN,
+    UNITS_BY_DEFAULT,
     Plan,
     Tuning,
 )
@@ -88,8 +89,8 @@ def _forward(
         return y, final_state.copy_(initial_state), starts
     call = Call(x, dt, A, B, C, D, z, dt_bias, seq_idx, dt_softplus)
     by_cuda = cuda.fits(call.n_padded, [call.x, call.dt, call.z, y], [call.D, call.dt_bias])
-    usual = CUDA_FORWARD + (CUDA_FORWARD_UNITS if cuda.fits_units(call.x, B, C) else ())
-    call.pack(zeros=call.most_blocks(usual) if by_cuda else 0)
+    units = CUDA_FORWARD_UNITS if cuda.fits_units(call.x, B, C) else ()
+    call.pack(zeros=call.most_blocks(CUDA_FORWARD + units) if by_cuda else 0)
     first = None if initial_state is None else call.padded_state(initial_state)
     last = (
         final_state
@@ -105,8 +106,10 @@ def _forward(
         _launch_forward(call, cut, by_cuda, begin, y, starts, last, last, keep=keep)
 
     if by_cuda:
-        tunings, others = _fitting("scan_forward", usual, call.x)
-        call.run_best("forward, CUDA", tunings, others, run)
+        tunings, others = _fitting("scan_forward", CUDA_FORWARD, call.x)
+        if UNITS_BY_DEFAULT:
+            tunings += units
+        call.run_best("forward, CUDA", tunings, others + units, run)
     else:
         call.run_best("forward", (FORWARD,), OTHERS, run)
     if last is not final_state:
