@@ -192,7 +192,8 @@ def print_outcome(name: str, text: str) -> None:
     """Of tests, or of tests under a sanitizer."""
     counts = re.findall(r"(?m)^=* ?((?:\d+ \w+,? ?)+) in [\d.]+s", text)
     errors = re.findall(r"SUMMARY: (.*)", text)
-    line(name, "; ".join([*counts, *errors]) or "no end", "no failure", _all_passed(counts, errors))
+    passed = _all_passed(counts, errors) and (name == "tests" or bool(errors))
+    line(name, "; ".join([*counts, *errors]) or "no end", "no failure", passed)
     for failed in dict.fromkeys(re.findall(r"(?m)^FAILED (\S+)", text)):
         print(f"    {failed}")
 

@@ -185,3 +185,17 @@ def test_times_off_a_line_are_shares_of_them(script):
     proportional = [1e-6 * n for n in lengths]
     assert script.off_a_line(lengths, proportional) < 1e-9
     assert 0.15 < script.off_a_line(lengths, [*proportional[:3], proportional[3] * 1.5]) < 0.5
+
+
+@pytest.mark.parametrize("script", ["gpu_all"], indirect=True)
+def test_a_sanitizer_that_does_not_end_is_not_met(script, capsys):
+    passed, clean = "3 passed in 2.0s\n", "=== RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n"
+    for name, text, met in (
+        ("tests", passed, True),
+        ("tests", "", False),
+        ("racecheck", passed, False),
+        ("racecheck", passed + clean, True),
+        ("racecheck", passed + clean.replace("0 hazards", "3 hazards"), False),
+    ):
+        script.print_outcome(name, text)
+        assert ("NOT met" in capsys.readouterr().out) != met, (name, text)
