@@ -265,6 +265,7 @@ static void run_block(int shared_bytes) {
         threads[i].first.uc_stack.ss_size = stack_bytes;
         makecontext(&threads[i].first, thread, 0);
     }
+    acts_for = -1;  // where a launch before has failed
     race_begin(memory, sizeof memory, n_threads);
     unsigned random = blockIdx.x;
     int held_back = -1;  // a warp, or none

@@ -502,6 +502,23 @@ def test_matrix_units_pass_the_state_through_bit_for_bit(by_units: list[str]):
 
 
 @CUDA_ON_CPU
+def test_tune_may_choose_matrix_units(by_units: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Where they are not the default."""
+    monkeypatch.setattr(scan, "UNITS_BY_DEFAULT", False)
+    inputs = make(1, 20, 16, 16, dtype=torch.bfloat16)
+    forward(inputs)
+    assert "scan_forward_units" not in by_units
+
+    def pick(_: str, __: str, default: plan.Cut, candidates: Any, ___: Any) -> plan.Cut:
+        assert not default.units
+        return next(cut for cut in candidates() if cut.units)
+
+    monkeypatch.setattr(call.tuning, "pick", pick)
+    forward(inputs)
+    assert by_units[-1] == "scan_forward_units"
+
+
+@CUDA_ON_CPU
 @pytest.mark.parametrize("wide", ["B", "C", "all"])
 def test_matrix_units_are_for_bfloat16_alone(wide: str, by_units: list[str]):
     inputs = make(1, 20, 16, 16, dtype=torch.bfloat16)

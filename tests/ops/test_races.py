@@ -118,7 +118,7 @@ def _scan_inputs(b: int, l: int, d: int, dtype: torch.dtype) -> dict[str, Tensor
 @pytest.mark.parametrize(
     ("units", "shape"),
     [
-        (False, (2, 60, 56)),
+        (False, (5, 60, 56)),
         (True, (2, 330, 56)),
         (True, (5, 20, 56)),
         (True, (3, 49, 40)),

@@ -186,7 +186,7 @@ class Call:
         flags |= {"HAS_D": int(self.D is not None), "SHORT_BC": int(short)}
         flags |= {"MIN_BLOCKS": plan.resident // plan.warps, **defines}
         tensors = {**shared, **tensors}
-        warps = plan.warps * (5 if plan.units else 1)
+        warps = plan.warps * (5 if plan.units else 1)  # roles: three scan, two do the rest
         cuda.launch(name, math.ceil(of_all / share), warps, sizes, tensors, flags)
 
     def padded_state(self, state: Tensor) -> Tensor:
