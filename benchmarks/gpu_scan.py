@@ -45,7 +45,6 @@ from blackmamba.ops.selective_scan.plan import (
     CUDA_FORWARD,
     CUDA_FORWARD_UNITS,
     CUDA_OTHERS,
-    UNITS_BY_DEFAULT,
     Plan,
     Tuning,
     cuts,
@@ -114,15 +113,13 @@ def compare_plans(which: str, repeats: int) -> None:
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     usual = scan_call.plan
     here = torch.device("cuda", torch.cuda.current_device())
-    units = CUDA_FORWARD_UNITS if hopper.runs_on(here) else ()
-    forward = CUDA_FORWARD + (units if UNITS_BY_DEFAULT else ())
+    forward = CUDA_FORWARD + (CUDA_FORWARD_UNITS if hopper.runs_on(here) else ())
     with torch.cuda.stream(torch.cuda.Stream()):
         for shape in SHAPES:
             size = (*shape, N_STATES, processors)
             mine = forward if which == "forward" else CUDA_BACKWARD
             rows: list[tuple[float, Plan]] = []
-            more = units if which == "forward" else ()
-            for cut in dict.fromkeys(cuts(*size, *mine, *more, *CUDA_OTHERS)):
+            for cut in dict.fromkeys(cuts(*size, *mine, *CUDA_OTHERS)):
                 tried = functools.partial(tried_plan, usual, mine, planned(cut, shape[1]))
                 scan_call.plan = tried
                 call = scan_calls(*shape)[0 if which == "forward" else 1]

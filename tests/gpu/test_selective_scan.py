@@ -268,7 +268,6 @@ def by_units(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names, launch = list[str](), cuda.launch
     faster = (dataclasses.replace(plan.CUDA_FORWARD_UNITS[0], slower=0),)
     monkeypatch.setattr(gpu, "CUDA_FORWARD_UNITS", faster)
-    monkeypatch.setattr(gpu, "UNITS_BY_DEFAULT", True)
 
     def launched(name: str, *rest: Any) -> None:
         names.append(name)

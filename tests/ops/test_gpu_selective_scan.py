@@ -427,7 +427,6 @@ def by_units(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     hopper_on_cpu.take_place(monkeypatch)
     faster = (dataclasses.replace(plan.CUDA_FORWARD_UNITS[0], slower=0),)
     monkeypatch.setattr(scan, "CUDA_FORWARD_UNITS", faster)
-    monkeypatch.setattr(scan, "UNITS_BY_DEFAULT", True)
     return launched
 
 
@@ -503,8 +502,9 @@ def test_matrix_units_pass_the_state_through_bit_for_bit(by_units: list[str]):
 
 @CUDA_ON_CPU
 def test_tune_may_choose_matrix_units(by_units: list[str], monkeypatch: pytest.MonkeyPatch):
-    """Where they are not the default."""
-    monkeypatch.setattr(scan, "UNITS_BY_DEFAULT", False)
+    """Where they are not expected to be the fastest, but nearly."""
+    slower = (dataclasses.replace(plan.CUDA_FORWARD_UNITS[0], slower=1),)
+    monkeypatch.setattr(scan, "CUDA_FORWARD_UNITS", slower)
     inputs = make(1, 20, 16, 16, dtype=torch.bfloat16)
     forward(inputs)
     assert "scan_forward_units" not in by_units

@@ -135,7 +135,7 @@ def test_scan_forward(
     """In shares, so that blocks end within rows, or do several."""
     monkeypatch.setattr(call, "_processors", lambda _: 2)
     monkeypatch.setattr(scan, "CUDA_FORWARD", () if units else plan.CUDA_FORWARD[4:5])
-    monkeypatch.setattr(scan, "UNITS_BY_DEFAULT", units)
+    monkeypatch.setattr(scan, "CUDA_FORWARD_UNITS", plan.CUDA_FORWARD_UNITS if units else ())
     inputs = _scan_inputs(*shape, torch.bfloat16)
     seq_idx = torch.arange(shape[1]).expand(shape[0], -1) // 50
     selective_scan(**inputs, dt_softplus=True, seq_idx=seq_idx, backend="triton")  # pyright: ignore

@@ -29,7 +29,6 @@ from blackmamba.ops.selective_scan.plan import (
     FORWARD,
     OTHERS,
     SPAN,
-    UNITS_BY_DEFAULT,
     Plan,
     Tuning,
 )
@@ -107,9 +106,7 @@ def _forward(
 
     if by_cuda:
         tunings, others = _fitting("scan_forward", CUDA_FORWARD, call.x)
-        if UNITS_BY_DEFAULT:
-            tunings += units
-        call.run_best("forward, CUDA", tunings, others + units, run)
+        call.run_best("forward, CUDA", tunings + units, others, run)
     else:
         call.run_best("forward", (FORWARD,), OTHERS, run)
     if last is not final_state:

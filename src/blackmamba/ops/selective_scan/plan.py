@@ -83,9 +83,6 @@ CUDA_FORWARD_UNITS = (
     Tuning(block=16, numbers=2, resident=4, extra=0, slower=0.31, split=True, units=True),
 )
 """Besides, for bfloat16 on NVIDIA's Hopper."""
-UNITS_BY_DEFAULT = False
-"""Whether `CUDA_FORWARD_UNITS` are for all, or only where `blackmamba tune` chose them: the kernel
-was faster, but has not run on a GPU since a deadlock was mended."""
 CUDA_OTHERS = tuple(
     Tuning(block=block, numbers=4, resident=resident, extra=0.4)
     for block in (16, 32, 48, 64, 80)  # the backward pass takes warps by twos
