@@ -228,7 +228,7 @@ def test_the_forward_pass_in_equal_shares(
         return with_gradients(narrow, "triton", seq_idx=seq_idx)
 
     monkeypatch.setattr(cuda, "launch", launched)
-    monkeypatch.setattr(call, "_processors", lambda _: 4)
+    monkeypatch.setattr("blackmamba.ops.gpu.processors", lambda _: 4)
     whole, shared = with_share(False), with_share(True)
     assert shares[0] == 21 < shares[1]  # spans of a row
     assert shares[1] % 21
@@ -251,7 +251,7 @@ def test_rows_that_are_shared_out(tuning: plan.Tuning, monkeypatch: pytest.Monke
         monkeypatch.setattr(call, "plan", forced)
         return with_gradients(narrow, "triton")
 
-    monkeypatch.setattr(call, "_processors", lambda _: 2)
+    monkeypatch.setattr("blackmamba.ops.gpu.processors", lambda _: 2)
     whole, shared = with_share(False), with_share(True)
     for name, expected in whole.items():
         if name in ("grad_A", "grad_D", "grad_dt_bias"):
@@ -292,7 +292,7 @@ def test_the_forward_pass_by_matrix_units(
     narrow, seq_idx = make(shape, torch.bfloat16), documents(*shape[:2]) if marked else None
     found: list[dict[str, Tensor]] = []
     for n in (10_000, processors):
-        monkeypatch.setattr(call, "_processors", lambda _, n=n: n)
+        monkeypatch.setattr("blackmamba.ops.gpu.processors", lambda _, n=n: n)
         found.append(with_gradients(narrow, "triton", seq_idx=seq_idx))
     assert by_units.count("scan_forward_units") == 2
     for name in ("y", "state"):

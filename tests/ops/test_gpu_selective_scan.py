@@ -330,7 +330,7 @@ def test_cuda_shares_rows_out(
 ):
     """More rows than blocks that run at once: most blocks do the begin of one and the end of
     another. What says that a state is there says so no more once it was taken."""
-    monkeypatch.setattr(call, "_processors", lambda _: 1)
+    monkeypatch.setattr("blackmamba.ops.gpu.processors", lambda _: 1)
     shape = (3, 73, 56, 16)
     exact = with_gradients(make(*shape), "reference")
     actual = with_gradients(make(*shape, dtype=torch.float32), "triton")
@@ -398,7 +398,7 @@ def test_cudas_forward_pass_in_equal_shares(
 ):
     """3 rows of 5 spans in 3 blocks of channels, of which the last is half empty: y, the final
     state and the states that are kept have the bits that they have where rows are whole."""
-    monkeypatch.setattr(call, "_processors", lambda _: at_once)
+    monkeypatch.setattr("blackmamba.ops.gpu.processors", lambda _: at_once)
     shares, launch = list[int](), scan_cuda.launch
 
     def launch_so(name: str, blocks: int, warps: int, sizes: tuple[int, ...], *rest: Any) -> None:
@@ -447,7 +447,7 @@ def test_the_forward_pass_by_matrix_units(
     inputs = {k: v for k, v in inputs.items() if k not in left_out}
     found: list[Found] = []
     for processors in (100, at_once):
-        monkeypatch.setattr(call, "_processors", lambda _, n=processors: n)
+        monkeypatch.setattr("blackmamba.ops.gpu.processors", lambda _, n=processors: n)
         found.append(forward(inputs))
     assert by_units == ["scan_forward_units"]
     exact_state = check_forward(*found, inputs)
@@ -555,7 +555,7 @@ def test_cuda_in_bfloat16_with_rows_shared_out(
     monkeypatch.setattr(scan, "CUDA_BACKWARD", plan.CUDA_BACKWARD[1:2])
     narrow = make(2, 35, 136, 16, dtype=torch.bfloat16)
     whole = with_gradients(narrow, "triton")
-    monkeypatch.setattr(call, "_processors", lambda _: 3)
+    monkeypatch.setattr("blackmamba.ops.gpu.processors", lambda _: 3)
     shared = with_gradients(narrow, "triton")
     assert set(launched) == {"scan_forward", "scan_backward"}
     for name, expected in whole.items():

@@ -21,6 +21,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return
     monkeypatch.setattr(cuda, "kernel", kernels(tmp_path, races=True))
     monkeypatch.setattr(cuda, "runs_on", lambda _: True)
+    monkeypatch.setattr("blackmamba.ops.gpu.processors", lambda _: 2)
 
 
 @pytest.mark.parametrize(

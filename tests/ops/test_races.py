@@ -16,8 +16,8 @@ from torch import Tensor
 from blackmamba.ops import selective_scan
 from blackmamba.ops.expert_mlp import hopper
 from blackmamba.ops.gpu import cuda
-from blackmamba.ops.selective_scan import call, plan
 from blackmamba.ops.selective_scan import gpu as scan
+from blackmamba.ops.selective_scan import plan
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 _SHARED = "extern __shared__ __align__(16) char memory[];\n"
@@ -133,7 +133,7 @@ def test_scan_forward(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """In shares, so that blocks end within rows, or do several."""
-    monkeypatch.setattr(call, "_processors", lambda _: 2)
+    monkeypatch.setattr("blackmamba.ops.gpu.processors", lambda _: 2)
     monkeypatch.setattr(scan, "CUDA_FORWARD", () if units else plan.CUDA_FORWARD[4:5])
     monkeypatch.setattr(scan, "CUDA_FORWARD_UNITS", plan.CUDA_FORWARD_UNITS if units else ())
     inputs = _scan_inputs(*shape, torch.bfloat16)
@@ -144,7 +144,7 @@ def test_scan_forward(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_scan_backward(dtype: torch.dtype, looked_for: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(call, "_processors", lambda _: 1)
+    monkeypatch.setattr("blackmamba.ops.gpu.processors", lambda _: 1)
     leaves = {k: v.requires_grad_() for k, v in _scan_inputs(3, 40, 40, dtype).items()}
     y, _ = selective_scan(**leaves, dt_softplus=True, backend="triton")  # pyright: ignore
     y.float().sum().backward()

@@ -59,6 +59,13 @@ def can_overlap() -> bool:
     )
 
 
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; of an H100, for the interpreter."""
+    if tensor.device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start a Triton kernel; `kernel[grid](...)`, whose constants no type describes."""
     kernel[grid](*args, **options)

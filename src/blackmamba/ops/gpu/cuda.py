@@ -23,6 +23,7 @@ NUMBERS = Path(__file__).with_name("numbers.cu")
 HOPPER = Path(__file__).with_name("hopper.cu")
 """What other files of a kernel may stand on, the second on the first."""
 _MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _USUAL_SHARED_BYTES = 48 * 1024  # that a block may have without being asked
 
 
@@ -33,6 +34,19 @@ def runs_on(tensor: Tensor) -> bool:
         and torch.version.hip is None
         and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
     )
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_uint64), ("value", ctypes.c_int), ("unused", ctypes.c_int * 15))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in (
+            "blocks", "blocks_y", "blocks_z", "threads", "threads_y", "threads_z", "shared_bytes",
+        )), ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)),
+        ("n_attributes", ctypes.c_uint),
+    )  # fmt: skip
 
 
 class Kernel:
@@ -70,18 +84,30 @@ class Kernel:
         self._shared_bytes = _USUAL_SHARED_BYTES
 
     def launch(
-        self, blocks: int, threads: int, arguments: ctypes.Structure, shared_bytes: int = 0
+        self,
+        blocks: int,
+        threads: int,
+        arguments: ctypes.Structure,
+        shared_bytes: int = 0,
+        overlap: bool = False,
     ) -> None:
-        """Queue the kernel, which takes one struct, on the current stream."""
+        """Queue the kernel, which takes one struct, on the current stream.
+
+        Args:
+            overlap: it may begin when all blocks of the kernel ahead have let it or ended, and
+                waits by itself for what that one writes; from Hopper on.
+        """
         if shared_bytes > self._shared_bytes:
             self._check(self._driver.cuFuncSetAttribute(self._function, _MOST_SHARED, shared_bytes))
             self._shared_bytes = shared_bytes
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+        attribute = _Attribute(_SERIALIZATION, 1)
+        config = _Config(
+            blocks, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.pointer(attribute), overlap
+        )
         self._check(
-            self._driver.cuLaunchKernel(
-                self._function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, pointer, None
-            )
+            self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, pointer, None)
         )
 
     def _check(self, result: int) -> None:

@@ -192,7 +192,7 @@ def _choose(
     flags |= {"PLACES": int("order" in found), "SHARED": shared}
     tensors = {"x": x, "update": update, "weight": weight, "router": columns, "bias": bias, **found}
     arguments = _Norm(t=t, eps=eps, **{name: v.data_ptr() for name, v in tensors.items()})
-    blocks = min(_processors(x), -(-t // cut.rows))
+    blocks = min(gpu.processors(x), -(-t // cut.rows))
     sources, index = (cuda.NUMBERS, Path(__file__).with_name("norm.cu")), x.device.index
     kernel = cuda.kernel(sources, "norm_and_choice", tuple(sorted(flags.items())), index)
     kernel.launch(blocks, 32 * cut.warps, arguments, shared)
@@ -202,12 +202,6 @@ def _shared_bytes(router: Tensor) -> int:
     """What the router and the norm's weight take there."""
     n_experts, m = router.shape
     return (n_experts + 1) * -(-m // 128) * 128 * 4
-
-
-def _processors(tensor: Tensor) -> int:
-    if tensor.device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 class _Norm(ctypes.Structure):

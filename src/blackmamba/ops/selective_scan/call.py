@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blackmamba.ops import gpu
 from blackmamba.ops.gpu import tuning
 from blackmamba.ops.selective_scan import cuda
 from blackmamba.ops.selective_scan.plan import SPAN, Plan, Tuning, cuts, plan, planned
@@ -87,7 +88,7 @@ class Call:
         run: Callable[[Plan], object],
     ) -> None:
         """Run a pass as it was measured to be fastest, or as `plan` expects it to be."""
-        size = (self.b, self.l, self.d, self.n_padded, _processors(self.x))
+        size = (self.b, self.l, self.d, self.n_padded, gpu.processors(self.x))
         b, l = (tuning.rounded(n) for n in size[:2])
         best = tuning.pick(
             f"selective_scan {name}",
@@ -109,7 +110,7 @@ class Call:
         most = 0
         for each in tunings:
             warps = each.block * self.n_padded // (32 * each.numbers)
-            at_once = _processors(self.x) * max(1, each.resident // warps)
+            at_once = gpu.processors(self.x) * max(1, each.resident // warps)
             if each.split and self.b * math.ceil(self.d / each.block) > at_once:
                 most = max(most, at_once)
         return most
@@ -119,7 +120,7 @@ class Call:
         rows are cut into chunks or fit at once. Never less: a row's tokens are done one after
         another, and parts of it by two blocks would only take turns."""
         of_row = plan.chunk // SPAN
-        at_once = _processors(self.x) * max(1, plan.resident // plan.warps)
+        at_once = gpu.processors(self.x) * max(1, plan.resident // plan.warps)
         cut = plan.split and plan.n_chunks == 1
         return max(of_row, math.ceil(self.grid(plan)[0] * of_row / at_once)) if cut else of_row
 
@@ -211,12 +212,6 @@ def rows(tensor: Tensor) -> Tensor:
 
 def strides(tensor: Tensor) -> tuple[int, int]:
     return tensor.stride(0), tensor.stride(1)
-
-
-def _processors(tensor: Tensor) -> int:
-    if tensor.device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def kernels() -> Any:
