@@ -132,6 +132,15 @@ template <typename T> T __shfl_sync(unsigned, T v, int lane) {
     memcpy(&v, &values[current / 32 * 32 + lane], 4);
     return v;
 }
+inline unsigned __ballot_sync(unsigned, bool holds) {
+    unsigned* const values = passed_on[turns[current]++ % 2];
+    values[current] = holds;
+    meet();
+    unsigned those = 0;
+    for (int lane = 0; lane < 32; lane++) those |= values[current / 32 * 32 + lane] << lane;
+    return those;
+}
+inline int __popc(unsigned those) { return __builtin_popcount(those); }
 inline void __threadfence() {}
 inline int atomicAdd(int* to, int n) { return (*to += n) - n; }
 static float shared_by_warp[1024][6];
@@ -325,6 +334,8 @@ _MEANINGS = (
     (r'asm volatile\("stmatrix[^;]*;".*?: "memory"\);', "matrices_to(row, v);"),
     (r'const u32 address = [^;]*;\s*asm volatile\("cp\.async\.cg.*?: "memory"\);',
      "memcpy(to, from, 16);"),
+    (r'asm volatile\("cp\.async\.cg[^"]*%2;" ::"r"\(to\).*?: "memory"\);',
+     "if (bytes) memcpy(at_address(to), from, 16); else memset(at_address(to), 0, 16);"),
     (r'asm volatile\("cp\.async\.cg[^"]*" ::"r"\(to\).*?: "memory"\);',
      "memcpy(at_address(to), from, 16);"),
     (r'asm volatile\("cp\.async\.ca[^"]*%3;".*?: "memory"\);',
@@ -345,6 +356,7 @@ _MEANINGS = (
     (r'asm volatile\("red\.global\.add\.v4\.f32.*?: "memory"\);',
      'if ((unsigned long long)to % 16) fail("16 bytes at %p", to);'
      "to[0] += a, to[1] += b, to[2] += c, to[3] += d;"),
+    (r'asm volatile\("griddepcontrol\.[^"]*" ::: "memory"\);', ""),
     (r"extern __shared__ (__align__\(16\) )?char memory\[\];", ""),
 )  # fmt: skip
 _ARGUMENTS = {
@@ -352,6 +364,7 @@ _ARGUMENTS = {
     "scan_forward_units": "Forward",
     "grouped_product": "Arguments",
     "norm_and_choice": "Arguments",
+    "few_product": "Arguments",
     "projected": "Arguments",
 }
 
@@ -402,9 +415,15 @@ class Kernel:
         self._run.restype = ctypes.c_char_p
 
     def launch(
-        self, blocks: int, threads: int, arguments: ctypes.Structure, shared_bytes: int = 0
+        self,
+        blocks: int,
+        threads: int,
+        arguments: ctypes.Structure,
+        shared_bytes: int = 0,
+        overlap: bool = False,
     ) -> None:
         """Run it to its end."""
+        assert not overlap
         bytes_ = ctypes.sizeof(arguments)
         trouble = self._run(blocks, threads, ctypes.byref(arguments), bytes_, shared_bytes)
         if trouble is not None:
