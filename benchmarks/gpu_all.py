@@ -24,8 +24,8 @@ QUIET = ("-p", "no:cacheprovider", "-p", "no:benchmark")  # pytest-benchmark war
 SANITIZED = (
     *(f"tests/ops/test_gpu_{name}.py" for name in (
         "selective_scan", "causal_conv1d", "expert_mlp", "norm_and_loss", "sinkhorn"
-    )), "tests/ops/test_projected.py", "tests/gpu/test_selective_scan.py",
-    "tests/gpu/test_expert_products.py",
+    )), "tests/ops/test_projected.py", "tests/ops/test_few_products.py",
+    "tests/gpu/test_selective_scan.py", "tests/gpu/test_expert_products.py",
 )  # fmt: skip
 CHECKED = (
     "(chunks and 48) or test_documents or (optional and bias) or (sort and 600 and 8)"
@@ -34,7 +34,8 @@ CHECKED = (
     " or (float64 and cuda and documents and 40) or (parts_of_wider and cuda)"
     " or (shared_out and 64) or (gated and True and 392) or (placed and True and 392)"
     " or (and_gradient and 392) or (the_forward_pass_in_equal_shares and 128 and documents)"
-    " or (by_matrix_units and 333 and documents)"
+    " or (by_matrix_units and 333 and documents) or (test_experts and None)"
+    " or (norms_and_convolves and None) or (test_keeps and None)"
     " or (float64 and True and 136 and 33) or (float64 and 131 and int64)"
 )
 """One test or two of each kernel: every one takes seconds in there."""
@@ -63,7 +64,8 @@ TESTS = (
         "activate", "backend", "causal_conv1d", "cuda", "expert_mlp", "norm_and_loss",
         "selective_scan", "sinkhorn", "tuning",
     )), *(f"tests/ops/test_{name}.py" for name in (
-        "adamw", "mamba_mixer", "projected", "prompt_norm", "rotary", "router_logits"
+        "adamw", "few_products", "mamba_mixer", "projected", "prompt_norm", "rotary",
+        "router_logits",
     )), *(f"tests/generate/test_{name}.py" for name in ("captured", "prefill", "prompt")),
     "tests/train/test_run.py::test_a_gpu_learns_the_same",
 )  # fmt: skip
@@ -93,8 +95,8 @@ PARTS = {
     "generation": Part(("benchmarks/gpu_generation.py",), 120),
     "generation-2.8b": Part(
         (
-            "benchmarks/gpu_generation.py", "--preset", "blackmamba-2.8b", "--batches", "1", "64",
-            "--contexts", "--prefills", "2048",
+            "benchmarks/gpu_generation.py", "--preset", "blackmamba-2.8b", "--batches", "1", "4",
+            "16", "64", "--contexts", "--prefills", "2048",
         ), 60,
     ),
 }  # fmt: skip

@@ -4,8 +4,9 @@ A step is some hundred kernels of microseconds; launched one by one, the host is
 Here they are recorded once and replayed with one call. A recording has room for SIZES sequences and
 is kept for the next that generates with the same model.
 
-For 1 and 2 sequences every kernel is our own, a matrix times few vectors (`narrow.py`). For more,
-and for models that go beyond the paper's router, products are the library's (`wide.py`).
+Of one sequence every kernel is our own, a matrix times a vector (`narrow.py`); of up to 16 on
+NVIDIA's Hopper in bfloat16, too, by matrix units (`few.py`). Of more, and of models that go beyond
+the paper's router, products are the library's (`wide.py`).
 
 Letters: b batch, v vocabulary.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from blackmamba.config import ModelConfig
 from blackmamba.errors import BackendError, InputError
+from blackmamba.generate import few
 from blackmamba.generate.decoder import KNOWN_MODULES, REPLACED_METHODS, beyond_the_paper
 from blackmamba.generate.narrow import NARROW, NarrowStep, launcher
 from blackmamba.generate.wide import WideStep
@@ -151,9 +153,9 @@ _PLAIN = frozenset(KNOWN_MODULES) - {QuantizedStorage, QuantizedLinear, Quantize
 class CapturedDecoder:
     """A batch of sequences that goes on one token at a time; as `Decoder` on a CPU.
 
-    The model is used as in evaluation mode. One and two sequences have float32 activations whatever
-    the weights are, so for a bfloat16 model the logits differ from those of `model.step` by that
-    one's rounding.
+    The model is used as in evaluation mode. One sequence has float32 activations whatever the
+    weights are, so for a bfloat16 model the logits differ from those of `model.step` by that one's
+    rounding.
 
     Args:
         model: on a GPU; see `cannot_capture`.
@@ -259,8 +261,10 @@ class _Recording:
         self.ids = torch.zeros(size, dtype=torch.int64, device=device)
         self.choice = torch.zeros(2, size, dtype=torch.int64, device=device)
         self.logits = new(size, config.vocab_size)
-        if size <= NARROW and beyond_the_paper(config) is None:
-            step = NarrowStep(model, size, new, self.ids, self.logits)
+        is_few = few.fits(model, size)
+        if beyond_the_paper(config) is None and (is_few or size <= NARROW):
+            kind = few.FewStep if is_few else NarrowStep
+            step = kind(model, size, new, self.ids, self.logits)
             self._step: Callable[[], None] = step
         else:
             step = WideStep(model, size, new)

@@ -41,6 +41,9 @@ class NarrowStep:
         logits: (b, v) float32, written by each step.
     """
 
+    vectors = torch.float32
+    """What products read, but for the stream."""
+
     def __init__(
         self,
         model: BlackMamba,
@@ -56,9 +59,10 @@ class NarrowStep:
         self._launches: list[Callable[[], object]] = []
         m, d, f = config.d_model, config.d_inner, max(config.d_expert, config.d_mlp, 1)
         self._x = new(size, m)
-        self._xz, self._y = new(size, 2 * d), new(size, d)
-        self._dbc = new(size, config.dt_rank + 2 * config.d_state)
-        self._hidden, self._gate = new(size, f), new(size)
+        self._xz, self._y = (new(size, wide).to(self.vectors) for wide in (2 * d, d))
+        wide = config.dt_rank + 2 * config.d_state
+        self._dbc = new(size, -(-wide // 8) * 8).to(self.vectors)[:, :wide]
+        self._hidden, self._gate = new(size, f).to(self.vectors), new(size)
         self._expert = torch.zeros(size, dtype=torch.int64, device=ids.device)
         self._none, self._one = torch.zeros_like(self._expert), torch.ones_like(self._gate)
         table = model.embedding.weight
@@ -129,8 +133,8 @@ class NarrowStep:
         from blackmamba.ops.decode import kernels
 
         rows, width = weight.shape
-        norm_weight: Any = x if norm is None else _floats(norm.weight)
-        norm_bias: Any = _floats(norm.bias) if isinstance(norm, LayerNorm) else norm_weight
+        norm_weight: Any = x if norm is None else floats(norm.weight)
+        norm_bias: Any = floats(norm.bias) if isinstance(norm, LayerNorm) else norm_weight
         taps, conv_bias, conv_state = conv or (x, x, x)
         args = (
             x, norm_weight, norm_bias, 0.0 if norm is None else norm.eps, weight.detach(), out,
@@ -143,21 +147,26 @@ class NarrowStep:
         self._add_product(kernels.norm_linear_kernel, weight, 1, args, options, rows=rows)
 
     def _mamba(self, layer: Layer, mixer: Mamba, state: MambaState) -> None:
+        conv = (floats(mixer.conv_weight), floats(mixer.conv_bias), state.conv)
+        self._norm_linear(self._x, layer.norm, mixer.in_proj.weight, self._xz, conv=conv)
+        self._linear_of_x(mixer.x_proj.weight)
+        self._update(mixer, state, None)
+        self._add_linear(self._y, mixer.out_proj.weight, None)
+
+    def _update(self, mixer: Mamba, state: MambaState, dt: Tensor | None) -> None:
+        """What dt_proj gives is `dt`, or made by the kernel."""
         from blackmamba.ops.decode import kernels
 
         d, n = mixer.A_log.shape
         r = mixer.dt_proj.weight.shape[1]
-        conv = (_floats(mixer.conv_weight), _floats(mixer.conv_bias), state.conv)
-        self._norm_linear(self._x, layer.norm, mixer.in_proj.weight, self._xz, conv=conv)
-        self._linear_of_x(mixer.x_proj.weight)
+        columns = 32 if dt is None else 64
         A2 = (mixer.decay_rates() / math.log(2)).float().detach().contiguous()
         self._add(
-            kernels.update_kernel, (-(-d // 32), self._size),
-            self._xz, self._dbc, self._dbc, mixer.dt_proj.weight.detach(), _floats(mixer.dt_bias),
-            A2, _floats(mixer.D), state.ssm, self._y, d, r, n,
-            BD=32, BR=padded(r), N=padded(n), PRODUCT=True,
+            kernels.update_kernel, (-(-d // columns), self._size),
+            self._xz, self._dbc, self._dbc if dt is None else dt, mixer.dt_proj.weight.detach(),
+            floats(mixer.dt_bias), A2, floats(mixer.D), state.ssm, self._y, d, r, n,
+            self._dbc.stride(0), BD=columns, BR=padded(r), N=padded(n), PRODUCT=dt is None,
         )  # fmt: skip
-        self._add_linear(self._y, mixer.out_proj.weight, None)
 
     def _linear_of_x(self, weight: Tensor) -> None:
         """x_proj reads the first half of each row of xz."""
@@ -166,7 +175,7 @@ class NarrowStep:
         rows, width = weight.shape
         self._add(
             kernels.project_kernel, (rows,), self._xz, weight.detach(), self._dbc, rows, width,
-            B=self._size, BK=padded(width), num_warps=4,
+            self._dbc.stride(0), B=self._size, BK=padded(width), num_warps=4,
         )  # fmt: skip
 
     def _add_linear(self, y: Tensor, weight: Tensor, routed: tuple[Tensor, Tensor] | None) -> None:
@@ -183,30 +192,48 @@ class NarrowStep:
         from blackmamba.ops.decode import kernels
 
         part, norm = layer.feed_forward, layer.norm
-        m, eps, weight = model.config.d_model, norm.eps, _floats(norm.weight)
+        m, eps, weight = model.config.d_model, norm.eps, floats(norm.weight)
+        routed = None
         if isinstance(part, MoE):
             routed = (self._expert, self._gate)
             router = part.router
             e = router.weight.shape[0]
             self._add(
                 kernels.route_kernel, (self._size,),
-                self._x, weight, eps, _floats(router.weight), _floats(router.bias), *routed, m, e,
+                self._x, weight, eps, floats(router.weight), floats(router.bias), *routed, m, e,
                 BE=min(8, padded(e)), BK=padded(m), num_warps=8,
             )  # fmt: skip
             fc1, fc2 = part.fc1, part.fc2
         else:
             assert isinstance(part, MLP)
-            routed, fc1, fc2 = (self._none, self._one), part.fc1.weight, part.fc2.weight
+            fc1, fc2 = part.fc1.weight, part.fc2.weight
         assert isinstance(fc1, Tensor)
         assert isinstance(fc2, Tensor)
         f = fc2.shape[-1]
         hidden = self._hidden
         if f != hidden.shape[1]:
             hidden = hidden.new_zeros(self._size, f)
-        args = (self._x, weight, eps, fc1.detach(), routed[0], hidden, m, f)
-        gelu = {"GELU": model.config.activation == "gelu"}
-        self._add_product(kernels.expert_in_kernel, fc1, self._size, args, gelu, rows=f)
+        assert isinstance(norm, RMSNorm)
+        self._expert_in(norm, fc1, routed, hidden, model.config.activation)
         self._add_linear(hidden, fc2, routed)
+
+    def _expert_in(
+        self,
+        norm: RMSNorm,
+        fc1: Tensor,
+        routed: tuple[Tensor, Tensor] | None,
+        hidden: Tensor,
+        activation: str,
+    ) -> None:
+        from blackmamba.ops.decode import kernels
+
+        ids, _ = routed or (self._none, self._one)
+        f = hidden.shape[1]
+        args = (
+            self._x, floats(norm.weight), norm.eps, fc1.detach(), ids, hidden, self._x.shape[1], f,
+        )  # fmt: skip
+        gelu = {"GELU": activation == "gelu"}
+        self._add_product(kernels.expert_in_kernel, fc1, self._size, args, gelu, rows=f)
 
 
 def launcher(
@@ -218,7 +245,8 @@ def launcher(
     return functools.partial(kernel[grid], *args, **options)
 
 
-def _floats(tensor: Tensor) -> Tensor:
+def floats(tensor: Tensor) -> Tensor:
+    """In one piece, for kernels that read float32."""
     return tensor.detach().float().contiguous()
 
 

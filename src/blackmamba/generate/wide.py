@@ -110,7 +110,7 @@ class WideStep:
         gpu.launch(
             kernels.update_kernel, (-(-d // 64), self._size),
             xz, dbc, mixer.dt_proj(dbc[:, :r]), dt_bias, dt_bias, A2, D, state.ssm, y, d, r, n,
-            BD=64, BR=16, N=padded(n), PRODUCT=False, PDL=False,
+            dbc.stride(0), BD=64, BR=16, N=padded(n), PRODUCT=False, PDL=False,
         )  # fmt: skip
         return mixer.out_proj(y)
 

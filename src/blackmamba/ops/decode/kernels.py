@@ -64,6 +64,23 @@ def embed_kernel(ids, table, x, m, BK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
+def norm_kernel(
+    x, weight, bias, eps, y, m,
+    BK: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y = norm(x). Owns a row. Bound by its launch."""
+    _begin(PDL)
+    _ready(PDL)
+    b = tl.program_id(0)
+    k = tl.arange(0, BK)
+    if NORM:
+        v = _normed(x + b * m, weight, bias, eps, m, k, LAYER)
+    else:
+        v = tl.load(x + b * m + k, k < m, other=0.0)
+    tl.store(y + b * m + k, v.to(y.dtype.element_ty), k < m)
+
+
+@triton.jit
 def norm_linear_kernel(
     x, norm_weight, norm_bias, eps, weight, out, rows, m,
     conv_weight, conv_bias, conv_state, d,
@@ -135,7 +152,7 @@ def add_linear_kernel(
 
 @triton.jit
 def update_kernel(
-    xz, dbc, dt, dt_weight, dt_bias, A2, D, state, y, d, r, n,
+    xz, dbc, dt, dt_weight, dt_bias, A2, D, state, y, d, r, n, dbc_stride,
     BD: tl.constexpr, BR: tl.constexpr, N: tl.constexpr, PRODUCT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """With delta = softplus(raw + bias): h = 2^(delta A2) h + delta B x, and
@@ -148,7 +165,7 @@ def update_kernel(
     c = tl.program_id(0) * BD + tl.arange(0, BD)
     j, k = tl.arange(0, BR), tl.arange(0, N)
     here = c < d
-    dbc += b * (r + 2 * n)
+    dbc += b * dbc_stride
     raw = tl.load(dt_bias + c, here, other=0.0)
     whole = here[:, None] & (k < n)[None, :]
     rates = tl.load(A2 + c[:, None] * n + k[None, :], whole, other=0.0)
@@ -240,7 +257,9 @@ def expert_in_kernel(
 
 
 @triton.jit
-def project_kernel(xz, weight, out, rows, d, B: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+def project_kernel(
+    xz, weight, out, rows, d, out_stride, B: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr
+):
     """out = weight x, where x is the first half of each row of xz.
 
     Owns a row of the weight. Bound by its launch.
@@ -252,7 +271,7 @@ def project_kernel(xz, weight, out, rows, d, B: tl.constexpr, BK: tl.constexpr, 
     _ready(PDL)
     for b in tl.static_range(B):
         v = tl.load(xz + b * 2 * d + k, k < d, other=0.0)
-        tl.store(out + b * rows + row, tl.sum(w * v, 0))
+        tl.store(out + b * out_stride + row, tl.sum(w * v, 0))
 
 
 @triton.jit
