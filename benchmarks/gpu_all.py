@@ -73,8 +73,8 @@ PARTS = {
     "tests": Part(
         (
             sys.executable, "-m", "pytest", "-v", "-n", "12", "--dist", "loadgroup",
-            *QUIET, *TESTS,
-        ), 240,
+            "--durations", "9", *QUIET, *TESTS,
+        ), 300,
     ),
     "memcheck": sanitizer("memcheck"),
     "racecheck": sanitizer("racecheck"),
