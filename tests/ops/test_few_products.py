@@ -22,7 +22,9 @@ from blackmamba.ops.decode.few import (
     usual_cut,
 )
 from blackmamba.ops.gpu import cuda
+from blackmamba.presets import presets
 
+PROCESSORS = gpu.processors
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and CXX is None, reason="needs a C++ compiler or a GPU"
@@ -129,6 +131,61 @@ def test_experts(ids: list[int], activation: str, cut: FewCut | None):
     exact = x.double() + routed.gate.double()[:, None] * update
     launcher(hidden, fc2, x, add=True, routed=routed, cut=cut)()
     assert near(x, exact)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes long without a GPU")
+@pytest.mark.parametrize("b", [2, 7, 16])
+@pytest.mark.parametrize("preset", ["blackmamba-1.5b", "blackmamba-2.8b"])
+def test_the_papers_sizes(b: int, preset: str, monkeypatch: pytest.MonkeyPatch):
+    """All products of a step, cut as usual, with every multiprocessor."""
+    monkeypatch.setattr(gpu, "processors", PROCESSORS)
+    config = presets[preset]
+    m, d, f, e = config.d_model, config.d_inner, config.d_expert, config.n_experts
+    r, n = config.dt_rank, config.d_state
+    ids = torch.arange(b, device=DEVICE) * 3 % e
+    norm, routed = Norm(random(m, seed=1).exp(), 1e-5), Routed(ids, random(b, seed=2).sigmoid())
+    x = random(b, m)
+    normed = F.rms_norm(x.double(), (m,), norm.weight.double(), norm.eps)
+
+    in_proj = (random(2 * d, m, seed=3) / m**0.5).bfloat16()
+    conv = Conv(random(d, 4, seed=4), random(d, seed=5), random(b, d, 3, seed=6))
+    read = torch.cat((conv.state.double(), (normed @ in_proj[:d].double().t())[..., None]), 2)
+    u = F.silu((read * conv.weight.double()).sum(2) + conv.bias.double())
+    xz = torch.empty(b, 2 * d, dtype=torch.bfloat16, device=DEVICE)
+    launcher(x, in_proj, xz, norm=norm, conv=conv)()
+    assert relative_error(xz[:, :d], u) < 6e-3
+    assert relative_error(xz[:, d:], normed @ in_proj[d:].double().t()) < 6e-3
+
+    x_proj = (random(r + 2 * n, d, seed=7) / d**0.5).bfloat16()
+    dbc = torch.zeros(b, -(-(r + 2 * n) // 8) * 8, dtype=torch.bfloat16, device=DEVICE)
+    launcher(xz[:, :d], x_proj, dbc[:, : r + 2 * n])()
+    assert near(dbc[:, : r + 2 * n], xz[:, :d].double() @ x_proj.double().t())
+    dt_proj = F.pad((random(d, r, seed=8) / r**0.5).bfloat16(), (0, -r % 8))
+    dt = torch.empty(b, d, device=DEVICE)
+    launcher(dbc[:, : dt_proj.shape[1]], dt_proj, dt)()
+    assert near(dt, dbc[:, :r].double() @ dt_proj[:, :r].double().t())
+
+    out_proj = (random(m, d, seed=9) / d**0.5).bfloat16()
+    stream = x.double() + xz[:, d:].double() @ out_proj.double().t()
+    launcher(xz[:, d:], out_proj, x, add=True)()
+    assert near(x, stream)
+
+    fc1, fc2 = (random(e, *s, seed=10).bfloat16() for s in ((2 * f, m), (m, f)))
+    fc1, fc2 = fc1 / m**0.5, fc2 / f**0.5
+    normed = F.rms_norm(x.double(), (m,), norm.weight.double(), norm.eps)
+    both = torch.stack([fc1[i].double() @ v for i, v in zip(ids.tolist(), normed, strict=True)])
+    hidden = torch.empty(b, f, dtype=torch.bfloat16, device=DEVICE)
+    launcher(x, fc1, hidden, norm=norm, routed=routed, activation="silu")()
+    assert relative_error(hidden, F.silu(both[:, :f]) * both[:, f:]) < 1e-2
+    update = [fc2[i].double() @ v for i, v in zip(ids.tolist(), hidden.double(), strict=True)]
+    stream = x.double() + routed.gate.double()[:, None] * torch.stack(update)
+    launcher(hidden, fc2, x, add=True, routed=routed)()
+    assert near(x, stream)
+
+    head = (random(config.vocab_size, m, seed=11) / m**0.5).bfloat16()
+    logits = torch.empty(b, config.vocab_size, device=DEVICE)
+    launcher(x.bfloat16(), head, logits)()
+    assert near(logits, x.bfloat16().double() @ head.double().t())
 
 
 def test_numbers_that_are_not_finite_stay_in_their_sequence():

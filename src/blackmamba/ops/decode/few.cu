@@ -18,8 +18,9 @@
 //   ADD     out += sum, times the gate if ROUTED: the stream
 //   GATED   out = act(g) u, of rows g, and u ROWS further
 //
-// Compiled at run time, without headers, with: WIDTH (columns of W, a multiple of 8), ROWS (of out), TOKENS (vectors, up to 16), TILES,
-// WARPS, STAGES, NORM, ROUTED, FORM, WIDE (out is float32), GELU, TAPS (of the convolution), OVERLAP, SHARED (bytes).
+// Compiled at run time, without headers, with: WIDTH (columns of W, a multiple of 8), ROWS (of out), TOKENS (vectors, up to
+// 16), TILES, WARPS, STAGES, NORM, ROUTED, FORM, WIDE (out is float32), GELU, TAPS (of the convolution), OVERLAP, SHARED
+// (bytes).
 
 #define KEEP 0
 #define CONV 1
