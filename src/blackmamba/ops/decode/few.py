@@ -203,10 +203,10 @@ def cuts(width: int, b: int, pairs: int, most: int) -> list[FewCut]:
     """What `blackmamba tune` tries, where blocks may have so many bytes of shared memory."""
     return [
         cut
-        for tiles in (1, 2, 4)
-        for warps in (4, 8, 16)
-        for stages in (1, 2, 3, 4)
-        for blocks in (1, 2, 3)
+        for tiles in (1, 2)
+        for warps in (8, 16)
+        for stages in (1, 2, 3)
+        for blocks in (1, 2)
         if _fits(cut := FewCut(tiles, warps, stages, blocks), width, b, pairs, most)
     ]
 
