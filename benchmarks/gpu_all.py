@@ -83,20 +83,20 @@ PARTS = {
     "training": Part(
         (
             "benchmarks/gpu_training.py", "--rows", "16", "--recompute", "none", "cheap",
-            "--repeats", "8", "--profile",
+            "--repeats", "8", "--profile", "--no-peer",
         ), 90,
     ),
     "training-2.8b": Part(
         (
             "benchmarks/gpu_training.py", "--preset", "blackmamba-2.8b", "--rows", "8", "16",
-            "--recompute", "none", "cheap", "--repeats", "5",
+            "--recompute", "none", "cheap", "--repeats", "5", "--no-peer",
         ), 80,
     ),
-    "generation": Part(("benchmarks/gpu_generation.py",), 120),
+    "generation": Part(("benchmarks/gpu_generation.py", "--no-peer"), 120),
     "generation-2.8b": Part(
         (
             "benchmarks/gpu_generation.py", "--preset", "blackmamba-2.8b", "--batches", "1", "4",
-            "16", "64", "--contexts", "--prefills", "2048",
+            "16", "64", "--contexts", "--prefills", "2048", "--no-peer",
         ), 60,
     ),
 }  # fmt: skip

@@ -4,7 +4,8 @@ Decoding is greedy. "steps" are tokens a second of the steps alone, "generate" t
 that reads a prompt and writes new tokens, text aside. The limit is the time to read once what a
 step must: the weights of all but the experts, those of the experts that so many tokens choose among
 at random, and the state, read and written. Prefill is measured against the rate of a large product,
-by the FLOPs that are needed (`prompt_flops`).
+by the FLOPs that are needed (`prompt_flops`). Beside ours, where transformers is installed, its
+Jamba in that shape; with mamba_ssm's and causal_conv1d's kernels where those are, too.
 
     python benchmarks/gpu_generation.py [--preset blackmamba-1.5b] [--batches 1 4 16 64 256]
     python benchmarks/gpu_generation.py --profile [--prompts 8x2048 1x2048]
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import blackmamba
+from blackmamba.config import ModelConfig
 from blackmamba.generate import prefill
 from blackmamba.generate.captured import CapturedDecoder, plain_weights
 from blackmamba.generate.prefill import read_piece
@@ -30,7 +32,8 @@ from blackmamba.model.size import prompt_flops
 from blackmamba.presets import presets
 from blackmamba.train.origin import origin
 from gpu_measure import DEVICE, limits, machine
-from gpu_training import CLASSES, kernel_class
+from gpu_training import CLASSES, HAS_KERNELS, kernel_class
+from peers import PeerDecoder, jamba_peer, transformers_version
 
 
 def main(
@@ -42,6 +45,7 @@ def main(
     new: int = 128,
     steps: int = 200,
     tiny: bool = False,
+    peer: bool = True,
 ) -> None:
     """Print a table of decoding, one of contexts and one of prefill."""
     config = presets[preset]
@@ -79,11 +83,36 @@ def main(
                 f"prefill {b} x {length:>8,}{rate:>12,.0f} tokens/s{share:>7.0%} "
                 f"of the product's rate, {peak:.1f} GB"
             )
-    print(
-        json.dumps(
-            {"benchmark": "gpu_generation", "preset": preset, **machine(), **origin(), **found}
-        )
-    )
+    theirs: dict[str, float] = {}
+    if peer and transformers_version():
+        del model
+        theirs = peer_rates(config, batches[:1] if tiny else batches, prefills[0], prompt_length)
+        for name, rate in theirs.items():
+            ratio = f", ours is {found[name] / rate:,.1f} times as fast" if name in found else ""
+            print(f"transformers {transformers_version()}, Jamba: {name}: {rate:,.0f}/s{ratio}")
+    facts = {"preset": preset, **machine(), **origin()}
+    print(json.dumps({"benchmark": "gpu_generation", **facts, **found, "peer": theirs}))
+
+
+def peer_rates(
+    config: ModelConfig, batches: Sequence[int], prefill: int, prompt_length: int, steps: int = 8
+) -> dict[str, float]:
+    """Tokens a second of transformers' Jamba: decoding, and reading one prompt."""
+    model = jamba_peer(config, torch.bfloat16, HAS_KERNELS).to(DEVICE)
+    found: dict[str, float] = {}
+    with torch.inference_mode():
+        for b in batches:
+            ids = torch.randint(0, config.n_tokens, (b, prompt_length), device=DEVICE)
+            decoder = PeerDecoder(model, ids)
+
+            def run(decoder: PeerDecoder = decoder, ids: torch.Tensor = ids[:, 0]) -> None:
+                for _ in range(steps):
+                    ids = decoder.step(ids).argmax(1)
+
+            found[f"decode {b}"] = b * steps / clock(run, 3)
+        ids = torch.randint(0, config.n_tokens, (1, prefill), device=DEVICE)
+        found[f"prefill 1 x {prefill}"] = prefill / clock(lambda: PeerDecoder(model, ids), 1)
+    return found
 
 
 # ---- where a prompt's time goes --------------------------------------------------------------
@@ -256,8 +285,12 @@ if __name__ == "__main__":
     parser.add_argument("--profile", action="store_true", help="only where a prompt's time goes")
     parser.add_argument("--prompts", nargs="+", default=["8x2048", "1x2048"], help="to profile")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
+    parser.add_argument("--no-peer", dest="peer", action="store_false", help="ours alone")
     options = parser.parse_args()
     if options.profile:
         profile(options.preset, options.prompts, options.tiny)
     else:
-        main(options.preset, options.batches, options.contexts, options.prefills, tiny=options.tiny)
+        main(
+            options.preset, options.batches, options.contexts, options.prefills,
+            tiny=options.tiny, peer=options.peer,
+        )  # fmt: skip

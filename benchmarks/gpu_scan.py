@@ -18,8 +18,9 @@ Sums over channels and states, loads, and what is done once for each number of y
 The convolution is bound by bytes: 2 E numbers forward, 3 E backward.
 
 Beside ours are what mamba_ssm's and causal_conv1d's CUDA kernels took on an H100 at batch 8,
-d_inner 2304, length 2048, 16 states in bfloat16, scaled by the size; mamba_ssm's is measured in the
-same run where it is installed. Times are medians of replays of captured graphs: what the GPU takes.
+d_inner 2304, length 2048, 16 states in bfloat16, scaled by the size. Where mamba_ssm, causal_conv1d
+or flash-linear-attention (its convolution) are installed, they are measured in the same run. Times
+are medians of replays of captured graphs: what the GPU takes.
 The last line is JSON.
 
     python benchmarks/gpu_scan.py
@@ -29,7 +30,6 @@ The last line is JSON.
 
 import argparse
 import functools
-import importlib.util
 import json
 import statistics
 from collections.abc import Callable
@@ -51,12 +51,13 @@ from blackmamba.ops.selective_scan.plan import (
     planned,
 )
 from blackmamba.train.origin import origin
-from gpu_measure import limits
+from gpu_measure import DEVICE, installed, limits
 
 SHAPES = ((8, 2048, 2304), (16, 2048, 2304), (1, 32768, 2304), (8, 2048, 2944))
 PEER_SHAPE = (8, 2048, 2304)
 PEER_MS = {"scan": (0.655, 2.73), "conv": (0.084, 0.31)}
 N_STATES = 16
+N_TAPS = 4
 
 
 def main(repeats: int = 30) -> None:
@@ -79,7 +80,7 @@ def measure(repeats: int) -> None:
             ("conv", conv_calls(*shape), conv_limits(*shape, rates)),
         ):
             times = [median_ms(call, repeats) for call in calls]
-            theirs, which = peer_ms(name, shape, repeats)
+            (which, theirs), *others = peers_ms(name, shape, repeats).items()
             passes = zip(("forward", "backward"), times, theirs, least_of, strict=True)
             total = [0.0, 0.0, 0.0]
             for what, ours, peer, limit in passes:
@@ -87,13 +88,15 @@ def measure(repeats: int) -> None:
                 show(f"{name} {what} {shape}", ours, peer, least, bound)
                 total = [a + b for a, b in zip(total, (ours, peer, least), strict=True)]
             show(f"{name} both {shape}", *total, f"peer: {which}")
+            for other, ms in others:
+                show(f"{name} both {shape}", total[0], sum(ms), total[2], f"peer: {other}")
             with torch.inference_mode():
                 alone = median_ms(calls[0], repeats)
             bound, least = max(least_of[0].items(), key=lambda item: item[1])
             show(f"{name} forward, no gradient {shape}", alone, theirs[0], least, bound)
             found[f"{name} {shape}"] = {
                 "ms": times, "no_gradient_ms": alone, "limits_ms": least_of, "peer_ms": theirs,
-                "peer": which,
+                "peer": which, "others_ms": dict(others),
             }  # fmt: skip
     gpu = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "gpu_scan", **gpu, **origin(), "rates": rates, **found}))
@@ -198,7 +201,7 @@ def scan_calls(b: int, l: int, d: int) -> tuple[Callable[[], object], Callable[[
 
 def conv_calls(b: int, l: int, d: int) -> tuple[Callable[[], object], Callable[[], object]]:
     """The same of its convolution."""
-    leaves = [random(b, l, 2 * d)[..., :d], random(d, 4), random(d)]
+    leaves = [random(b, l, 2 * d)[..., :d], random(d, N_TAPS), random(d)]
     leaves = [t.detach().requires_grad_() for t in leaves]
     grad = random(b, l, d)
 
@@ -211,30 +214,69 @@ def conv_calls(b: int, l: int, d: int) -> tuple[Callable[[], object], Callable[[
 
 def random(*shape: int) -> Tensor:
     """Bfloat16 numbers."""
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
 
 
-def peer_ms(
+def peers_ms(
     name: str, shape: tuple[int, int, int], repeats: int
-) -> tuple[tuple[float, float], str]:
-    """Forward and backward milliseconds of mamba_ssm's scan, or published ones; and which."""
-    if name == "conv" or importlib.util.find_spec("mamba_ssm") is None:
+) -> dict[str, tuple[float, float]]:
+    """Forward and backward milliseconds of the packages that are installed; published ones where
+    none is."""
+    calls: dict[str, tuple[Callable[[], Tensor], list[Tensor], tuple[int, ...]]] = {}
+    b, l, d = shape
+    if name == "scan" and installed("mamba_ssm"):
+        calls["mamba_ssm, measured"] = (*_mamba_ssm(b, l, d), (b, d, l))
+    if name == "conv" and installed("causal_conv1d"):
+        calls["causal_conv1d, measured"] = (*_causal_conv1d(b, l, d), (b, d, l))
+    if name == "conv" and installed("fla"):
+        calls["flash-linear-attention, measured"] = (*_fla(b, l, d), shape)
+    if not calls:
         scale = numbers(shape) / numbers(PEER_SHAPE)
-        return (PEER_MS[name][0] * scale, PEER_MS[name][1] * scale), "published, scaled"
+        forward_ms, backward_ms = PEER_MS[name]
+        return {"published, scaled": (forward_ms * scale, backward_ms * scale)}
+    found: dict[str, tuple[float, float]] = {}
+    for which, (forward, leaves, size) in calls.items():
+        y, grad = forward(), random(*size)
+
+        def backward(y: Tensor = y, leaves: list[Tensor] = leaves, grad: Tensor = grad) -> object:
+            return torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+        found[which] = median_ms(forward, repeats), median_ms(backward, repeats)
+    return found
+
+
+def _mamba_ssm(b: int, l: int, d: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A forward pass and what has gradients; y is (b, d, l)."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    b, l, d = shape
-    inputs = [random(b, d, l), random(b, d, l), -torch.rand(d, N_STATES, device="cuda")]
+    inputs = [random(b, d, l), random(b, d, l), -torch.rand(d, N_STATES, device=DEVICE)]
     inputs += [random(b, 1, N_STATES, l), random(b, 1, N_STATES, l)]
-    inputs += [torch.ones(d, device="cuda"), random(b, d, l), torch.randn(d, device="cuda")]
-    leaves, grad = [t.requires_grad_() for t in inputs], random(b, d, l)
+    inputs += [torch.ones(d, device=DEVICE), random(b, d, l), torch.randn(d, device=DEVICE)]
+    leaves = [t.requires_grad_() for t in inputs]
+    return lambda: selective_scan_fn(*leaves, delta_softplus=True), leaves
+
+
+def _causal_conv1d(b: int, l: int, d: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The same."""
+    from causal_conv1d import causal_conv1d_fn
+
+    leaves = [t.requires_grad_() for t in (random(b, d, l), random(d, N_TAPS), random(d))]
+    return lambda: causal_conv1d_fn(*leaves, activation="silu"), leaves
+
+
+def _fla(b: int, l: int, d: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The same, but y is (b, l, d)."""
+    try:
+        from fla.modules.conv import causal_conv1d as by_fla
+    except ImportError:  # as it was called
+        from fla.modules.convolution import causal_conv1d as by_fla
+    x, weight, bias = (t.requires_grad_() for t in (random(b, l, d), random(d, N_TAPS), random(d)))
 
     def forward() -> Tensor:
-        return selective_scan_fn(*leaves, delta_softplus=True)
+        out = by_fla(x=x, weight=weight, bias=bias, activation="silu")
+        return out[0] if isinstance(out, tuple) else out  # most give the last state besides
 
-    y = forward()
-    backward = median_ms(lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True), repeats)
-    return (median_ms(forward, repeats), backward), "measured"
+    return forward, [x, weight, bias]
 
 
 def median_ms(run: Callable[[], object], repeats: int) -> float:

@@ -2,7 +2,9 @@
 
 A step is what `blackmamba train` does: loss, backward, norm of the gradient, clipping, AdamW.
 Utilisation is that of docs/performance.md: FLOPs that training a token takes at least, times tokens
-a second, over the measured rate of a large bfloat16 product. Weights are random, tokens too.
+a second, over the measured rate of a large bfloat16 product. Weights are random, tokens too. Beside
+ours, where transformers is installed, its Jamba in that shape, one row at a time; with mamba_ssm's
+and causal_conv1d's kernels where those are, too.
 
     python benchmarks/gpu_training.py [--preset blackmamba-1.5b] [--rows 8 16] [--profile]
     python benchmarks/gpu_training.py --rows 16 --recompute none cheap layers
@@ -28,7 +30,11 @@ from blackmamba.train.mixed import narrow_weights
 from blackmamba.train.optimizer import build_optimizer
 from blackmamba.train.origin import origin
 from blackmamba.train.step import CapturedGradients, GradientsOfBatch
-from gpu_measure import DEVICE, limits, machine
+from gpu_measure import DEVICE, installed, limits, machine
+from peers import jamba_peer, transformers_version
+
+HAS_KERNELS = DEVICE.type == "cuda" and installed("mamba_ssm") and installed("causal_conv1d")
+"""Whether transformers can use those."""
 
 CLASSES = (
     ("scan", r"scan|^(pack|carry|forward|backward|backward_local|sum)_kernel"),
@@ -60,6 +66,7 @@ def main(
     residual: str = "float32",
     capture: bool = False,
     profile: bool = False,
+    peer: bool = True,
 ) -> None:
     """Print a row for each combination."""
     if tiny:
@@ -95,10 +102,21 @@ def main(
         )
         _print_classes(case)
         found.append(case)
+    theirs: dict[str, float] = {}
+    if peer and transformers_version():
+        try:
+            theirs = measure_peer(preset, length, min(repeats, 3))
+            print(
+                f"  {1:>4} transformers {transformers_version()}, Jamba {theirs['ms']:>8.1f}"
+                f"{theirs['tokens_s']:>11,.0f}"
+            )
+        except torch.OutOfMemoryError:
+            print("  transformers' Jamba: out of memory")
     print(
         json.dumps(
             {
                 "benchmark": "gpu_training",
+                "peer": theirs,
                 **facts,
                 **origin(),
                 "tiny": tiny,
@@ -158,6 +176,23 @@ def measure(
     if profile:
         found["classes"], found["kernels"] = kernel_classes(step)
     return found
+
+
+def measure_peer(preset: str, length: int, repeats: int) -> dict[str, float]:
+    """The same of transformers' Jamba, of one row: loss, backward, AdamW; bfloat16 weights."""
+    config = presets[preset]
+    model = jamba_peer(config, torch.bfloat16, HAS_KERNELS).to(DEVICE).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=DEVICE.type == "cuda")
+    ids = torch.randint(0, config.n_tokens, (1, length), device=DEVICE)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    seconds = seconds_apart(step, repeats)
+    return {"ms": 1e3 * seconds, "tokens_s": length / seconds}
 
 
 def seconds_apart(step: Any, repeats: int) -> float:
@@ -235,4 +270,5 @@ if __name__ == "__main__":
     parser.add_argument("--capture", action="store_true", help="forward and backward as a graph")
     parser.add_argument("--profile", action="store_true", help="kernels by class")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
+    parser.add_argument("--no-peer", dest="peer", action="store_false", help="ours alone")
     main(**vars(parser.parse_args()))

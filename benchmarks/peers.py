@@ -42,12 +42,17 @@ def mamba_peer(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
     return _filled(lambda: MambaForCausalLM(shape), dtype)
 
 
-def jamba_peer(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
+def jamba_peer(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, kernels: bool = False
+) -> Any:
     """transformers' JambaForCausalLM in the shape of a BlackMamba; None without transformers.
 
     It is the nearest architecture in that package: each of its layers is a Mamba and a routed
     expert part, here with one expert a token. Its memory of a sequence wants an attention layer, so
     that the last of its Mamba parts is one: a little less work than ours.
+
+    Args:
+        kernels: those of mamba_ssm and causal_conv1d, which have to be installed, on a GPU.
     """
     if not transformers_version():
         return None
@@ -73,7 +78,7 @@ def jamba_peer(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
         mamba_d_state=config.d_state,
         mamba_d_conv=config.d_conv,
         mamba_expand=config.expand,
-        use_mamba_kernels=False,
+        use_mamba_kernels=kernels,
     )
     return _filled(lambda: JambaForCausalLM(shape), dtype).eval()
 

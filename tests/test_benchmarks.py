@@ -1,6 +1,7 @@
 """The benchmark scripts run, at toy sizes; nothing here looks at a time."""
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -126,6 +127,70 @@ def test_prints_one_line_of_json_at_the_end(script, options, capsys):
     assert found["benchmark"] == script.__name__
     assert found["tiny"] is True
     assert found["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("script", ["gpu_generation"], indirect=True)
+def test_generation_by_transformers(script):
+    pytest.importorskip("transformers")
+    found = script.peer_rates(script.presets["tiny"], [1, 3], 20, 5, steps=2)
+    assert found.keys() == {"decode 1", "decode 3", "prefill 1 x 20"}
+    assert min(found.values()) > 0
+
+
+@pytest.mark.parametrize("script", ["gpu_training"], indirect=True)
+def test_training_by_transformers(script):
+    pytest.importorskip("transformers")
+    found = script.measure_peer("tiny", 20, 1)
+    assert found["tokens_s"] == pytest.approx(20 / found["ms"] * 1e3)
+
+
+CONV = """
+from torch.nn import functional as F
+
+def {name}(x, weight, bias, activation):
+    assert activation == "silu"
+    channels = x.shape[{d}]
+    x = F.pad(x.movedim({d}, 1), (weight.shape[1] - 1, 0))
+    y = F.silu(F.conv1d(x, weight[:, None], bias, groups=channels)).movedim(1, {d})
+    return {out}
+"""
+SCAN = """
+def selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    assert delta_softplus and B.dim() == 4 and A.shape[1] == B.shape[2]
+    every = u * delta * z + B.sum((1, 2))[:, None] + C.sum((1, 2))[:, None]
+    return every + (A.sum(1) + D + delta_bias)[:, None]
+"""
+
+
+@pytest.mark.parametrize("script", ["gpu_scan"], indirect=True)
+def test_peers_that_are_installed_are_measured(script, tmp_path, monkeypatch):
+    """By packages that are called as the real ones are."""
+    times = itertools.count(1.0)
+
+    def median_ms(run, _):
+        run()
+        return next(times)
+
+    monkeypatch.setattr(script, "median_ms", median_ms)
+    shape = (2, 10, 6)
+    assert script.peers_ms("scan", script.PEER_SHAPE, 1) == {"published, scaled": (0.655, 2.73)}
+    assert script.peers_ms("conv", (8, 2048, 4608), 1) == {"published, scaled": (0.168, 0.62)}
+    for path, text in (
+        ("causal_conv1d/__init__.py", CONV.format(name="causal_conv1d_fn", d=1, out="y")),
+        ("fla/__init__.py", ""),
+        ("fla/modules/__init__.py", ""),
+        ("fla/modules/convolution.py", CONV.format(name="causal_conv1d", d=2, out="(y, None)")),
+        ("mamba_ssm/__init__.py", ""),
+        ("mamba_ssm/ops/__init__.py", ""),
+        ("mamba_ssm/ops/selective_scan_interface.py", SCAN),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert script.peers_ms("conv", shape, 1) == {
+        "causal_conv1d, measured": (1.0, 2.0), "flash-linear-attention, measured": (3.0, 4.0),
+    }  # fmt: skip
+    assert script.peers_ms("scan", shape, 1) == {"mamba_ssm, measured": (5.0, 6.0)}
 
 
 @pytest.mark.parametrize("script", ["gpu_generation"], indirect=True)
