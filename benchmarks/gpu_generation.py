@@ -86,7 +86,10 @@ def main(
     theirs: dict[str, float] = {}
     if peer and transformers_version():
         del model
-        theirs = peer_rates(config, batches[:1] if tiny else batches, prefills[0], prompt_length)
+        try:
+            theirs = peer_rates(config, batches, prefills[0], prompt_length)
+        except torch.OutOfMemoryError:
+            print("transformers' Jamba: out of memory")
         for name, rate in theirs.items():
             ratio = f", ours is {found[name] / rate:,.1f} times as fast" if name in found else ""
             print(f"transformers {transformers_version()}, Jamba: {name}: {rate:,.0f}/s{ratio}")

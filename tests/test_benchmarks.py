@@ -138,10 +138,24 @@ def test_generation_by_transformers(script):
 
 
 @pytest.mark.parametrize("script", ["gpu_training"], indirect=True)
-def test_training_by_transformers(script):
+def test_training_by_transformers(script, monkeypatch):
     pytest.importorskip("transformers")
-    found = script.measure_peer("tiny", 20, 1)
-    assert found["tokens_s"] == pytest.approx(20 / found["ms"] * 1e3)
+    models, build = [], script.jamba_peer
+
+    def built(*args):
+        models.append(build(*args))
+        return models[0]
+
+    def seconds_apart(step, repeats):
+        before = [p.clone() for p in models[0].parameters()]
+        step()
+        moved = [not torch.equal(p, q) for p, q in zip(models[0].parameters(), before, strict=True)]
+        assert sum(moved) > len(moved) / 2  # not experts that none chose
+        return 2.0 * repeats
+
+    monkeypatch.setattr(script, "jamba_peer", built)
+    monkeypatch.setattr(script, "seconds_apart", seconds_apart)
+    assert script.measure_peer("tiny", 20, 3) == {"ms": 6000.0, "tokens_s": 20 / 6}
 
 
 CONV = """

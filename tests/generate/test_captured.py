@@ -133,7 +133,7 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 )
 @torch.inference_mode()
 def test_a_few_sequences_in_bfloat16(few: None, batch: int, changes: dict[str, object]):
-    """No further from float32 than the model's own step."""
+    """No further from float32 than the model's own step: 0.90 to 0.98 times as far on a CPU."""
     model = build(torch.bfloat16, **changes)
     wide = BlackMamba(model.config).to(DEVICE).eval()
     wide.load_state_dict(model.state_dict())
